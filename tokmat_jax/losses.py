@@ -1,0 +1,59 @@
+"""Losses per position: MSE on the sphere, InfoNCE with its negatives, the baseline's cross-entropy (METHOD §3)."""
+
+import jax
+import jax.numpy as jnp
+
+from tokmat_jax.config import ObjectiveConfig
+from tokmat_jax.table import look_up, scores, unit
+
+
+def regression(prediction: jax.Array, target: jax.Array, radius: float) -> jax.Array:
+    """L_reg = ‖ẑ − e‖²/R² [...] of `prediction` and `target` [..., d]."""
+    return jnp.sum(jnp.square(prediction - target), axis=-1) / radius**2
+
+
+def info_nce(
+    prediction: jax.Array, target_ids: jax.Array, table: jax.Array, negatives: jax.Array, logit_scale: jax.Array
+) -> jax.Array:
+    """L_nce [B, T]: −log of the target's share among itself and the negatives, by κ · cosine.
+
+    `prediction` [B, T, d], `target_ids` [B, T], `table` [V, d], `negatives` [N] ids shared by all targets. A
+    negative that equals the target is masked out; a negative drawn twice counts twice (METHOD §3).
+    """
+    direction = unit(prediction)
+    positive = logit_scale * jnp.sum(direction * unit(look_up(table, target_ids)), axis=-1)
+    others = logit_scale * scores(direction, unit(look_up(table, negatives)))
+    others = jnp.where(negatives[None, None, :] == target_ids[..., None], -jnp.inf, others)
+    return jax.nn.logsumexp(jnp.concatenate([positive[..., None], others], axis=-1), axis=-1) - positive
+
+
+def draw_negatives(
+    key: jax.Array, config: ObjectiveConfig, target_ids: jax.Array, unigram: jax.Array
+) -> jax.Array:
+    """Ids [N] of the step's negatives, by `config.negatives` (METHOD §3).
+
+    `target_ids` [B, T] are the targets of the whole batch, `unigram` [V] the share of each token in the
+    training split. `full` returns all V ids and draws nothing.
+    """
+    vocab_size = unigram.shape[0]
+    match config.negatives:
+        case "full":
+            return jnp.arange(vocab_size)
+        case "uniform":
+            return jax.random.randint(key, (config.num_negatives,), 0, vocab_size)
+        case "batch":
+            flat = target_ids.reshape(-1)
+            return flat[jax.random.randint(key, (config.num_negatives,), 0, flat.shape[0])]
+        case "unigram":
+            weight = unigram**config.unigram_power
+            return jax.random.choice(key, vocab_size, (config.num_negatives,), p=weight / jnp.sum(weight))
+
+
+def cross_entropy(
+    prediction: jax.Array, target_ids: jax.Array, table: jax.Array, radius: float, logit_scale: jax.Array
+) -> jax.Array:
+    """Next-token cross-entropy [B, T] in nats with logits κ ⟨ẑ, e_i⟩/R²: the baseline on the tied table."""
+    scale = logit_scale / radius**2
+    # The target's logit is computed again: picking it out of [B, T, V] costs a scatter in the backward pass.
+    target = jnp.sum(prediction * look_up(table, target_ids), axis=-1)
+    return jax.nn.logsumexp(scale * scores(prediction, table), axis=-1) - scale * target

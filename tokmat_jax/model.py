@@ -1,0 +1,158 @@
+"""The backbone ẑ = f_θ(z, α, K): a causal pre-LN Transformer from vectors to vectors (METHOD §2).
+
+    z · (input_norm / R) + position + MLP(SinEmb(α))  →  FiLM(K)  →  blocks  →  norm  →  head  →  vectors of d
+
+The output at index t − 1 is the prediction for position t. There is no vocabulary inside.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tokmat_jax.attention import History, attend
+from tokmat_jax.config import Config, ModelConfig
+from tokmat_jax.sharding import constrain_activations
+
+Params = Any
+Forward = Callable[..., tuple[jax.Array, History]]
+
+_MATURITY_RANGE = 1000.0
+_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def sinusoidal_embedding(maturity: jax.Array, size: int) -> jax.Array:
+    """SinEmb(α) [..., size] of `maturity` [...] in [0, 1], spread over 0..1000 as diffusion timesteps are."""
+    frequency = jnp.exp(-math.log(10_000.0) * jnp.arange(size // 2) / (size // 2))
+    angle = jnp.expand_dims(_MATURITY_RANGE * maturity, -1) * jnp.reshape(frequency, (1,) * maturity.ndim + (-1,))
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+class MaturityConditioning(nn.Module):
+    """MLP(SinEmb(α)) [B, T, d]; zero at initialisation."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, maturity: jax.Array) -> jax.Array:
+        size, dtype = self.config.embed_dim, self.config.dtype
+        hidden = nn.Dense(size, dtype=dtype, kernel_init=_fan_in, name="hidden")(sinusoidal_embedding(maturity, size))
+        return nn.Dense(size, dtype=dtype, kernel_init=nn.initializers.zeros, name="out")(nn.silu(hidden))
+
+
+class TailLengthFilm(nn.Module):
+    """h ← (1 + γ_K) ⊙ h + β_K; the identity at initialisation. A K above K_max is read as K_max."""
+
+    config: ModelConfig
+    max_tail_length: int
+
+    @nn.compact
+    def __call__(self, h: jax.Array, tail_length: jax.Array) -> jax.Array:
+        size = self.config.embed_dim
+        embed = nn.Embed(self.max_tail_length + 1, 2 * size, dtype=self.config.dtype,
+                         embedding_init=nn.initializers.zeros, name="embed")
+        film = embed(jnp.minimum(tail_length, self.max_tail_length))[:, None, :]
+        return (1.0 + film[..., :size]) * h + film[..., size:]
+
+
+class Block(nn.Module):
+    """Pre-LN attention and MLP. Returns the residual stream and the keys and values of its positions."""
+
+    config: ModelConfig
+    max_tail_length: int
+
+    @nn.compact
+    def __call__(self, h, history, tail_length, mask, visible):
+        config = self.config
+        residual_init = nn.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "truncated_normal")
+
+        def dense(features, name, init=_fan_in):
+            return nn.Dense(features, dtype=config.dtype, kernel_init=init, name=name)
+
+        if config.film == "per_layer":
+            h = TailLengthFilm(config, self.max_tail_length, name="film")(h, tail_length)
+        batch, length, size = h.shape
+        heads = (batch, length, config.num_heads, size // config.num_heads)
+        x = nn.LayerNorm(dtype=config.dtype, name="attention_norm")(h)
+        query, key, value = (dense(size, name)(x).reshape(heads) for name in ("query", "key", "value"))
+        live = History(key, value)
+        h = h + dense(size, "attention_out", residual_init)(attend(query, live, mask, history, visible).reshape(h.shape))
+        x = nn.LayerNorm(dtype=config.dtype, name="mlp_norm")(h)
+        x = nn.gelu(dense(config.mlp_ratio * size, "mlp_in")(x))
+        h = constrain_activations(h + dense(size, "mlp_out", residual_init)(x))
+        return h, live
+
+
+class Backbone(nn.Module):
+    """f_θ. `radius` is R; `max_tail_length` is K_max."""
+
+    config: ModelConfig
+    max_positions: int
+    max_tail_length: int
+    radius: float
+
+    @nn.compact
+    def __call__(
+        self,
+        z: jax.Array,
+        maturity: jax.Array,
+        tail_length: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array | None = None,
+        history: History | None = None,
+        visible: jax.Array | None = None,
+    ) -> tuple[jax.Array, History]:
+        """Predictions for the positions after those given.
+
+        Args:
+          z: vectors [B, T, d] on the scale of R.
+          maturity: α [B, T] in [0, 1], 1 = committed.
+          tail_length: K [B]; 0 = no tail.
+          positions: absolute positions [B, T], below `max_positions`.
+          mask: which of the T positions each sees, [B or 1, T, T] bool; None is causal.
+          history: keys and values of earlier positions [L, B, S, H, D].
+          visible: which entries of the history may be read, [B, S] bool.
+
+        Returns:
+          vectors [B, T, d], index t predicting position `positions[:, t]` + 1, in float32; and the keys and
+          values of the T positions [L, B, T, H, D].
+        """
+        config, size = self.config, self.config.embed_dim
+        position_init = nn.initializers.normal(0.5 * config.input_norm / math.sqrt(size))
+        h = z.astype(config.dtype) * (config.input_norm / self.radius)
+        h += nn.Embed(self.max_positions, size, dtype=config.dtype, embedding_init=position_init,
+                      name="position")(positions)
+        h += MaturityConditioning(config, name="maturity")(maturity)
+        if config.film == "once":
+            h = TailLengthFilm(config, self.max_tail_length, name="film")(h, tail_length)
+        h = constrain_activations(h)
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=config.num_layers,
+        )
+        h, live = blocks(config, self.max_tail_length, name="blocks")(h, history, tail_length, mask, visible)
+        h = nn.LayerNorm(dtype=config.dtype, name="final_norm")(h)
+        # The norm's output has length √d, so this spread gives ‖ẑ‖ ≈ head_init · R.
+        head_init = nn.initializers.normal(config.head_init * self.radius / size)
+        return nn.Dense(size, dtype=jnp.float32, kernel_init=head_init, name="head")(h), live
+
+
+def make_backbone(config: Config) -> Backbone:
+    """The backbone that `config` describes."""
+    return Backbone(config.model, config.max_positions, config.maturation.max_tail_length, config.table.radius)
+
+
+def make_forward(config: Config) -> Forward:
+    """f(params, z, maturity, tail_length, positions, …) of `Backbone.__call__`, as a pure function."""
+    backbone = make_backbone(config)
+
+    def forward(params: Params, *args, **kwargs) -> tuple[jax.Array, History]:
+        return backbone.apply({"params": params}, *args, **kwargs)  # pyright: ignore[reportReturnType]
+
+    return forward

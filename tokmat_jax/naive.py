@@ -1,0 +1,56 @@
+"""Algorithm 1 as it reads, with nothing clever: the whole sequence is run again for every token.
+
+The oracle of `decode.py` and `cache.py`, and the other side of their benchmark. One row, no cache, Python loops; it
+shares with them the model, the vocabulary table and the noise of embryo number i.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokmat_jax.decode import Tail, embryos
+from tokmat_jax.guidance import history_mask
+from tokmat_jax.model import Forward, Params
+
+
+def generate_naively(
+    params: Params, forward: Forward, table: jax.Array, prompt: list[int], max_new_tokens: int, key: jax.Array,
+    tail: Tail, radius: float, end_of_text: int, told_tail_length: int,
+) -> tuple[list[int], np.ndarray]:
+    """Tokens committed behind `prompt` (at least one id), and the tail [steps, K, d] after each contraction.
+
+    Guidance runs wherever `tail.guidance_scale` is not 1, with the mask that history dropout has in training.
+    """
+    length = tail.maturity.shape[0]
+    size = table.shape[1]
+
+    def embryo(number):
+        return embryos(key[None], jnp.array([number]), 1, size, tail.noise, radius)[0, 0]
+
+    history = [table[token] for token in prompt]
+    slots = [embryo(number) for number in range(length)]
+    tokens, trajectory = [], []
+    while len(tokens) < max_new_tokens:
+        z = jnp.stack(history + slots)[None]
+        total, committed = z.shape[1], len(history)
+        maturity = jnp.concatenate([jnp.ones(committed), tail.maturity])[None]
+        told = jnp.array([told_tail_length])
+
+        def predict(hidden, z=z, maturity=maturity, told=told, total=total, committed=committed):
+            mask = history_mask(total, jnp.array([committed]), jnp.array([hidden]))
+            output, _ = forward(params, z, maturity, told, jnp.arange(total)[None], mask)
+            return output[0, committed - 1 : total - 1]
+
+        prediction = predict(False)
+        if tail.guidance_scale != 1.0:
+            free = predict(True)
+            prediction = free + tail.guidance_scale * (prediction - free)
+        slots = [slot + rate * (ahead - slot) for slot, rate, ahead in zip(slots, tail.rate, prediction, strict=True)]
+        trajectory.append(np.stack([np.asarray(slot) for slot in slots]))
+        token = int(jnp.argmax(table @ slots[0]))
+        tokens.append(token)
+        history.append(table[token])
+        slots = [*slots[1:], embryo(length + len(tokens) - 1)]
+        if token == end_of_text:
+            break
+    return tokens, np.stack(trajectory)

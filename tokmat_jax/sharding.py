@@ -1,0 +1,73 @@
+"""Where arrays live: one mesh of axes `data`, `fsdp` and `tensor`, and an ordered list of path rules.
+
+The first rule whose pattern is found in a parameter's path decides; an axis that does not divide its dimension
+is dropped. A mesh of one device is the ordinary case, not a special one.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tokmat_jax.config import MeshConfig
+from tokmat_jax.errors import ConfigError
+
+BATCH_AXES = ("data", "fsdp")
+
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"^table$", PartitionSpec("tensor", "fsdp")),
+    (r"blocks/(query|key|value|mlp_in)/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"blocks/(attention_out|mlp_out)/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"blocks/(query|key|value|mlp_in)/bias", PartitionSpec(None, "tensor")),
+    (r"(kernel|embedding)$", PartitionSpec("fsdp")),
+    (r"", PartitionSpec()),
+)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh that `config` asks for; raises ConfigError where the devices do not fit it."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+        raise ConfigError(f"mesh data × fsdp × tensor = {config.data} × {config.fsdp} × {config.tensor} "
+                          f"does not fit {len(devices)} device(s): the product must be their number")
+    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`blocks/query/kernel` from a JAX key path."""
+    return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
+
+
+def param_shardings(shapes: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of `shapes` (arrays or ShapeDtypeStructs), by `RULES`."""
+
+    def place(path, leaf):
+        name = path_name(path)
+        spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+        axes = [axis if axis and leaf.shape[i] % mesh.shape[axis] == 0 else None
+                for i, axis in enumerate(spec[: leaf.ndim])]
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch [B, …] over the axes `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """One copy per device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain_activations(h: jax.Array) -> jax.Array:
+    """Keeps `h` [B, …] split over the batch axes; does nothing outside a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return h
+    return jax.lax.with_sharding_constraint(h, PartitionSpec(BATCH_AXES))

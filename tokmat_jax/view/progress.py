@@ -1,0 +1,61 @@
+"""Progress on standard error: a live bar in a terminal, now and then a line elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Bar:
+    """What a loop tells its progress bar."""
+
+    def __init__(self, name: str, total: float | None, progress: Progress | None):
+        self._name, self._total, self._progress = name, total, progress
+        self._task = progress.add_task(name, total=total, note="") if progress else None
+        self._begin = self._last = time.monotonic()
+
+    def update(self, done: float, note: str = "") -> None:
+        """`done` of the total is behind us; `note` is shown beside it."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, note=note)
+        elif time.monotonic() - self._last > _SECONDS_BETWEEN_LINES or done == self._total:
+            self._last = time.monotonic()
+            of = f"/{self._total:,.0f}" if self._total else ""
+            left = self._left(done)
+            print(f"{self._name} {done:,.0f}{of}{'  ' + note if note else ''}{left}", file=sys.stderr, flush=True)
+
+    def _left(self, done: float) -> str:
+        if not self._total or done <= 0:
+            return ""
+        spent = time.monotonic() - self._begin
+        left = spent * (self._total - done) / done
+        return f"  {int(left) // 60}:{int(left) % 60:02d} left" if done < self._total else f"  {spent:.0f} s"
+
+    def print(self, *parts: object) -> None:
+        """Prints above the bar, to standard output."""
+        if self._progress is not None:
+            self._progress.console.print(*parts, soft_wrap=True)
+        else:
+            Console(soft_wrap=True, highlight=False).print(*parts)
+
+
+@contextmanager
+def bar(name: str, total: float | None = None) -> Iterator[Bar]:
+    """A progress bar called `name`; `total` None where the end is not known."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield Bar(name, total, None)
+        return
+    columns: list[str | ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=24)]
+    if total is not None:
+        columns += ["{task.completed:,.0f}/{task.total:,.0f}"]
+    columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn()]
+    if total is not None:
+        columns += [TextColumn("· left"), TimeRemainingColumn()]
+    with Progress(*columns, console=console) as progress:
+        yield Bar(name, total, progress)

@@ -1,0 +1,87 @@
+"""A run's folder: enough by itself to generate and to go on.
+
+    config.json      the run's Config, as data
+    tokenizer/       see `data/tokenizer.py`
+    checkpoints/     see `checkpoint.py`
+    metrics.jsonl    one row per logged step; `tensorboard/` holds the same
+    samples.jsonl    what was printed during training
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from tokmat_jax.config import Config
+from tokmat_jax.errors import UserError
+
+CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer", "checkpoints"
+
+_FREE = ("workdir", "mesh", "generation", "data.prepared_dir", "data.tfds_data_dir", "train.num_steps", "train.log_every",
+         "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples", "train.checkpoint_every",
+         "train.keep_checkpoints")
+"""Fields that a resumed run may change; any other would make it another run."""
+
+
+def save_config(config: Config, workdir: Path) -> None:
+    """Writes `config` into `workdir`; a reader never sees half of it."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    unfinished = workdir / (CONFIG + ".unfinished")
+    unfinished.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    os.replace(unfinished, workdir / CONFIG)
+
+
+def load_config(workdir: Path) -> Config:
+    """The Config of a run; raises UserError where there is none, or one that is damaged or has unknown fields."""
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise UserError(f"{workdir} is no run: it has no {CONFIG}; train one with train.py --workdir {workdir}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        _refuse_unknown(data, Config, str(path))
+        return pydantic.TypeAdapter(Config).validate_python(data, strict=True)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its values"
+        raise UserError(f"{path}: {where}: {first['msg']}") from None
+
+
+def _refuse_unknown(data: Any, kind: type, where: str) -> None:
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: expected an object, found {type(data).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name, value in data.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            raise UserError(f"{where}: unknown field {name!r}" + (f"; nearest: {near[0]!r}" if near else ""))
+        default = fields[name].default_factory
+        if dataclasses.is_dataclass(default) and isinstance(default, type):
+            _refuse_unknown(value, default, f"{where}: {name}")
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted fields in which two configs differ → (old, new)."""
+
+    def flat(value: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for name, inner in value.items() for k, v in flat(inner, f"{prefix}.{name}".strip(".")).items()}
+
+    before, after = flat(dataclasses.asdict(old), ""), flat(dataclasses.asdict(new), "")
+    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+
+
+def check_same_run(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields that a resumed run changes; raises UserError if one of them would make it another run."""
+    changed = differences(old, new)
+    for name, (before, after) in changed.items():
+        if not any(name == free or name.startswith(free + ".") for free in _FREE):
+            raise UserError(f"{new.workdir} holds a run with {name} = {before!r}, this command has {after!r}: "
+                            f"give the same value, or another --workdir")
+    return changed
