@@ -3,9 +3,10 @@
 Running the same command again resumes. Reads top to bottom: corpus, mesh, state, loop.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -50,6 +51,23 @@ def initial_table(config: Config, vocab_size: int) -> np.ndarray | None:
     return rows.astype(np.float32)
 
 
+class Stopwatch:
+    """Steps per second since `step`, with what is not training left out."""
+
+    def __init__(self, step: int):
+        self._step, self._begin = step, time.monotonic()
+
+    def rate(self, step: int) -> float | None:
+        """None where no step has been timed."""
+        return (step - self._step) / (time.monotonic() - self._begin) if step > self._step else None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        pause = time.monotonic()
+        yield
+        self._begin += time.monotonic() - pause
+
+
 class Loop:
     """One run from its first or latest step to its last."""
 
@@ -66,27 +84,31 @@ class Loop:
         """Updates until `num_steps`, with everything that happens in between."""
         train = self.config.train
         waiting: list[dict[str, jax.Array]] = []
-        begin, paused, since = time.monotonic(), 0.0, int(self.state.step)
-        for step in range(since + 1, train.num_steps + 1):
+        first = int(self.state.step) + 1
+        watch = Stopwatch(first - 1)
+        for step in range(first, train.num_steps + 1):
             ids = jax.make_array_from_process_local_data(rows, next(batches))
             self.state, metrics = self.functions.step(self.state, ids, self.unigram)
             waiting.append(metrics)
+            if step == first:  # the time to compile is not the speed of training
+                jax.block_until_ready(metrics)
+                watch = Stopwatch(step)
             last = step == train.num_steps
             if last or step % train.log_every == 0 or step % train.checkpoint_every == 0:
                 means = self._means(waiting, step, checkpoints)
-                seconds = time.monotonic() - begin - paused
-                means["tokens_per_second"] = (step - since) * train.batch_size * self.config.data.seq_len / seconds
+                if (steps_per_second := watch.rate(step)) is not None:
+                    means["tokens_per_second"] = steps_per_second * train.batch_size * self.config.data.seq_len
                 self.log.write(step, "train", means)
-                self.progress.update(step, f"loss {means['loss']:.3f} · {means['tokens_per_second']:,.0f} tokens/s")
-                waiting, begin, paused, since = [], time.monotonic(), 0.0, step
-            pause = time.monotonic()
-            if last or step % train.checkpoint_every == 0:
-                checkpoints.save(self.state, batches)
-            if last or step % train.eval_every == 0:
-                self.validate(step)
-            if last or step % train.sample_every == 0:
-                self.show_samples(step)
-            paused += time.monotonic() - pause
+                speed = f" · {means['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in means else ""
+                self.progress.update(step, f"loss {means['loss']:.3f}{speed}")
+                waiting, watch = [], Stopwatch(step)
+            with watch.paused():
+                if last or step % train.checkpoint_every == 0:
+                    checkpoints.save(self.state, batches)
+                if last or step % train.eval_every == 0:
+                    self.validate(step)
+                if last or step % train.sample_every == 0:
+                    self.show_samples(step)
 
     def _means(self, waiting: list[dict[str, jax.Array]], step: int, checkpoints: Checkpoints) -> dict[str, float]:
         rows = jax.device_get(waiting)

@@ -19,13 +19,22 @@ from tokmat_jax.train_step import TrainState
 from tokmat_jax.workdir import CHECKPOINTS
 
 
+def _open_manager(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    handlers = {
+        "params": ocp.StandardCheckpointHandler(),
+        "optimizer": ocp.StandardCheckpointHandler(),
+        "data": grain.checkpoint.CheckpointHandler(),
+    }
+    return ocp.CheckpointManager(workdir.resolve() / CHECKPOINTS, options=options, item_handlers=handlers)
+
+
 class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: Path, keep: int):
-        self._folder = workdir.resolve() / CHECKPOINTS
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._manager = _open_manager(
+            workdir, ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        )
 
     def latest_step(self) -> int | None:
         """The newest complete step, None where there is none."""
@@ -46,7 +55,7 @@ class Checkpoints:
         """The newest state, placed as `shapes` says; moves the iterator `data` to where it was."""
         step = self.latest_step()
         assert step is not None
-        _check(self._folder / str(step) / "params", shapes.params)
+        _check(self._manager, step, shapes.params)
         optimizer = {"step": shapes.step, "opt_state": shapes.opt_state}
         found = self._manager.restore(step, args=ocp.args.Composite(
             params=ocp.args.StandardRestore(shapes.params),
@@ -75,28 +84,28 @@ def open_checkpoints(workdir: Path, keep: int) -> Iterator[Checkpoints]:
 
 def load_params(workdir: Path, shapes: Params) -> tuple[Params, int]:
     """Parameters of the newest checkpoint of `workdir` and its step; raises UserError where there is none."""
-    folder = workdir.resolve() / CHECKPOINTS
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    if not steps:
-        raise UserError(f"{workdir} has no checkpoint yet: train it with train.py --workdir {workdir}")
-    item = folder / str(max(steps)) / "params"
-    _check(item, shapes)
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(item, shapes), max(steps)
+    missing = UserError(f"{workdir} has no checkpoint yet: train it with train.py --workdir {workdir}")
+    if not (workdir / CHECKPOINTS).is_dir():
+        raise missing
+    with _open_manager(workdir, ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise missing
+        _check(manager, step, shapes)
+        found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes)))
+        return found["params"], step
 
 
-def _check(item: Path, shapes: Params) -> None:
+def _check(manager: ocp.CheckpointManager, step: int, shapes: Params) -> None:
     """Raises UserError unless the stored names, shapes and types are those expected: Orbax would cast silently."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(item).item_metadata.tree
     described = {
         path_name(path): (tuple(leaf.shape), str(leaf.dtype))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(stored)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(manager.item_metadata(step)["params"].tree)
     }
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         name, expected = path_name(path), (tuple(leaf.shape), str(leaf.dtype))
         found = described.pop(name, None)
         if found != expected:
-            raise UserError(f"{item}: {name} is {found or 'missing'}, the config wants {expected}")
+            raise UserError(f"{manager.directory / str(step)}: {name} is {found or 'missing'}, the config wants {expected}")
     if described:
-        raise UserError(f"{item}: {next(iter(described))} has no place in the config's model")
+        raise UserError(f"{manager.directory / str(step)}: {next(iter(described))} has no place in the config's model")

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import io
+import logging
 import re
 import runpy
 import sys
@@ -20,6 +21,7 @@ T = TypeVar("T")
 
 def run_script(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` on the command line's arguments; a UserError becomes one line and exit code 2."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # notes of the checkpoint library, none for a user
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -66,7 +68,9 @@ def _one_line(box: str) -> str:
         if line and set(line) == {"─"}:
             break
         message.append(line)
-    return " ".join(filter(None, message)) or "the command line could not be read; see --help"
+    text = " ".join(filter(None, message)) or "the command line could not be read; see --help"
+    # A check of ours names the field by itself; tyro adds the section in which it failed.
+    return re.sub(r"^Error parsing (?!--)[\w.]+: ", "", text)
 
 
 def parse_config(args: Sequence[str]) -> Config:

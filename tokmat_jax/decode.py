@@ -141,14 +141,15 @@ def liquid_step(
     moved = maturation.movement(state.tail[:, shown], refined[:, shown], radius)
 
     alive = ~state.done
+    one = alive.astype(jnp.int32)
     committed = tokens[:, 0]
     embryo = embryos(state.key, state.num_born, 1, refined.shape[-1], tail.noise, radius)[:, 0]
-    num_committed = state.num_committed + alive
+    num_committed = state.num_committed + one
     following = State(
         num_committed=num_committed,
         last=jnp.where(alive[:, None], look_up(table, committed), state.last),
         tail=jnp.where(alive[:, None, None], maturation.shift(refined, embryo), state.tail),
-        num_born=state.num_born + alive,
+        num_born=state.num_born + one,
         key=state.key,
         budget=state.budget,
         done=state.done | (committed == end_of_text) | (num_committed >= state.budget),

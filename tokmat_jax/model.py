@@ -26,7 +26,7 @@ _fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 def sinusoidal_embedding(maturity: jax.Array, size: int) -> jax.Array:
     """SinEmb(α) [..., size] of `maturity` [...] in [0, 1], spread over 0..1000 as diffusion timesteps are."""
-    frequency = jnp.exp(-math.log(10_000.0) * jnp.arange(size // 2) / (size // 2))
+    frequency = jnp.exp(-math.log(10_000.0) * jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
     angle = jnp.expand_dims(_MATURITY_RANGE * maturity, -1) * jnp.reshape(frequency, (1,) * maturity.ndim + (-1,))
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 

@@ -17,7 +17,7 @@ from tokmat_jax.errors import ConfigError
 BATCH_AXES = ("data", "fsdp")
 
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"^table$", PartitionSpec("tensor", "fsdp")),
+    (r"(^|/)table$", PartitionSpec("tensor", "fsdp")),
     (r"blocks/(query|key|value|mlp_in)/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r"blocks/(attention_out|mlp_out)/kernel", PartitionSpec(None, "tensor", "fsdp")),
     (r"blocks/(query|key|value|mlp_in)/bias", PartitionSpec(None, "tensor")),
@@ -43,17 +43,20 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
 
 
-def param_shardings(shapes: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every leaf of `shapes` (arrays or ShapeDtypeStructs), by `RULES`."""
+def place(shapes: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of `shapes` (arrays or ShapeDtypeStructs), by `RULES`.
 
-    def place(path, leaf):
+    An optimiser's moments end in the path of their parameter, so one call places a whole training state.
+    """
+
+    def sharding(path, leaf):
         name = path_name(path)
         spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
         axes = [axis if axis and leaf.shape[i] % mesh.shape[axis] == 0 else None
                 for i, axis in enumerate(spec[: leaf.ndim])]
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    return jax.tree_util.tree_map_with_path(place, shapes)
+    return jax.tree_util.tree_map_with_path(sharding, shapes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

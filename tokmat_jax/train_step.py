@@ -15,7 +15,7 @@ from tokmat_jax import losses, objective, table as sphere_table
 from tokmat_jax.config import Config
 from tokmat_jax.model import Params, make_backbone, make_forward
 from tokmat_jax.optim import make_optimizer, make_schedule
-from tokmat_jax.sharding import batch_sharding, param_shardings, replicated
+from tokmat_jax.sharding import batch_sharding, place, replicated
 
 MATURITY_BINS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Lower edges of the bins by which accuracy is reported; the last holds maturity 1 alone."""
@@ -171,12 +171,8 @@ def make_train_functions(config: Config, vocab_size: int, mesh: Mesh) -> TrainFu
 
     table_shape = jax.ShapeDtypeStruct((vocab_size, config.model.embed_dim), jnp.float32) if has_table else None
     shapes = jax.eval_shape(init, jax.random.key(0), table_shape)
-    params = param_shardings(shapes.params, mesh)
+    placed = place(shapes, mesh)
     whole, rows = replicated(mesh), batch_sharding(mesh)
-    opt_state = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, sharding: sharding, shapes.opt_state, params, transform_non_params=lambda _: whole
-    )
-    placed = TrainState(whole, params, opt_state)
 
     def step(state, ids, unigram):
         return update(state, ids, unigram, config, optimizer)
@@ -187,7 +183,7 @@ def make_train_functions(config: Config, vocab_size: int, mesh: Mesh) -> TrainFu
     return TrainFunctions(
         init=jax.jit(init, out_shardings=placed),
         step=jax.jit(step, donate_argnums=0, in_shardings=(placed, rows, whole), out_shardings=(placed, whole)),
-        evaluate=jax.jit(evaluate, in_shardings=(params, rows, whole, whole), out_shardings=whole),
+        evaluate=jax.jit(evaluate, in_shardings=(placed.params, rows, whole, whole), out_shardings=whole),
         shapes=jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed),
     )
 

@@ -41,9 +41,9 @@ def load_config(workdir: Path) -> Config:
     if not path.is_file():
         raise UserError(f"{workdir} is no run: it has no {CONFIG}; train one with train.py --workdir {workdir}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        _refuse_unknown(data, Config, str(path))
-        return pydantic.TypeAdapter(Config).validate_python(data, strict=True)
+        text = path.read_text(encoding="utf-8")
+        _refuse_unknown(json.loads(text), Config, str(path))
+        return pydantic.TypeAdapter(Config).validate_json(text, strict=True)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     except pydantic.ValidationError as error:

@@ -206,10 +206,11 @@ def _tfds(name: str, config: DataConfig) -> Iterator[str]:
         else:
             source = tfds.data_source(name, split=split, data_dir=config.tfds_data_dir)
     except tfds.core.DatasetNotFoundError:
-        known = tfds.list_builders()
+        known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(name.split("/")[0], known, 3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise UserError(f"data.source: TFDS knows no dataset {name!r} and it is no folder{hint}") from None
+        raise UserError(f"data.source: TFDS knows no dataset {name!r} and it is no folder{hint} "
+                        f"(some built-in sets are known only where TensorFlow is installed)") from None
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"data.source: TFDS cannot read {name!r}, split {split!r}: {reason}") from None

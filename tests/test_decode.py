@@ -1,0 +1,106 @@
+"""The decoder without a model: a predictor that always dreams of the same token, and a trajectory written by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokmat_jax import decode
+
+# A table on the unit sphere of the plane; token 3 ends the text.
+TABLE = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+END = 3
+
+
+def tail_of(maturity, noise=0.0):
+    maturity = jnp.array(maturity)
+    return decode.Tail(maturity, maturity, jnp.float32(noise), jnp.float32(1.0), jnp.float32(1.0))
+
+
+def start(tail, prompt_length=2, budget=5, last=(1.0, 0.0), batch=1):
+    keys = jax.random.split(jax.random.key(0), batch)
+    return decode.start(keys, jnp.full((batch, 2), jnp.array([last])), jnp.full((batch,), prompt_length),
+                        jnp.full((batch,), budget), jnp.zeros((batch,), jnp.int32), tail, 1.0)
+
+
+def dream(state):
+    """Slot j of a row with n committed is predicted to become token (n + j) mod 3; the memory counts the calls."""
+    slots = state.num_committed[:, None] + jnp.arange(state.tail.shape[1])[None]
+    return TABLE[slots % 3], state.memory + 1
+
+
+def test_five_commits_by_hand():
+    # K = 3, rates 1, 1/2, 1/4, embryos of zero noise: exact in binary. n starts at 2, so slot j dreams of (2+j) mod 3.
+    tail = tail_of([1.0, 0.5, 0.25])
+    state = start(tail)
+    np.testing.assert_array_equal(state.tail, np.zeros((1, 3, 2)))
+    refined = [
+        # front           middle            back
+        [[-1.0, 0.0], [0.5, 0.0], [0.0, 0.25]],      # n = 2 dreams 2, 0, 1
+        [[1.0, 0.0], [0.0, 0.625], [-0.25, 0.0]],    # n = 3 dreams 0, 1, 2
+        [[0.0, 1.0], [-0.625, 0.0], [0.25, 0.0]],    # n = 4 dreams 1, 2, 0
+        [[-1.0, 0.0], [0.625, 0.0], [0.0, 0.25]],    # n = 5 dreams 2, 0, 1
+        [[1.0, 0.0], [0.0, 0.625], [-0.25, 0.0]],    # n = 6 dreams 0, 1, 2
+    ]
+    committed = [2, 0, 1, 2, 0]
+    before = np.zeros((3, 2))
+    for index in range(5):
+        state, step = decode.liquid_step(state, dream, TABLE, tail, 1.0, END, read_tail=True)
+        after = np.array(refined[index])
+        assert step.tokens[0, 0] == committed[index]
+        np.testing.assert_array_equal(state.tail[0, :2], after[1:])
+        np.testing.assert_array_equal(state.tail[0, 2], [0.0, 0.0])
+        np.testing.assert_array_equal(state.last[0], TABLE[committed[index]])
+        np.testing.assert_array_equal(step.movement[0], np.linalg.norm(after - before, axis=-1).astype(np.float32))
+        np.testing.assert_array_equal(step.tokens[0], (after @ np.asarray(TABLE).T).argmax(-1))
+        assert state.num_committed[0] == 3 + index
+        assert bool(state.done[0]) == (index == 4)
+        before = np.concatenate([after[1:], [[0.0, 0.0]]])
+    assert state.memory[0] == 5
+
+
+def test_the_scan_does_what_single_steps_do():
+    tail = tail_of([0.9, 0.6, 0.3], noise=0.5)
+    state = start(tail, batch=2)
+    final, steps = decode.run(state, dream, TABLE, tail, 1.0, END, 5, read_tail=True)
+    for index in range(5):
+        state, step = decode.liquid_step(state, dream, TABLE, tail, 1.0, END, read_tail=True)
+        jax.tree.map(lambda a, b, i=index: np.testing.assert_allclose(a, b[i], atol=1e-6), step, steps)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.tail, final.tail)
+
+
+def test_a_row_stops_at_end_of_text_or_its_budget_and_changes_no_more():
+    tail = tail_of([1.0, 0.5])
+
+    def ends_at_four(state):
+        slots = state.num_committed[:, None] + jnp.arange(2)[None]
+        return TABLE[jnp.where(slots == 4, END, slots % 3)], state.memory
+
+    state = start(tail, batch=3)
+    state = state.replace(num_committed=jnp.array([2, 5, 5]), budget=jnp.array([9, 7, 5]),
+                          done=jnp.array([False, False, True]))
+    final, steps = decode.run(state, ends_at_four, TABLE, tail, 1.0, END, 6)
+    np.testing.assert_array_equal(np.asarray(steps.emitted).sum(0), [3, 2, 0])
+    np.testing.assert_array_equal(steps.tokens[:3, 0, 0], [2, 0, END])
+    np.testing.assert_array_equal(final.num_committed, [5, 7, 5])
+    assert np.all(final.done)
+    again, _ = decode.run(final, ends_at_four, TABLE, tail, 1.0, END, 2)
+    jax.tree.map(np.testing.assert_array_equal, jax.random.key_data(again.key), jax.random.key_data(final.key))
+    np.testing.assert_array_equal(again.tail, final.tail)
+    np.testing.assert_array_equal(again.last, final.last)
+    np.testing.assert_array_equal(again.num_born, final.num_born)
+    np.testing.assert_array_equal(final.tail[2], state.tail[2])
+
+
+def test_an_embryo_depends_on_its_rows_key_and_its_number_alone():
+    keys = jax.random.split(jax.random.key(1), 3)
+    sigma = jnp.float32(0.7)
+    many = decode.embryos(keys, jnp.zeros((3,), jnp.int32), 6, 8, sigma, 2.0)
+    one = decode.embryos(keys[1:2], jnp.array([4]), 1, 8, sigma, 2.0)
+    np.testing.assert_array_equal(many[1, 4], one[0, 0])
+    assert len(np.unique(np.asarray(many).reshape(18, 8), axis=0)) == 18
+
+
+def test_the_tails_rate_is_its_maturity():
+    tail = decode.make_tail(4, "linear", 0.8)
+    np.testing.assert_allclose(tail.maturity, [0.8, 0.6, 0.4, 0.2], rtol=1e-6)
+    np.testing.assert_array_equal(tail.rate, tail.maturity)

@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokmat_jax import losses
+from tokmat_jax.config import ObjectiveConfig
+from tokmat_jax.table import sphere
+
+V, D = 12, 5
+
+
+def example(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    table = sphere(jax.random.normal(keys[0], (V, D)), 2.0)
+    return jax.random.normal(keys[1], (2, 3, D)), jax.random.randint(keys[2], (2, 3), 0, V), table
+
+
+def cosine(a, b):
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_regression_by_hand():
+    got = losses.regression(jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 0.0]]), 2.0)
+    np.testing.assert_allclose(got, [1.0])
+
+
+@pytest.mark.parametrize("negatives", [[0, 3, 3, 7], list(range(V))], ids=["with a repeat", "full"])
+def test_info_nce_is_the_equation(negatives):
+    prediction, ids, table = example()
+    got = losses.info_nce(prediction, ids, table, jnp.array(negatives), jnp.float32(7.0))
+    z, e = np.asarray(prediction, np.float64), np.asarray(table, np.float64)
+    for b in range(2):
+        for t in range(3):
+            target = int(ids[b, t])
+            positive = np.exp(7.0 * cosine(z[b, t], e[target]))
+            others = sum(np.exp(7.0 * cosine(z[b, t], e[j])) for j in negatives if j != target)
+            np.testing.assert_allclose(got[b, t], -np.log(positive / (positive + others)), rtol=1e-5)
+
+
+def test_a_target_without_other_negatives_costs_nothing_and_has_a_finite_gradient():
+    prediction, ids, table = example()
+    ids = jnp.full_like(ids, 3)
+
+    def total(z):
+        return jnp.sum(losses.info_nce(z, ids, table, jnp.array([3, 3]), jnp.float32(20.0)))
+
+    value, gradient = jax.value_and_grad(total)(prediction)
+    np.testing.assert_allclose(value, 0.0, atol=1e-5)
+    assert np.isfinite(gradient).all()
+
+
+def test_full_negatives_equal_the_cross_entropy_of_scaled_cosines():
+    prediction, ids, table = example(1)
+    unit = prediction / jnp.linalg.norm(prediction, axis=-1, keepdims=True)
+    nce = losses.info_nce(prediction, ids, table, jnp.arange(V), jnp.float32(9.0))
+    # ⟨ẑ/‖ẑ‖ · R, e⟩ / R² is the cosine.
+    entropy = losses.cross_entropy(2.0 * unit, ids, table, 2.0, jnp.float32(9.0))
+    np.testing.assert_allclose(nce, entropy, rtol=1e-5)
+
+
+def test_cross_entropy_is_the_equation():
+    prediction, ids, table = example(2)
+    got = losses.cross_entropy(prediction, ids, table, 2.0, jnp.float32(3.0))
+    logits = 3.0 * np.asarray(prediction, np.float64) @ np.asarray(table, np.float64).T / 4.0
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = -np.take_along_axis(log_p, np.asarray(ids)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def draws(negatives, power=0.75):
+    config = ObjectiveConfig(negatives=negatives, num_negatives=20_000, unigram_power=power)
+    unigram = jnp.array([0.0, 0.1, 0.4, 0.5])
+    targets = jnp.array([[1, 1, 1, 3]])
+    return np.bincount(losses.draw_negatives(jax.random.key(0), config, targets, unigram), minlength=4) / 20_000
+
+
+# Five standard errors of a share of 20,000 draws are at most 5·√(0.25/20000) < 0.018.
+def test_uniform_negatives_cover_the_vocabulary_evenly():
+    np.testing.assert_allclose(draws("uniform"), [0.25] * 4, atol=0.018)
+
+
+def test_batch_negatives_follow_the_targets_of_the_batch():
+    np.testing.assert_allclose(draws("batch"), [0, 0.75, 0, 0.25], atol=0.018)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_unigram_negatives_follow_the_power_of_the_counts(power):
+    weight = np.array([0.0, 0.1, 0.4, 0.5]) ** power
+    np.testing.assert_allclose(draws("unigram", power), weight / weight.sum(), atol=0.018)
+
+
+def test_full_negatives_are_all_of_the_vocabulary():
+    config = ObjectiveConfig(negatives="full", num_negatives=2)
+    got = losses.draw_negatives(jax.random.key(0), config, jnp.zeros((1, 2), jnp.int32), jnp.ones(5) / 5)
+    np.testing.assert_array_equal(got, np.arange(5))

@@ -1,0 +1,44 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokmat_jax import table
+
+
+@given(st.integers(0, 1000), st.floats(0.1, 50.0))
+def test_every_row_lies_on_the_sphere(seed, radius):
+    rows = table.sphere(3.0 * jax.random.normal(jax.random.key(seed), (7, 5)), radius)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=-1), radius, rtol=1e-5)
+
+
+def test_projection_is_the_nearest_row():
+    rows = table.sphere(jax.random.normal(jax.random.key(0), (40, 6)), 2.0)
+    z = jax.random.normal(jax.random.key(1), (3, 4, 6))
+    distance = np.linalg.norm(np.asarray(z)[:, :, None] - np.asarray(rows)[None, None], axis=-1)
+    np.testing.assert_array_equal(table.project(z, rows), distance.argmin(-1))
+
+
+def test_projection_of_a_row_is_its_own_id():
+    rows = table.sphere(jax.random.normal(jax.random.key(2), (50, 8)), 1.0)
+    np.testing.assert_array_equal(table.project(table.look_up(rows, jnp.arange(50)), rows), np.arange(50))
+
+
+def test_read_gives_nearest_token_and_entropy_in_nats():
+    radius, temperature = 3.0, 0.25
+    rows = table.sphere(jax.random.normal(jax.random.key(3), (30, 8)), radius)
+    z = jax.random.normal(jax.random.key(4), (5, 8))
+    tokens, entropy = table.read(z, rows, radius, jnp.float32(temperature))
+    e, v = np.asarray(rows, np.float64), np.asarray(z, np.float64)
+    cos = v @ e.T / np.linalg.norm(v, axis=1)[:, None] / np.linalg.norm(e, axis=1)[None]
+    p = np.exp(cos / temperature)
+    p /= p.sum(-1, keepdims=True)
+    np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(-1), rtol=1e-5)
+    np.testing.assert_array_equal(tokens, cos.argmax(-1))
+
+
+def test_a_zero_vector_has_the_entropy_of_the_uniform_distribution():
+    rows = table.sphere(jax.random.normal(jax.random.key(5), (32, 4)), 1.0)
+    _, entropy = table.read(jnp.zeros((1, 4)), rows, 1.0, jnp.float32(1.0))
+    np.testing.assert_allclose(entropy, np.log(32), rtol=1e-6)

@@ -1,0 +1,59 @@
+"""The small model that most tests share, and its parameters."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from tokmat_jax.config import Config, DataConfig, MaturationConfig, ModelConfig, TrainConfig
+from tokmat_jax.model import make_forward
+from tokmat_jax.objective import vocabulary
+from tokmat_jax.train_step import init_params
+
+VOCAB = 61
+CONFIG = Config(
+    data=DataConfig(seq_len=48),
+    model=ModelConfig(embed_dim=16, num_layers=2, num_heads=2),
+    maturation=MaturationConfig(max_tail_length=16),
+    train=TrainConfig(batch_size=4),
+)
+
+
+def shaken_params(config: Config = CONFIG, vocab_size: int = VOCAB, seed: int = 0):
+    """Parameters in which nothing is zero any more, so that every input matters."""
+    params = init_params(jax.random.key(seed), config, vocab_size)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    moved = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    params = jax.tree.unflatten(tree, moved)
+    # Predictions about as long as R, as a trained head's are: errors are then in units of R.
+    params["backbone"]["head"] = jax.tree.map(lambda x: 0.3 * x, params["backbone"]["head"])
+    return params
+
+
+@functools.cache
+def model(config: Config = CONFIG):
+    """(backbone parameters, jitted forward, table [V, d]) of the shaken model."""
+    params = shaken_params(config)
+    return params["backbone"], jax.jit(make_forward(config)), vocabulary(params, config)
+
+
+@functools.cache
+def padded_forward(config: Config = CONFIG):
+    """A forward that fills its sequences up to the model's positions, so that it compiles once.
+
+    Attention is causal and what fills up comes last, so that no output can depend on it.
+    """
+    forward = jax.jit(make_forward(config))
+    size = config.max_positions
+
+    def padded(params, z, maturity, tail_length, positions, mask):
+        length = z.shape[1]
+        room = size - length
+        z = jnp.pad(z, ((0, 0), (0, room), (0, 0)))
+        maturity, positions = (jnp.pad(x, ((0, 0), (0, room))) for x in (maturity, positions))
+        mask = jnp.pad(mask, ((0, 0), (0, room), (0, room))) | jnp.eye(size, dtype=bool)[None]
+        output, live = forward(params, z, maturity, tail_length, positions, mask)
+        return output[:, :length], live
+
+    return padded
