@@ -25,3 +25,10 @@ settings.load_profile("tests")
 def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where prepared corpora of the whole session live."""
     return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture
+def optax_promotion():
+    """optax multiplies floats with its integer counts, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -88,7 +88,7 @@ def update(
     metrics = {name: total / sums["weight"] for name, total in sums.items() if name != "weight"}
     schedule = make_schedule(config.optimizer, config.optimizer.learning_rate, config.train.num_steps)
     metrics |= {
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "learning_rate": schedule(state.step),
         "logit_scale": objective.logit_scale(state.params, config),
     }

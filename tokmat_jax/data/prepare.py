@@ -178,7 +178,7 @@ def _windows(ids: np.ndarray, seq_len: int) -> np.ndarray:
 def _write(folder: Path, windows: dict[str, np.ndarray]) -> None:
     import tensorflow_datasets as tfds
 
-    class PackedWindows(tfds.core.GeneratorBasedBuilder):
+    class PackedWindows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self) -> Any:

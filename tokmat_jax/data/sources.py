@@ -10,6 +10,7 @@ import difflib
 import glob
 import gzip
 import importlib.metadata
+import io
 import json
 import lzma
 from collections.abc import Iterator
@@ -102,7 +103,8 @@ def _file(path: Path, config: DataConfig) -> Iterator[str]:
         raise
     except Exception as error:
         if isinstance(error, (OSError, EOFError, lzma.LZMAError)) or type(error).__name__ in ("ZstdError", "ArrowInvalid"):
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{path} cannot be read: {reason}") from None
         raise
 
 
@@ -111,8 +113,9 @@ def _open(path: Path, packed: str) -> Iterator[BinaryIO]:
     if packed == ".zst":
         import zstandard
 
-        with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
-            yield stream  # pyright: ignore[reportReturnType]
+        with path.open("rb") as raw:
+            unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            yield io.BufferedReader(unpacked)  # pyright: ignore[reportArgumentType]
     else:
         with _OPENERS.get(packed, open)(path, "rb") as stream:
             yield stream  # pyright: ignore[reportReturnType]

@@ -1,0 +1,145 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokmat_jax.config import Config, DataConfig, TokenizerConfig
+from tokmat_jax.data import loader, prepare
+from tokmat_jax.errors import UserError
+
+
+def config_for(folder, texts, **fields):
+    (folder / "corpus.txt").write_text("<|endoftext|>".join(texts))
+    data = DataConfig(source=f"files:{folder}/corpus.txt", seq_len=16, prepared_dir=str(folder / "prepared"), **fields)
+    base = Config()
+    return dataclasses.replace(base, data=data, tokenizer=TokenizerConfig(kind="bytes"),
+                               maturation=dataclasses.replace(base.maturation, max_tail_length=4))
+
+
+def texts(count):
+    return [f"document number {index} says {'x' * (1 + index % 7)}" for index in range(count)]
+
+
+def ids_of(corpus, split):
+    windows = corpus.windows(split)
+    return np.stack([windows[index]["tokens"] for index in range(len(windows))])
+
+
+def test_every_document_is_packed_once_behind_end_of_text(tmp_path):
+    config = config_for(tmp_path, texts(60), holdout=0.2)
+    corpus = prepare.prepare(config)
+    tokenizer = corpus.tokenizer
+    want = {"train": [], "validation": []}
+    for text in texts(60):
+        split = "validation" if prepare.is_held_out(text, 0.2) else "train"
+        want[split] += [tokenizer.end_of_text, *tokenizer.encode(text)]
+    for split, stream in want.items():
+        got = ids_of(corpus, split)
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got.reshape(-1), stream[: len(stream) // 16 * 16])
+    assert corpus.facts["documents"] == 60
+    assert corpus.facts["train_windows"] == len(corpus.windows("train"))
+    counts = np.bincount(ids_of(corpus, "train").reshape(-1), minlength=257)
+    np.testing.assert_allclose(corpus.unigram(), counts / counts.sum(), rtol=1e-6)
+
+
+def test_it_is_made_once_and_again_when_something_changed(tmp_path, monkeypatch):
+    config = config_for(tmp_path, texts(40), holdout=0.2)
+    first = prepare.prepare(config)
+
+    def forbidden(*_):
+        raise AssertionError("prepared again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_make", forbidden)
+        assert prepare.prepare(config).folder == first.folder
+    (tmp_path / "corpus.txt").write_text("<|endoftext|>".join(texts(41)))
+    assert prepare.prepare(config).folder != first.folder
+
+
+def test_a_prepared_corpus_is_a_source_itself(tmp_path):
+    corpus = prepare.prepare(config_for(tmp_path, texts(40), holdout=0.2))
+    base = config_for(tmp_path, texts(40))
+    config = dataclasses.replace(base, data=dataclasses.replace(base.data, source=f"tfds:{corpus.folder}"))
+    assert prepare.prepare(config).facts == corpus.facts
+    wrong = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=12))
+    with pytest.raises(UserError, match="windows of 16 tokens"):
+        prepare.prepare(wrong)
+
+
+def test_an_interrupted_preparation_leaves_nothing_to_find(tmp_path, monkeypatch):
+    config = config_for(tmp_path, texts(40), holdout=0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(config)
+    assert list((tmp_path / "prepared").iterdir()) == []
+    assert prepare.prepare(config).facts["documents"] == 40
+
+
+def test_few_documents_give_their_last_ones(tmp_path):
+    corpus = prepare.prepare(config_for(tmp_path, ["a" * 40, "b" * 40, "c" * 40], holdout=0.0001))
+    assert corpus.facts["held_out_by"] == "last documents"
+    held_out = ids_of(corpus, "validation").reshape(-1)
+    assert held_out[0] == corpus.tokenizer.end_of_text
+    assert set(corpus.tokenizer.decode(held_out.tolist())) == {"c"}
+
+
+def test_one_document_gives_its_end(tmp_path):
+    corpus = prepare.prepare(config_for(tmp_path, ["a" * 80 + "b" * 20], holdout=0.05))
+    assert corpus.facts["held_out_by"] == "end of the only document"
+    assert corpus.facts["validation_windows"] == 1
+    assert "b" in corpus.tokenizer.decode(ids_of(corpus, "validation")[0].tolist())
+
+
+@pytest.mark.parametrize("text", ["short", "x" * 30])
+def test_a_corpus_shorter_than_two_windows_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match=r"fewer than two windows of 16"):
+        prepare.prepare(config_for(tmp_path, [text]))
+
+
+@given(st.text(), st.floats(0.01, 0.5), st.floats(0.01, 0.5))
+def test_what_is_held_out_stays_so_when_more_is(text, one, other):
+    few, many = sorted((one, other))
+    assert not prepare.is_held_out(text, few) or prepare.is_held_out(text, many)
+
+
+class Source(list):
+    """Windows that say who they are."""
+
+    def __init__(self, count):
+        super().__init__({"tokens": np.full(4, index, np.int32)} for index in range(count))
+
+
+def taken(iterator, count):
+    return [next(iterator)[:, 0].tolist() for _ in range(count)]
+
+
+def test_an_epoch_is_a_permutation_and_the_next_one_another():
+    seen = sum(taken(loader.train_batches(Source(12), 3, seed=0), 8), [])
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
+    assert seen[:12] != seen[12:]
+    assert seen != sum(taken(loader.train_batches(Source(12), 3, seed=1), 8), [])
+
+
+def test_processes_share_an_epoch_without_overlap():
+    parts = [sum(taken(loader.train_batches(Source(12), 2, 0, index, 3), 2), []) for index in range(3)]
+    assert sorted(sum(parts, [])) == list(range(12))
+
+
+@given(st.integers(0, 7), st.integers(1, 5))
+def test_a_saved_position_continues_exactly(before, batch_size):
+    one = loader.train_batches(Source(7), batch_size, seed=3)
+    taken(one, before)
+    state = one.get_state()
+    want = taken(one, 5)
+    other = loader.train_batches(Source(7), batch_size, seed=3)
+    other.set_state(state)
+    assert taken(other, 5) == want
+
+
+def test_validation_reads_in_order_and_starts_over():
+    got = [batch[:, 0].tolist() for batch in loader.validation_batches(Source(5), 2, 3)]
+    assert got == [[0, 1], [2, 3], [4, 0]]

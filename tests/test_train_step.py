@@ -1,0 +1,199 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tiny
+from tokmat_jax import sharding
+from tokmat_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
+from tokmat_jax.optim import make_optimizer, make_schedule
+from tokmat_jax.train_step import eval_means, eval_sums, init_params, make_train_functions
+
+pytestmark = pytest.mark.usefixtures("optax_promotion")
+
+IDS = np.asarray(jax.random.randint(jax.random.key(7), (4, 48), 0, tiny.VOCAB), np.int32)
+UNIGRAM = np.full(tiny.VOCAB, 1 / tiny.VOCAB, np.float32)
+ONE = MeshConfig(data=1)
+
+
+def with_train(config=tiny.CONFIG, **fields):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
+
+
+def steps(config, count, devices=1):
+    """Parameters and metrics after `count` updates on the same batch."""
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        functions = make_train_functions(config, tiny.VOCAB, mesh)
+        state = functions.init(jax.random.key(0))
+        metrics = {}
+        for _ in range(count):
+            state, metrics = functions.step(state, IDS, UNIGRAM)
+        assert functions.step._cache_size() == 1
+        return jax.device_get(state), {name: float(value) for name, value in metrics.items()}
+
+
+def close(a, b, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
+
+
+@pytest.mark.parametrize("objective", [
+    ObjectiveConfig(), ObjectiveConfig(negatives="full"), ObjectiveConfig(kind="ar"),
+    ObjectiveConfig(negatives="batch", learn_logit_scale=True, logit_scale=10.0),
+], ids=["uniform", "full", "ar", "batch, learned scale"])
+def test_training_lowers_the_loss(objective):
+    config = dataclasses.replace(tiny.CONFIG, objective=objective, optimizer=OptimizerConfig(warmup_steps=1))
+    _, first = steps(config, 1)
+    _, last = steps(config, 25)
+    assert last["loss"] < 0.9 * first["loss"]
+
+
+def test_accumulation_is_one_large_batch():
+    # Micro-batches add in another order: errors of a few units in the last place of gradients of size ~1, times lr.
+    whole, metrics = steps(tiny.CONFIG, 1)
+    parts, micro_metrics = steps(with_train(accumulation=2), 1)
+    assert metrics["loss"] == pytest.approx(micro_metrics["loss"], rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(micro_metrics["grad_norm"], rel=1e-5)
+    close(whole.opt_state[1][0].mu, parts.opt_state[1][0].mu, atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=4), MeshConfig(data=1, fsdp=4), MeshConfig(data=2, fsdp=1, tensor=2),
+                                  MeshConfig(data=1, fsdp=2, tensor=2)], ids=str)
+def test_a_step_on_four_devices_is_a_step_on_one(mesh):
+    config = dataclasses.replace(tiny.CONFIG, optimizer=OptimizerConfig(warmup_steps=0))
+    one, metrics = steps(config, 1)
+    four, metrics_of_four = steps(dataclasses.replace(config, mesh=mesh), 1, devices=4)
+    assert metrics["loss"] == pytest.approx(metrics_of_four["loss"], rel=1e-5)
+    close(one.opt_state[1][0].mu, four.opt_state[1][0].mu, atol=1e-5)
+
+
+def test_parameters_and_moments_are_split_and_stay_so():
+    config = dataclasses.replace(tiny.CONFIG, mesh=MeshConfig(data=1, fsdp=2, tensor=2))
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        functions = make_train_functions(config, tiny.VOCAB, mesh)
+        state = functions.init(jax.random.key(0))
+        state, _ = functions.step(state, IDS, UNIGRAM)
+    adam = state.opt_state[1][0]
+    for tree in (state.params, adam.mu, adam.nu):
+        kernel = tree["backbone"]["blocks"]["query"]["kernel"]
+        assert kernel.addressable_shards[0].data.shape == (2, 8, 8)
+        assert tree["backbone"]["blocks"]["mlp_out"]["kernel"].addressable_shards[0].data.shape == (2, 32, 8)
+        # 61 rows do not split in two: the axis is dropped, the other one holds.
+        assert tree["table"].addressable_shards[0].data.shape == (61, 8)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_does_not():
+    config = dataclasses.replace(tiny.CONFIG, optimizer=OptimizerConfig(warmup_steps=0))
+    one, _ = steps(config, 2)
+    two, _ = steps(config, 2)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    other, _ = steps(with_train(config, seed=1), 2)
+    assert not np.array_equal(one.params["table"], other.params["table"])
+
+
+def test_a_frozen_table_never_moves():
+    config = dataclasses.replace(tiny.CONFIG, table=dataclasses.replace(tiny.CONFIG.table, trainable=False),
+                                 optimizer=OptimizerConfig(warmup_steps=0))
+    state, _ = steps(config, 2)
+    np.testing.assert_array_equal(state.params["table"], init_params(jax.random.key(0), config, tiny.VOCAB)["table"])
+
+
+def test_muon_orthogonalises_each_layers_matrix():
+    config = OptimizerConfig(name="muon", warmup_steps=0, muon_learning_rate=0.1, weight_decay=0.0, schedule="constant",
+                             clip_norm=1e9)
+    params = init_params(jax.random.key(0), tiny.CONFIG, tiny.VOCAB)
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), params)
+    optimizer = make_optimizer(config, 10)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    kernels = updates["backbone"]["blocks"]["query"]["kernel"]
+    for layer in np.asarray(kernels):
+        singular = np.linalg.svd(layer, compute_uv=False)
+        # Five Newton–Schulz steps leave singular values within about 0.7..1.2 of one another.
+        assert singular.max() / singular.min() < 2.0
+    assert np.linalg.svd(np.asarray(updates["table"]), compute_uv=False)[[0, -1]].tolist() != [1.0, 1.0]
+
+
+def test_muon_trains_on_a_mesh():
+    config = dataclasses.replace(tiny.CONFIG, optimizer=OptimizerConfig(name="muon", warmup_steps=1),
+                                 mesh=MeshConfig(data=1, fsdp=2, tensor=2))
+    _, first = steps(config, 1, devices=4)
+    _, last = steps(config, 15, devices=4)
+    assert last["loss"] < first["loss"]
+
+
+def test_decay_touches_matrices_alone():
+    params = init_params(jax.random.key(0), tiny.CONFIG, tiny.VOCAB)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, weight_decay=0.5, learning_rate=0.1), 10)
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(still, optimizer.init(params), params)
+    moved = {sharding.path_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if np.any(leaf)}
+    assert moved
+    assert all(name.endswith("kernel") for name in moved)
+
+
+def test_schedules_by_hand():
+    config = OptimizerConfig(schedule="linear", warmup_steps=10, final_share=0.1)
+    schedule = make_schedule(config, 1.0, 110)
+    np.testing.assert_allclose([schedule(step) for step in (0, 5, 10, 60, 110)], [0, 0.5, 1, 0.55, 0.1], rtol=1e-5)
+    cosine = make_schedule(dataclasses.replace(config, schedule="cosine"), 1.0, 110)
+    np.testing.assert_allclose([cosine(step) for step in (10, 60, 110)], [1, 0.55, 0.1], rtol=1e-5)
+    constant = make_schedule(dataclasses.replace(config, schedule="constant"), 2.0, 110)
+    np.testing.assert_allclose([constant(step) for step in (10, 110)], [2, 2])
+
+
+def test_clipping_bounds_the_gradient():
+    config = OptimizerConfig(clip_norm=0.5)
+    grads = {"kernel": jnp.full((3, 3), 100.0)}
+    clipped, _ = optax.clip_by_global_norm(config.clip_norm).update(grads, optax.EmptyState())
+    optimizer = make_optimizer(config, 10)
+    _, state = optimizer.update(grads, optimizer.init(grads), grads)
+    np.testing.assert_allclose(state[1][0].mu["kernel"], 0.1 * clipped["kernel"], rtol=1e-5)
+
+
+def test_validation_counts_each_position_once_by_its_maturity():
+    params = tiny.shaken_params()
+    sums = jax.device_get(eval_sums(params, jnp.asarray(IDS), jnp.asarray(UNIGRAM), jnp.int32(0), tiny.CONFIG))
+    counts = {name: value for name, value in sums.items() if name.startswith("count/")}
+    assert sum(counts.values()) == 4 * 47
+    assert counts["count/maturity_1"] > 47
+    means = eval_means(sums)
+    for name in ("top1/maturity_1", "top5/maturity_1"):
+        assert 0 <= means[name] <= 1
+    assert means["top5/maturity_1"] >= means["top1/maturity_1"]
+    assert 0 < means["entropy/maturity_1"] <= np.log(tiny.VOCAB) + 1e-5
+
+
+def test_accuracy_is_one_where_the_prediction_is_the_target(monkeypatch):
+    from tokmat_jax import train_step
+
+    params = tiny.shaken_params()
+
+    def perfect(params, ids, keys, config, forward):
+        windows = train_step.objective.Windows
+        table = train_step.objective.vocabulary(params, config)
+        return windows(table, ids[:, 1:], jnp.ones((4, 47)), table[ids[:, 1:]])
+
+    monkeypatch.setattr(train_step.objective, "run_windows", perfect)
+    means = eval_means(eval_sums(params, jnp.asarray(IDS), jnp.asarray(UNIGRAM), jnp.int32(0), tiny.CONFIG))
+    assert means["top1/maturity_1"] == 1.0
+    assert means["mse"] == 0.0
+
+
+def test_the_baselines_perplexity_is_the_exponential_of_its_cross_entropy():
+    means = eval_means({"loss": 6.0, "cross_entropy": 6.0, "weight": 3.0})
+    assert means["perplexity"] == pytest.approx(np.exp(2.0))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_a_training_step_lowers_for_accelerators(platform):
+    mesh = sharding.make_mesh(ONE, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        functions = make_train_functions(tiny.CONFIG, tiny.VOCAB, mesh)
+        exported = jax.export.export(functions.step, platforms=[platform])(
+            functions.shapes, jax.ShapeDtypeStruct((4, 48), jnp.int32), jax.ShapeDtypeStruct((tiny.VOCAB,), jnp.float32)
+        )
+    assert exported.platforms == (platform,)
