@@ -99,11 +99,13 @@ def make_settings(args: Args, generator: Generator) -> GenerationConfig:
     if generator.is_autoregressive:
         for name in _TAIL_FLAGS:
             if name in given:
-                raise UserError(f"--{name.replace('_', '-')}: {args.workdir} is an autoregressive baseline, it has no tail")
+                raise UserError(f"--{name.replace('_', '-')}: {args.workdir} is an autoregressive baseline, "
+                                f"it has no tail")
     settings = dataclasses.replace(generator.config.generation, **given)
     trained = generator.config.maturation.max_tail_length
     if settings.tail_length > trained and not generator.is_autoregressive:
-        print(f"note: a tail of {settings.tail_length} is longer than any in training (K_max {trained})", file=sys.stderr)
+        print(f"note: a tail of {settings.tail_length} is longer than any in training (K_max {trained})",
+              file=sys.stderr)
     return settings
 
 
@@ -136,7 +138,7 @@ def main(args: Sequence[str]) -> None:
         try:
             with Path(flags.output).open("w", encoding="utf-8") as out:
                 for sample in samples:
-                    out.write(json.dumps(record(sample, settings, flags.seed), ensure_ascii=False) + "\n")
+                    print(json.dumps(record(sample, settings, flags.seed), ensure_ascii=False), file=out)
         except OSError as error:
             raise UserError(f"--output: cannot write {flags.output}: {error.strerror}") from None
     if not (flags.stream or flags.show_tail):

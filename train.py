@@ -140,10 +140,9 @@ class Loop:
         """Continues the beginnings of held-out windows and prints them with their tail."""
         if self.config.train.num_samples == 0:
             return
-        params = jax.device_put(self.state.params, jax.devices()[0])
         if self.generator is None:
-            self.generator = Generator(self.config, params, self.corpus.tokenizer)
-        self.generator.set_params(params)
+            self.generator = Generator(self.config, self.state.params, self.corpus.tokenizer)
+        self.generator.set_params(self.state.params)
         windows = self.corpus.windows("validation")
         length = min(12, self.config.data.seq_len // 4)
         settings = self.config.generation
@@ -152,12 +151,9 @@ class Loop:
         for number in range(self.config.train.num_samples):
             ids = windows[number % len(windows)]["tokens"][:length].tolist()
             prompt = self.corpus.tokenizer.decode(ids)
-            moment = None
-            for moment in self.generator.stream(prompt, settings):
-                pass
-            if moment is not None:
-                self.progress.print(tail_text(prompt, moment, self.corpus.tokenizer))
-                self.samples.write({"step": step, "prompt": prompt, "text": moment.text})
+            moment = list(self.generator.stream(prompt, settings))[-1]
+            self.progress.print(tail_text(prompt, moment, self.corpus.tokenizer))
+            self.samples.write({"step": step, "prompt": prompt, "text": moment.text})
 
     def close(self) -> None:
         self.log.close()
@@ -170,9 +166,10 @@ def main(args: Sequence[str]) -> None:
     workdir = open_workdir(config)
     mesh = make_mesh(config.mesh)
     rows = batch_sharding(mesh)
-    if config.train.batch_size // config.train.accumulation % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise UserError(f"train.batch_size / train.accumulation = {config.train.batch_size // config.train.accumulation} "
-                        f"does not split over the {mesh.shape['data'] * mesh.shape['fsdp']} devices of data × fsdp")
+    micro_batch, split = config.train.batch_size // config.train.accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
+    if micro_batch % split:
+        raise UserError(f"train.batch_size / train.accumulation = {micro_batch} does not split over the {split} "
+                        f"devices of data × fsdp")
     corpus = prepare(config)
     table = initial_table(config, corpus.tokenizer.vocab_size)
     save_config(config, workdir)

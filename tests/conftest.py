@@ -21,14 +21,20 @@ settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
 
-@pytest.fixture(scope="session")
-def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where prepared corpora of the whole session live."""
-    return tmp_path_factory.mktemp("prepared")
-
-
 @pytest.fixture
 def optax_promotion():
     """optax multiplies floats with its integer counts, which strict promotion forbids."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(scope="session")
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus, a maturation run `run` and a baseline `ar`."""
+    import runs
+
+    folder = tmp_path_factory.mktemp("runs")
+    runs.write_corpus(folder)
+    runs.run(folder, "run")
+    runs.run(folder, "ar", "--objective.kind", "ar")
+    return folder

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tiny
 from tokmat_jax import cache, decode
 from tokmat_jax.naive import generate_naively
 from tokmat_jax.table import look_up
@@ -58,7 +58,8 @@ def cached(prompts, tail, keys, garbage=0):
     return tokens, tails
 
 
-prompt_lists = st.lists(st.lists(st.integers(1, tiny.VOCAB - 1), min_size=1, max_size=WIDTH), min_size=1, max_size=BATCH)
+one_prompt = st.lists(st.integers(1, tiny.VOCAB - 1), min_size=1, max_size=WIDTH)
+prompt_lists = st.lists(one_prompt, min_size=1, max_size=BATCH)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
@@ -97,7 +98,7 @@ def test_immediate_projection_is_greedy_nearest_token_decoding():
 def test_guidance_of_one_equals_no_guidance():
     params, forward, table = tiny.model()
     tail = decode.make_tail(4, noise=0.5)
-    begin, step = compiled(4, False)
+    begin, _ = compiled(4, False)
     keys = jax.random.split(jax.random.key(3), BATCH)
     ids = jax.random.randint(jax.random.key(4), (BATCH, WIDTH), 1, tiny.VOCAB)
     state = begin(params, table, ids, jnp.full((BATCH,), WIDTH), jnp.full((BATCH,), NEW), keys, tail)
@@ -129,7 +130,8 @@ def test_a_step_adds_one_position_to_the_history_and_rewrites_none():
     begin, _ = compiled(4, False)
     lengths = jnp.array([2, 5, 8, 3])
     ids = jax.random.randint(jax.random.key(4), (BATCH, WIDTH), 1, tiny.VOCAB)
-    state = begin(params, table, ids, lengths, jnp.full((BATCH,), NEW), jax.random.split(jax.random.key(3), BATCH), tail)
+    keys = jax.random.split(jax.random.key(3), BATCH)
+    state = begin(params, table, ids, lengths, jnp.full((BATCH,), NEW), keys, tail)
     state, _ = decode.liquid_step(state, cache.cached_predict(params, forward, tail, 4, False), table, tail, 1.0, END)
     _, memory = cache.cached_predict(params, forward, tail, 4, False)(state)
     changed = np.any(np.asarray(memory.key) != np.asarray(state.memory.key), axis=(0, 3, 4))

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -117,16 +118,20 @@ def taken(iterator, count):
     return [next(iterator)[:, 0].tolist() for _ in range(count)]
 
 
+def flat(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
 def test_an_epoch_is_a_permutation_and_the_next_one_another():
-    seen = sum(taken(loader.train_batches(Source(12), 3, seed=0), 8), [])
+    seen = flat(taken(loader.train_batches(Source(12), 3, seed=0), 8))
     assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
     assert seen[:12] != seen[12:]
-    assert seen != sum(taken(loader.train_batches(Source(12), 3, seed=1), 8), [])
+    assert seen != flat(taken(loader.train_batches(Source(12), 3, seed=1), 8))
 
 
 def test_processes_share_an_epoch_without_overlap():
-    parts = [sum(taken(loader.train_batches(Source(12), 2, 0, index, 3), 2), []) for index in range(3)]
-    assert sorted(sum(parts, [])) == list(range(12))
+    parts = [flat(taken(loader.train_batches(Source(12), 2, 0, index, 3), 2)) for index in range(3)]
+    assert sorted(flat(parts)) == list(range(12))
 
 
 @given(st.integers(0, 7), st.integers(1, 5))

@@ -19,8 +19,8 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(config):
 
 def test_the_first_rule_that_matches_places_a_parameter():
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
-    shapes = {"blocks": {"query": {"kernel": jax.ShapeDtypeStruct((3, 8, 6), "float32")}},
-              "head": {"kernel": jax.ShapeDtypeStruct((8, 8), "float32"), "bias": jax.ShapeDtypeStruct((8,), "float32")}}
+    head = {"kernel": jax.ShapeDtypeStruct((8, 8), "float32"), "bias": jax.ShapeDtypeStruct((8,), "float32")}
+    shapes = {"blocks": {"query": {"kernel": jax.ShapeDtypeStruct((3, 8, 6), "float32")}}, "head": head}
     placed = sharding.place(shapes, mesh)
     assert placed["blocks"]["query"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor")
     assert placed["head"]["kernel"].spec == PartitionSpec("fsdp")

@@ -3,7 +3,7 @@ import gzip
 import json
 import lzma
 
-import pyarrow
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
@@ -48,7 +48,7 @@ def test_json_lines_give_their_field_whatever_the_compression(tmp_path, packed):
 
 
 def test_parquet_gives_its_field(tmp_path):
-    pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2, 3, 4], "text": [*TEXTS, None]}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pa.table({"n": [1, 2, 3, 4], "text": [*TEXTS, None]}), tmp_path / "a.parquet")
     assert read(f"files:{tmp_path}/a.parquet") == TEXTS
 
 

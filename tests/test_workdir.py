@@ -39,10 +39,9 @@ def test_a_damaged_config_is_one_line(tmp_path, change, says):
 def test_any_bytes_for_a_config_are_refused_in_one_line(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("config")
     (folder / "config.json").write_bytes(content)
-    try:
+    with pytest.raises(UserError) as caught:
         load_config(folder)
-    except UserError as error:
-        assert "\n" not in str(error)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_that_is_no_run_says_so(tmp_path):

@@ -98,6 +98,7 @@ def load_params(workdir: Path, shapes: Params) -> tuple[Params, int]:
 
 def _check(manager: ocp.CheckpointManager, step: int, shapes: Params) -> None:
     """Raises UserError unless the stored names, shapes and types are those expected: Orbax would cast silently."""
+    where = manager.directory / str(step)
     described = {
         path_name(path): (tuple(leaf.shape), str(leaf.dtype))
         for path, leaf in jax.tree_util.tree_leaves_with_path(manager.item_metadata(step)["params"].tree)
@@ -106,6 +107,6 @@ def _check(manager: ocp.CheckpointManager, step: int, shapes: Params) -> None:
         name, expected = path_name(path), (tuple(leaf.shape), str(leaf.dtype))
         found = described.pop(name, None)
         if found != expected:
-            raise UserError(f"{manager.directory / str(step)}: {name} is {found or 'missing'}, the config wants {expected}")
+            raise UserError(f"{where}: {name} is {found or 'missing'}, the config wants {expected}")
     if described:
-        raise UserError(f"{manager.directory / str(step)}: {next(iter(described))} has no place in the config's model")
+        raise UserError(f"{where}: {next(iter(described))} has no place in the config's model")

@@ -35,11 +35,11 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
 def parse(kind: type[T], args: Sequence[str], default: T | None = None, description: str | None = None) -> T:
     """Flags of the dataclass `kind`; raises UserError for an unknown flag (with the nearest) or a bad value."""
     said = io.StringIO()
-    keywords = {} if default is None else {"default": default}
+    start = tyro.MISSING_NONPROP if default is None else default
     try:
         with contextlib.redirect_stderr(said):
             parsed, unknown = tyro.cli(kind, args=list(args), return_unknown_args=True, description=description,
-                                       **keywords)
+                                       default=start)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -54,9 +54,9 @@ def parse(kind: type[T], args: Sequence[str], default: T | None = None, descript
 def _flags(kind: type[T], default: T | None) -> list[str]:
     """All long flags of `kind`, read off its own help."""
     shown = io.StringIO()
-    keywords = {} if default is None else {"default": default}
+    start = tyro.MISSING_NONPROP if default is None else default
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        tyro.cli(kind, args=["--help"], **keywords)
+        tyro.cli(kind, args=["--help"], default=start)
     return sorted(set(re.findall(r"--[a-z][a-z0-9.\-]*", shown.getvalue())))
 
 

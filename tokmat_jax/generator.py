@@ -77,6 +77,7 @@ class Generator:
     def __init__(self, config: Config, params: Params, tokenizer: Tokenizer):
         self.config = config
         self.tokenizer = tokenizer
+        self._compilations = 0
         self._prefill = jax.jit(self._trace_prefill, static_argnames="capacity")
         self._advance = jax.jit(
             self._trace_advance, static_argnames=("guided", "read_tail", "num_steps"), donate_argnames="state"
@@ -102,7 +103,7 @@ class Generator:
 
     def compilations(self) -> int:
         """How many shapes have been compiled so far."""
-        return self._prefill._cache_size() + self._advance._cache_size()
+        return self._compilations
 
     def generate(
         self, prompts: Sequence[str], settings: GenerationConfig | None = None, num_samples: int = 1, seed: int = 0,
@@ -175,11 +176,10 @@ class Generator:
         for index, row in enumerate(rows):
             ids[index, : len(row.ids)] = row.ids
             lengths[index], budgets[index] = len(row.ids), settings.max_new_tokens
-        keys = [sample_key(seed, row.ids, row.number) for row in rows]
-        keys += [jax.random.key(0)] * (batch - len(rows))
-        tail = self._tail(settings)
-        state = self._prefill(self._params, self._table, ids, lengths, budgets, jnp.stack(keys), tail,
-                              capacity=capacity)
+        names = np.zeros((batch, 3), np.uint32)
+        names[: len(rows)] = [(seed, zlib.crc32(np.asarray(row.ids, np.int32).tobytes()), row.number) for row in rows]
+        tail = jax.tree.map(np.asarray, self._tail(settings))
+        state = self._prefill(self._params, self._table, ids, lengths, budgets, names, tail, capacity=capacity)
         return state, tail
 
     def _steps(self, state: decode.State, tail: decode.Tail, settings: GenerationConfig, num_steps: int,
@@ -212,22 +212,24 @@ class Generator:
     def _told_tail_length(self, tail: decode.Tail) -> int:
         return 0 if self.is_autoregressive else tail.maturity.shape[0]
 
-    def _trace_prefill(self, params, table, ids, lengths, budgets, keys, tail, capacity):
+    def _trace_prefill(self, params, table, ids, lengths, budgets, names, tail, capacity):
+        self._compilations += 1
         told = jnp.full(lengths.shape, self._told_tail_length(tail), jnp.int32)
         vectors = look_up(table, ids)
         memory = cache.prefill(params, self._forward, vectors, told, capacity)
         last = jnp.take_along_axis(vectors, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return decode.start(keys, last, lengths, budgets, memory, tail, self.config.table.radius)
+        return decode.start(jax.vmap(sample_key)(names), last, lengths, budgets, memory, tail, self.config.table.radius)
 
     def _trace_advance(self, params, table, state, tail, guided, read_tail, num_steps):
+        self._compilations += 1
         predict = cache.cached_predict(params, self._forward, tail, self._told_tail_length(tail), guided)
         return decode.run(state, predict, table, tail, self.config.table.radius, self.tokenizer.end_of_text,
                           num_steps, read_tail)
 
 
-def sample_key(seed: int, ids: Sequence[int], number: int) -> jax.Array:
-    """The key of sample `number` of a prompt: a function of these three alone, so that no batch can change it."""
-    prompt = zlib.crc32(np.asarray(ids, np.int32).tobytes())
+def sample_key(name: jax.Array) -> jax.Array:
+    """The key of a sample from its `name` [3]: seed, checksum of the prompt's ids, number. No batch can change it."""
+    seed, prompt, number = name
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), number)
 
 

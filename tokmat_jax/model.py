@@ -79,7 +79,8 @@ class Block(nn.Module):
         x = nn.LayerNorm(dtype=config.dtype, name="attention_norm")(h)
         query, key, value = (dense(size, name)(x).reshape(heads) for name in ("query", "key", "value"))
         live = History(key, value)
-        h = h + dense(size, "attention_out", residual_init)(attend(query, live, mask, history, visible).reshape(h.shape))
+        seen = attend(query, live, mask, history, visible).reshape(h.shape)
+        h = h + dense(size, "attention_out", residual_init)(seen)
         x = nn.LayerNorm(dtype=config.dtype, name="mlp_norm")(h)
         x = nn.gelu(dense(config.mlp_ratio * size, "mlp_in")(x))
         h = constrain_activations(h + dense(size, "mlp_out", residual_init)(x))
@@ -133,7 +134,7 @@ class Backbone(nn.Module):
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=config.num_layers,
         )
         h, live = blocks(config, self.max_tail_length, name="blocks")(h, history, tail_length, mask, visible)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tokmat_jax import guidance, losses, maturation, table as sphere_table
+from tokmat_jax import guidance, losses, maturation
+from tokmat_jax import table as sphere_table
 from tokmat_jax.config import Config
 from tokmat_jax.model import Forward, Params
 

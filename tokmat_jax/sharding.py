@@ -6,6 +6,7 @@ is dropped. A mesh of one device is the ordinary case, not a special one.
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that `config` asks for; raises ConfigError where the devices do not fit it."""
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -70,7 +71,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain_activations(h: jax.Array) -> jax.Array:
-    """Keeps `h` [B, …] split over the batch axes; does nothing outside a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Keeps `h` [B, …] split over the batch axes; does nothing outside a mesh or where they do not divide B."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or h.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
         return h
     return jax.lax.with_sharding_constraint(h, PartitionSpec(BATCH_AXES))

@@ -1,6 +1,7 @@
 """The training state, born sharded, and the two jitted functions over it: one update, one validation batch."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from tokmat_jax import losses, objective, table as sphere_table
+from tokmat_jax import losses, objective
+from tokmat_jax import table as sphere_table
 from tokmat_jax.config import Config
 from tokmat_jax.model import Params, make_backbone, make_forward
 from tokmat_jax.optim import make_optimizer, make_schedule
@@ -128,7 +130,7 @@ def eval_sums(
     sums["weight"] = jnp.sum(windows.weight)
     rank, entropy = _rank_and_entropy(windows)
     edges = (*MATURITY_BINS, jnp.inf)
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         inside = (windows.weight >= low) & (windows.weight < high)
         for name, value in (("top1", rank < 1), ("top5", rank < 5), ("entropy", entropy), ("count", 1.0)):
             sums[f"{name}/maturity_{low:g}"] = jnp.sum(jnp.where(inside, value, 0.0))

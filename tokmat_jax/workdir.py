@@ -21,9 +21,9 @@ from tokmat_jax.errors import UserError
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer", "checkpoints"
 
-_FREE = ("workdir", "mesh", "generation", "data.prepared_dir", "data.tfds_data_dir", "train.num_steps", "train.log_every",
-         "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples", "train.checkpoint_every",
-         "train.keep_checkpoints")
+_FREE = ("workdir", "mesh", "generation", "data.prepared_dir", "data.tfds_data_dir", "train.num_steps",
+         "train.log_every", "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples",
+         "train.checkpoint_every", "train.keep_checkpoints")
 """Fields that a resumed run may change; any other would make it another run."""
 
 

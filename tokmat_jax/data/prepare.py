@@ -53,7 +53,8 @@ class Corpus:
         """Random access to the windows of `train` or `validation`: records {"tokens": int32 [T]}."""
         import tensorflow_datasets as tfds
 
-        return tfds.builder_from_directory(self.folder / "windows").as_data_source(split=split)
+        builder: Any = tfds.builder_from_directory(self.folder / "windows")
+        return builder.as_data_source(split=split)
 
 
 def prepare(config: Config) -> Corpus:
@@ -64,9 +65,10 @@ def prepare(config: Config) -> Corpus:
     kind, _, rest = config.data.source.partition(":")
     if kind == "tfds" and (Path(rest) / _FACTS).is_file():
         return _load(Path(rest), config.data)
+    names = ("source", "text_field", "separator", "seq_len", "holdout")
     made_from = {
         "format": _FORMAT,
-        "data": {name: getattr(config.data, name) for name in ("source", "text_field", "separator", "seq_len", "holdout")},
+        "data": {name: getattr(config.data, name) for name in names},
         "tokenizer": dataclasses.asdict(config.tokenizer),
         "source": sources.identity(config.data),
     }
@@ -187,7 +189,7 @@ def _write(folder: Path, windows: dict[str, np.ndarray]) -> None:
                 features=tfds.features.FeaturesDict({"tokens": tokens}), disable_shuffling=True
             )
 
-        def _split_generators(self, dl_manager: Any) -> Any:
+        def _split_generators(self, dl_manager: Any) -> Any:  # noqa: ARG002
             return {split: self._generate_examples(split) for split in windows}
 
         def _generate_examples(self, split: str) -> Any:

@@ -11,6 +11,7 @@ import glob
 import gzip
 import importlib.metadata
 import io
+import itertools
 import json
 import lzma
 from collections.abc import Iterator
@@ -41,7 +42,8 @@ def documents(config: DataConfig) -> Iterator[str]:
         case "tfds":
             found = _tfds(rest, config)
         case _:
-            raise UserError(f"data.source {config.source!r} is of no known kind: use package:NAME, files:GLOB or tfds:NAME")
+            raise UserError(f"data.source {config.source!r} is of no known kind: "
+                            f"use package:NAME, files:GLOB or tfds:NAME")
     return filter(None, (text.strip() for text in found))
 
 
@@ -70,7 +72,7 @@ def _package(name: str) -> Iterator[str]:
         chapter = verse // 1000
         starts[chapter] = min(start, starts.get(chapter, start))
     bounds = [*sorted(starts.values()), len(bible.scripture_content)]
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         yield bible.scripture_content[begin:end].replace("`", "'")
 
 
@@ -102,7 +104,8 @@ def _file(path: Path, config: DataConfig) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, (OSError, EOFError, lzma.LZMAError)) or type(error).__name__ in ("ZstdError", "ArrowInvalid"):
+        foreign = type(error).__name__ in ("ZstdError", "ArrowInvalid")  # their libraries are imported where used
+        if foreign or isinstance(error, (OSError, EOFError, lzma.LZMAError)):
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{path} cannot be read: {reason}") from None
         raise
@@ -205,7 +208,8 @@ def _tfds(name: str, config: DataConfig) -> Iterator[str]:
     split = split or "train"
     try:
         if Path(name).is_dir():
-            source: Any = tfds.builder_from_directory(name).as_data_source(split=split)
+            builder: Any = tfds.builder_from_directory(name)
+            source: Any = builder.as_data_source(split=split)
         else:
             source = tfds.data_source(name, split=split, data_dir=config.tfds_data_dir)
     except tfds.core.DatasetNotFoundError:

@@ -70,7 +70,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     fast.train_from_iterator(texts, trainer)
-    return Tokenizer(fast, fast.token_to_id(END_OF_TEXT))
+    end_of_text = fast.token_to_id(END_OF_TEXT)
+    assert end_of_text is not None
+    return Tokenizer(fast, end_of_text)
 
 
 def hugging_face(name: str) -> Tokenizer:

@@ -1,0 +1,92 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tokmat_jax.errors import UserError
+from tokmat_jax.generator import Generator
+
+
+@pytest.fixture(scope="module")
+def generator(runs_dir):
+    return Generator.from_workdir(runs_dir / "run")
+
+
+PROMPTS = ["the cat", "", "a dog ran to the sea. the", "who"]
+
+
+def settings_of(generator, **fields):
+    return dataclasses.replace(generator.config.generation, **fields)
+
+
+def test_a_sample_depends_on_its_prompt_its_number_and_the_seed_alone(generator):
+    settings = settings_of(generator, tail_noise=1.0, max_maturity=0.5)
+    together = generator.generate(PROMPTS, settings, num_samples=3, seed=5)
+    assert [(sample.prompt, sample.number) for sample in together] == [(p, n) for p in PROMPTS for n in range(3)]
+    backwards = generator.generate(PROMPTS[::-1], settings, num_samples=3, seed=5, batch_size=5)
+    for sample in together:
+        [same] = [other for other in backwards if (other.prompt, other.number) == (sample.prompt, sample.number)]
+        assert same.tokens == sample.tokens
+        np.testing.assert_allclose(same.entropy, sample.entropy, rtol=1e-5)
+        [alone] = [one for one in generator.generate([sample.prompt], settings, sample.number + 1, seed=5, batch_size=1)
+                   if one.number == sample.number]
+        assert alone.tokens == sample.tokens
+
+
+def test_seeds_and_numbers_give_other_noise(generator):
+    settings = settings_of(generator, tail_noise=3.0, max_maturity=0.3)
+    samples = generator.generate(["the"], settings, num_samples=6) + generator.generate(["the"], settings, 6, seed=1)
+    assert len({tuple(sample.entropy) for sample in samples}) == 12
+
+
+def test_a_stream_is_the_same_sample_with_its_tail(generator):
+    [sample] = generator.generate(["the cat"])
+    moments = list(generator.stream("the cat"))
+    assert moments[-1].tokens == sample.tokens
+    assert moments[-1].text == sample.text
+    np.testing.assert_allclose([m.entropy[0] for m in moments], sample.entropy, rtol=1e-5)
+    np.testing.assert_allclose([m.movement[0] for m in moments], sample.movement, rtol=1e-4)
+    assert all(len(m.tail) == 3 and len(m.entropy) == 4 for m in moments)
+
+
+def test_every_row_has_its_own_measure_of_each_token(generator):
+    for sample in generator.generate(PROMPTS):
+        assert 1 <= len(sample.tokens) <= 8
+        assert len(sample.tokens) == len(sample.entropy) == len(sample.movement)
+        assert sample.finished == (sample.tokens[-1] == generator.tokenizer.end_of_text)
+        assert sample.finished or len(sample.tokens) == 8
+        assert all(0 < value <= np.log(generator.tokenizer.vocab_size) + 1e-4 for value in sample.entropy)
+
+
+def test_another_length_or_number_within_a_bucket_compiles_nothing(runs_dir):
+    generator = Generator.from_workdir(runs_dir / "run")
+    generator.generate(["the cat sat"])
+    count = generator.compilations()
+    generator.generate(["a"])
+    generator.generate(["who sat by"], settings_of(generator, max_new_tokens=5, tail_noise=0.9, max_maturity=0.4))
+    assert generator.compilations() == count
+    list(generator.stream("the"))
+    count = generator.compilations()
+    list(generator.stream("a dog ran"))
+    assert generator.compilations() == count
+    guided = settings_of(generator, guidance_scale=2.0)
+    generator.generate(["the"], guided)
+    count = generator.compilations()
+    generator.generate(["the"], dataclasses.replace(guided, guidance_scale=1.5))
+    assert generator.compilations() == count
+
+
+def test_the_baseline_decodes_greedily_with_the_same_loop(runs_dir):
+    generator = Generator.from_workdir(runs_dir / "ar")
+    one, two = generator.generate(["the cat"], num_samples=2)
+    assert one.tokens == two.tokens
+    assert next(iter(generator.stream("the cat"))).tail == []
+
+
+def test_too_many_positions_are_refused_with_the_numbers(generator):
+    with pytest.raises(UserError, match=r"prompt 2 has \d+ tokens; with 8 new ones and a tail of 4 it needs"):
+        generator.generate(["the", "the cat sat " * 20])
+    # 48 positions: an empty prompt takes one (end-of-text), the tail four.
+    generator.generate([""], settings_of(generator, max_new_tokens=43))
+    with pytest.raises(UserError, match="needs 49 positions, the model has 48"):
+        generator.generate([""], settings_of(generator, max_new_tokens=44))

@@ -1,0 +1,234 @@
+"""The two scripts as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import generate
+import runs
+from tokmat_jax import cli
+from tokmat_jax.errors import UserError
+from tokmat_jax.view.terminal import visible
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(*args, cwd=ROOT):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True,
+                          check=False, timeout=600)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def stored(workdir, item="params"):
+    folder = workdir.resolve() / "checkpoints"
+    step = max(int(path.name) for path in folder.iterdir())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without shardings Orbax takes those of the file, and says so
+        return step, ocp.PyTreeCheckpointer().restore(folder / str(step) / item)
+
+
+def test_a_run_leaves_all_it_needs(runs_dir):
+    workdir = runs_dir / "run"
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {"config.json", "tokenizer", "checkpoints", "metrics.jsonl", "samples.jsonl", "tensorboard"}
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "6"}
+    logged = rows(workdir / "metrics.jsonl")
+    assert [row["step"] for row in logged if "train/loss" in row] == [2, 3, 4, 6]
+    validation = [row for row in logged if "validation/mse" in row]
+    assert [row["step"] for row in validation] == [3, 6]
+    for name in ("info_nce", "top1/maturity_1", "top5/maturity_1", "top1/maturity_0.5", "entropy/maturity_1"):
+        assert f"validation/{name}" in validation[-1]
+    assert rows(workdir / "samples.jsonl")[0]["step"] == 6
+    assert list((workdir / "tensorboard").iterdir())
+    baseline = rows(runs_dir / "ar" / "metrics.jsonl")[-1]
+    assert baseline["validation/perplexity"] == pytest.approx(np.exp(baseline["validation/cross_entropy"]))
+
+
+@pytest.mark.parametrize("more", [(), ("--optimizer.name", "muon", "--objective.negatives", "batch",
+                                       "--train.accumulation", "2", "--train.batch-size", "8", "--mesh.data", "2",
+                                       "--mesh.fsdp", "2")],
+                         ids=["plain", "muon, accumulation, fsdp"])
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, more):
+    runs.write_corpus(tmp_path)
+    runs.run(tmp_path, "whole", *more)
+    # The schedule must be the same: the run is stopped by an exception at step 5, behind the checkpoint of step 3.
+    import train
+
+    original, calls = train.Loop.validate, []
+
+    def stop(loop, step):
+        calls.append(step)
+        if step == 3:
+            raise RuntimeError("power cut")
+        original(loop, step)
+
+    train.Loop.validate = stop
+    try:
+        with pytest.raises(RuntimeError, match="power cut"):
+            runs.run(tmp_path, "cut", *more)
+    finally:
+        train.Loop.validate = original
+    assert stored(tmp_path / "cut")[0] == 3
+    runs.run(tmp_path, "cut", *more)
+    for item in ("params", "optimizer"):
+        whole, cut = stored(tmp_path / "whole", item), stored(tmp_path / "cut", item)
+        assert whole[0] == cut[0] == 6
+        jax.tree.map(np.testing.assert_array_equal, whole[1], cut[1])
+    losses = [{row["step"]: row["train/loss"] for row in rows(tmp_path / name / "metrics.jsonl") if "train/loss" in row}
+              for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(runs_dir, capsys):
+    before = (runs_dir / "ar" / "metrics.jsonl").read_text()
+    runs.run(runs_dir, "ar", "--objective.kind", "ar")
+    assert "resuming after step 6" in capsys.readouterr().out
+    assert (runs_dir / "ar" / "metrics.jsonl").read_text() == before
+    runs.run(runs_dir, "ar", "--objective.kind", "ar", "--train.num-steps", "7")
+    assert "train.num_steps 6 → 7" in capsys.readouterr().out
+    assert rows(runs_dir / "ar" / "metrics.jsonl")[-1]["step"] == 7
+
+
+def test_another_config_in_the_same_workdir_is_refused(runs_dir):
+    with pytest.raises(UserError, match=r"model.num_layers = 2, this command has 3"):
+        runs.run(runs_dir, "run", "--model.num-layers", "3")
+
+
+def test_a_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(tmp_path):
+    runs.write_corpus(tmp_path)
+    flags = ("--optimizer.learning-rate", "1e30", "--optimizer.schedule", "constant", "--optimizer.warmup-steps", "3",
+             "--optimizer.clip-norm", "1e30", "--train.checkpoint-every", "1", "--train.num-samples", "0")
+    with pytest.raises(UserError) as caught:
+        runs.run(tmp_path, "bad", *flags)
+    message = str(caught.value)
+    step = int(message.split("at step ")[1].split(";", maxsplit=1)[0])
+    assert f"the last good checkpoint is step {step - 1}" in message
+    assert stored(tmp_path / "bad")[0] == step - 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stored(tmp_path / "bad")[1]))
+
+
+def test_a_given_table_is_where_training_starts(tmp_path):
+    runs.write_corpus(tmp_path)
+    table = np.random.default_rng(0).normal(size=(290, 16)).astype(np.float32)
+    np.save(tmp_path / "table.npy", table)
+    given = ("--table.initial", str(tmp_path / "table.npy"), "--table.no-trainable", "--train.num-samples", "0")
+    _, params = stored(runs.run(tmp_path, "given", *given))
+    np.testing.assert_array_equal(params["table"], table)
+    np.save(tmp_path / "table.npy", table[:, :3])
+    with pytest.raises(UserError, match=r"is float32 \(290, 3\), expected finite floats \(290, 16\)"):
+        runs.run(tmp_path, "other", *given)
+
+
+def generated(capsys, *args):
+    generate.main(list(map(str, args)))
+    return capsys.readouterr()
+
+
+def test_generate_prints_the_text_and_writes_every_sample(runs_dir, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("who sat\n\na dog\n")
+    shown = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "the cat", "--prompt", "",
+                      "--prompts-file", tmp_path / "prompts.txt", "--num-samples", 2, "--max-new-tokens", 5,
+                      "--output", tmp_path / "out.jsonl", "--guidance-scale", 2)
+    written = rows(tmp_path / "out.jsonl")
+    assert [row["prompt"] for row in written] == [p for p in ("the cat", "", "who sat", "a dog") for _ in range(2)]
+    assert all(len(row["tokens"]) == len(row["entropy"]) == len(row["movement"]) <= 5 for row in written)
+    assert written[0]["settings"]["guidance_scale"] == 2.0
+    for row in written:
+        assert visible(row["prompt"] + row["text"]) in shown.out
+
+
+def test_stream_and_show_tail_show_the_same_text(runs_dir, capsys):
+    plain = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "the cat").out
+    streamed = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "the cat", "--stream").out
+    assert streamed == plain
+    tail = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "the cat", "--show-tail").out
+    assert "│" in tail
+    # New lines inside the text split steps; the last step holds the whole text before its first bar.
+    assert plain.strip() in tail
+
+
+def test_prompts_come_from_json_lines_too(runs_dir, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": ""}\n{"prompt": "a\\nb"}\n')
+    assert generate.read_prompts(generate.Args(workdir="x", prompts_file=str(tmp_path / "p.jsonl"))) == ["", "a\nb"]
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    ([], "no prompt"),
+    (["--prompt", "x", "--tail-length", "0"], "must be at least 1, found 0"),
+    (["--prompt", "x", "--max-maturity", "1.5"], "must lie in [0, 1]"),
+    (["--prompt", "x", "--max-new-tokens", "99"], "needs 104 positions, the model has 48"),
+    (["--prompt", "x", "--num-samples", "0"], "--num-samples and --batch-size must be at least 1"),
+    (["--prompt", "x", "--output", "/nowhere/x.jsonl"], "cannot write"),
+    (["--prompts-file", "/nowhere"], "cannot read"),
+    (["--promt", "x"], "unknown option --promt; nearest: --prompt"),
+])
+def test_a_mistake_in_generating_is_one_line(runs_dir, args, says):
+    with pytest.raises(UserError) as caught:
+        generate.main(["--workdir", str(runs_dir / "run"), *args])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_longer_tail_than_trained_is_noted_and_the_baseline_has_none(runs_dir, capsys):
+    shown = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "x", "--tail-length", 20)
+    assert "longer than any in training (K_max 16)" in shown.err
+    with pytest.raises(UserError, match="it has no tail"):
+        generate.main(["--workdir", str(runs_dir / "ar"), "--prompt", "x", "--tail-length", "4"])
+
+
+def test_a_workdir_without_a_checkpoint_or_with_another_model_says_so(runs_dir, tmp_path):
+    import shutil
+
+    with pytest.raises(UserError, match="is no run"):
+        generate.main(["--workdir", str(tmp_path), "--prompt", "x"])
+    shutil.copytree(runs_dir / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model"]["num_layers"] = 5
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"blocks/attention_norm/bias is \(\(2, 16\), 'float32'\), the config wants"):
+        generate.main(["--workdir", str(tmp_path / "run"), "--prompt", "x"])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        generate.main(["--workdir", str(tmp_path / "run"), "--prompt", "x"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_trains_two_steps_scaled_down(path, tmp_path):
+    runs.write_corpus(tmp_path)
+    small = runs.arguments(tmp_path, "small", "--config", str(path), "--train.num-steps", "2",
+                           "--tokenizer.kind", "bpe", "--maturation.max-tail-length", "8", "--train.accumulation", "1")
+    assert cli.parse_config(small).train.num_steps == 2
+    import train
+
+    with jax.numpy_dtype_promotion("standard"):
+        train.main(small)
+    assert stored(tmp_path / "small")[0] == 2
+
+
+def test_the_quickstart_with_few_steps_then_text_from_what_it_left(tmp_path):
+    few = ["--train.num-steps", 4, "--train.batch-size", 2, "--train.eval-batches", 1, "--train.num-samples", 1,
+           "--workdir", tmp_path / "quickstart", "--data.prepared-dir", tmp_path / "prepared"]
+    trained = script("train.py", "--config", "configs/quickstart.py", *few)
+    assert trained.returncode == 0, trained.stderr
+    assert "step 4 validation" in trained.stdout
+    assert "│" in trained.stdout
+    text = script("generate.py", "--workdir", tmp_path / "quickstart", "--prompt", "In the beginning",
+                  "--max-new-tokens", 8)
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.startswith("In the beginning")
+    assert not text.stderr
+    wrong = script("generate.py", "--workdir", tmp_path / "quickstart", "--prompt", "x", "--tail-length", 0)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
