@@ -114,6 +114,27 @@ def record(sample: Sample, settings: GenerationConfig, seed: int) -> dict[str, o
     return dataclasses.asdict(sample) | {"seed": seed, "settings": dataclasses.asdict(settings)}
 
 
+def watch(generator: Generator, prompts: Sequence[str], settings: GenerationConfig, flags: Args) -> None:
+    """Shows every sample while it comes into being."""
+    for prompt in prompts:
+        for number in range(flags.num_samples):
+            moments = generator.stream(prompt, settings, number, flags.seed)
+            if flags.show_tail:
+                show_tail(prompt, moments, generator.tokenizer)
+            else:
+                stream_text(prompt, moments)
+
+
+def write_samples(path: Path, samples: Sequence[Sample], settings: GenerationConfig, seed: int) -> None:
+    """Writes --output; raises UserError where it cannot."""
+    try:
+        with path.open("w", encoding="utf-8") as out:
+            for sample in samples:
+                print(json.dumps(record(sample, settings, seed), ensure_ascii=False), file=out)
+    except OSError as error:
+        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
+
+
 def main(args: Sequence[str]) -> None:
     """Generates what `args` ask for."""
     flags = parse(Args, args)
@@ -123,25 +144,15 @@ def main(args: Sequence[str]) -> None:
     prompts = read_prompts(flags)
     generator = Generator.from_workdir(flags.workdir)
     settings = make_settings(flags, generator)
-    if flags.stream or flags.show_tail:
-        for prompt in prompts:
-            for number in range(flags.num_samples):
-                moments = generator.stream(prompt, settings, number, flags.seed)
-                if flags.show_tail:
-                    show_tail(prompt, moments, generator.tokenizer)
-                else:
-                    stream_text(prompt, moments)
-        if flags.output is None:
-            return
+    live = flags.stream or flags.show_tail
+    if live:
+        watch(generator, prompts, settings, flags)
+    if live and flags.output is None:
+        return
     samples = generator.generate(prompts, settings, flags.num_samples, flags.seed, flags.batch_size)
     if flags.output is not None:
-        try:
-            with Path(flags.output).open("w", encoding="utf-8") as out:
-                for sample in samples:
-                    print(json.dumps(record(sample, settings, flags.seed), ensure_ascii=False), file=out)
-        except OSError as error:
-            raise UserError(f"--output: cannot write {flags.output}: {error.strerror}") from None
-    if not (flags.stream or flags.show_tail):
+        write_samples(Path(flags.output), samples, settings, flags.seed)
+    if not live:
         for sample in samples:
             print(visible(sample.prompt + sample.text))
             if len(samples) > 1:
