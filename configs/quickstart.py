@@ -12,6 +12,6 @@ def get_config() -> Config:
         # With a small V all of it fits as negatives, the strongest signal a step can give.
         objective=ObjectiveConfig(negatives="full", logit_scale=10.0, learn_logit_scale=True),
         optimizer=OptimizerConfig(name="muon", learning_rate=1e-3),
-        train=TrainConfig(num_steps=1600, batch_size=8, eval_every=400, eval_batches=16, sample_every=400,
-                          checkpoint_every=400),
+        train=TrainConfig(num_steps=1400, batch_size=8, eval_every=350, eval_batches=16, sample_every=350,
+                          checkpoint_every=350),
     )

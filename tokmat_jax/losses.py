@@ -6,6 +6,9 @@ import jax.numpy as jnp
 from tokmat_jax.config import ObjectiveConfig
 from tokmat_jax.table import look_up, scores, unit
 
+_MASKED = -1e9
+"""A logit whose share is exactly 0 in float32, and whose gradient stays finite where every negative is masked."""
+
 
 def regression(prediction: jax.Array, target: jax.Array, radius: float) -> jax.Array:
     """L_reg = ‖ẑ − e‖²/R² [...] of `prediction` and `target` [..., d]."""
@@ -20,11 +23,12 @@ def info_nce(
     `prediction` [B, T, d], `target_ids` [B, T], `table` [V, d], `negatives` [N] ids shared by all targets. A
     negative that equals the target is masked out; a negative drawn twice counts twice (METHOD §3).
     """
-    direction = unit(prediction)
-    positive = logit_scale * jnp.sum(direction * unit(look_up(table, target_ids)), axis=-1)
-    others = logit_scale * scores(direction, unit(look_up(table, negatives)))
-    others = jnp.where(negatives[None, None, :] == target_ids[..., None], -jnp.inf, others)
-    return jax.nn.logsumexp(jnp.concatenate([positive[..., None], others], axis=-1), axis=-1) - positive
+    # κ scales the short side of the product, and nothing is concatenated: [B, T, N] is written once.
+    direction = logit_scale * unit(prediction)
+    positive = jnp.sum(direction * unit(look_up(table, target_ids)), axis=-1)
+    others = scores(direction, unit(look_up(table, negatives)))
+    others = jnp.where(negatives[None, None, :] == target_ids[..., None], _MASKED, others)
+    return jnp.logaddexp(positive, jax.nn.logsumexp(others, axis=-1)) - positive
 
 
 def draw_negatives(
@@ -53,7 +57,7 @@ def cross_entropy(
     prediction: jax.Array, target_ids: jax.Array, table: jax.Array, radius: float, logit_scale: jax.Array
 ) -> jax.Array:
     """Next-token cross-entropy [B, T] in nats with logits κ ⟨ẑ, e_i⟩/R²: the baseline on the tied table."""
-    scale = logit_scale / radius**2
+    scaled = logit_scale / radius**2 * prediction
     # The target's logit is computed again: picking it out of [B, T, V] costs a scatter in the backward pass.
-    target = jnp.sum(prediction * look_up(table, target_ids), axis=-1)
-    return jax.nn.logsumexp(scale * scores(prediction, table), axis=-1) - scale * target
+    target = jnp.sum(scaled * look_up(table, target_ids), axis=-1)
+    return jax.nn.logsumexp(scores(scaled, table), axis=-1) - target
