@@ -3,7 +3,7 @@
     pip install -e '.[quickstart]' && python train.py --config configs/quickstart.py
 """
 
-from tokmat_jax.config import Config, ObjectiveConfig, OptimizerConfig, TrainConfig
+from tokmat_jax.config import Config, GenerationConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> Config:
@@ -14,4 +14,6 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(name="muon", learning_rate=1e-3),
         train=TrainConfig(num_steps=1400, batch_size=8, eval_every=350, eval_batches=16, sample_every=350,
                           checkpoint_every=350),
+        # Strong embryos and a low rate: plain argmax, yet the text moves on (docs/research-log.md).
+        generation=GenerationConfig(tail_length=4, tail_noise=1.0, max_maturity=0.5),
     )

@@ -172,6 +172,7 @@ def test_prompts_come_from_json_lines_too(runs_dir, tmp_path):
     (["--prompt", "x", "--num-samples", "0"], "--num-samples and --batch-size must be at least 1"),
     (["--prompt", "x", "--output", "/nowhere/x.jsonl"], "cannot write"),
     (["--prompts-file", "/nowhere"], "cannot read"),
+    (["--prompt", "\udcff"], "prompt 1 is not valid Unicode"),
     (["--promt", "x"], "unknown option --promt; nearest: --prompt"),
 ])
 def test_a_mistake_in_generating_is_one_line(runs_dir, args, says):

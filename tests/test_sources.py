@@ -47,6 +47,11 @@ def test_json_lines_give_their_field_whatever_the_compression(tmp_path, packed):
     assert read(f"files:{tmp_path}/a.jsonl{packed}", text_field="body") == TEXTS
 
 
+def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n')
+    assert read(f"files:{tmp_path}/a.jsonl") == ["a?b"]
+
+
 def test_parquet_gives_its_field(tmp_path):
     pyarrow.parquet.write_table(pa.table({"n": [1, 2, 3, 4], "text": [*TEXTS, None]}), tmp_path / "a.parquet")
     assert read(f"files:{tmp_path}/a.parquet") == TEXTS

@@ -149,6 +149,9 @@ class Generator:
     def _rows(self, prompts: Sequence[str], settings: GenerationConfig, num_samples: int) -> list[_Row]:
         rows, tail_length = [], 1 if self.is_autoregressive else settings.tail_length
         for index, prompt in enumerate(prompts):
+            if not _is_unicode(prompt):
+                raise UserError(f"prompt {index + 1} is not valid Unicode (half of a surrogate pair, or bytes that are "
+                                f"not UTF-8): {prompt!r}")
             ids = self.tokenizer.encode(prompt) or [self.tokenizer.end_of_text]
             needed = len(ids) + settings.max_new_tokens + tail_length
             if needed > self.config.max_positions:
@@ -231,6 +234,14 @@ def sample_key(name: jax.Array) -> jax.Array:
     """The key of a sample from its `name` [3]: seed, checksum of the prompt's ids, number. No batch can change it."""
     seed, prompt, number = name
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), number)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _bucket(length: int, smallest: int) -> int:

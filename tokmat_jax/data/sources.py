@@ -170,7 +170,8 @@ def _record_text(record: Any, field: str, where: str) -> str:
             raise UserError(f"{where}: field {field!r} is not UTF-8 at byte {error.start}") from None
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} is {type(text).__name__}, not text; set --data.text-field")
-    return text
+    # JSON can spell half of a surrogate pair, which is no character: it becomes a question mark.
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _json_lines(path: Path, stream: BinaryIO, field: str) -> Iterator[str]:
