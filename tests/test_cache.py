@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from tokmat_jax import cache, decode
 from tokmat_jax.naive import generate_naively
 from tokmat_jax.table import look_up

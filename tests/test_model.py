@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from tokmat_jax.config import ModelConfig
 from tokmat_jax.model import make_backbone, make_forward, sinusoidal_embedding
 from tokmat_jax.train_step import init_params

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from tokmat_jax import maturation, objective
 from tokmat_jax.config import MaturationConfig, ObjectiveConfig
 from tokmat_jax.guidance import history_mask

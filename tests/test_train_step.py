@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
+import tiny
 from tokmat_jax import sharding
 from tokmat_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from tokmat_jax.optim import make_optimizer, make_schedule
