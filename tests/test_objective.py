@@ -160,5 +160,7 @@ def test_a_learned_logit_scale_moves_and_stays_in_range():
         return objective.loss_sums(params, IDS, KEYS, NEGATIVES, config, make_forward(config))[0]
 
     assert float(jax.grad(loss)(params)["log_logit_scale"]) != 0.0
-    params["log_logit_scale"] = jnp.float32(99.0)
-    np.testing.assert_allclose(objective.logit_scale(params, config), 100.0, rtol=1e-5)
+    for far, edge in ((99.0, 100.0), (-99.0, 1.0)):
+        params["log_logit_scale"] = jnp.float32(far)
+        back = objective.keep_logit_scale_in_range(params)
+        np.testing.assert_allclose(objective.logit_scale(back, config), edge, rtol=1e-5)

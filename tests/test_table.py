@@ -17,12 +17,13 @@ def test_projection_is_the_nearest_row():
     rows = table.sphere(jax.random.normal(jax.random.key(0), (40, 6)), 2.0)
     z = jax.random.normal(jax.random.key(1), (3, 4, 6))
     distance = np.linalg.norm(np.asarray(z)[:, :, None] - np.asarray(rows)[None, None], axis=-1)
-    np.testing.assert_array_equal(table.project(z, rows), distance.argmin(-1))
+    np.testing.assert_array_equal(table.read(z, rows, 2.0, jnp.float32(1.0))[0], distance.argmin(-1))
 
 
 def test_projection_of_a_row_is_its_own_id():
     rows = table.sphere(jax.random.normal(jax.random.key(2), (50, 8)), 1.0)
-    np.testing.assert_array_equal(table.project(table.look_up(rows, jnp.arange(50)), rows), np.arange(50))
+    tokens, _ = table.read(table.look_up(rows, jnp.arange(50)), rows, 1.0, jnp.float32(1.0))
+    np.testing.assert_array_equal(tokens, np.arange(50))
 
 
 def test_read_gives_nearest_token_and_entropy_in_nats():

@@ -29,8 +29,13 @@ def test_without_a_tail_there_are_no_bars():
 @given(st.text())
 def test_nothing_a_model_writes_can_command_the_terminal(text):
     shown = terminal.visible(text)
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", shown)
     assert len(shown) == len(text)
+
+
+def test_text_of_any_script_is_shown_as_it_is():
+    text = "«\u00a0oui\u202f!» \u3000 می\u200cخواهم 👩\u200d🔬\tx\n"
+    assert terminal.visible(text) == text
 
 
 def test_streaming_waits_for_the_other_half_of_a_character(capsys):

@@ -5,6 +5,11 @@ import jax.numpy as jnp
 from flax import struct
 
 
+def causal_mask(seq_len: int) -> jax.Array:
+    """[1, T, T] bool: query t may see keys up to t."""
+    return jnp.tril(jnp.ones((1, seq_len, seq_len), bool))
+
+
 @struct.dataclass
 class History:
     """Keys and values of committed positions; they never change (METHOD §4, exact caching).
@@ -34,7 +39,7 @@ def attend(
         )
     assert visible is not None
     if mask is None:
-        mask = jnp.tril(jnp.ones((1, query.shape[1], query.shape[1]), bool))
+        mask = causal_mask(query.shape[1])
     scale = query.shape[-1] ** -0.5
     past = _masked_scores(query, history.key, visible[:, None, None, :], scale)
     now = _masked_scores(query, live.key, mask[:, None], scale)

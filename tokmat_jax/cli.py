@@ -61,14 +61,20 @@ def _flags(kind: type[T], default: T | None) -> list[str]:
 
 
 def _one_line(box: str) -> str:
-    """The message of tyro's box of several lines: what stands before its first rule."""
-    inside = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
+    """The message of tyro's box of several lines: what stands before its first inner rule.
+
+    In a terminal the box is coloured, and where Unicode cannot be shown it is drawn in ASCII.
+    """
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     message = []
-    for line in inside:
-        if line and set(line) == {"─"}:
+    for line in plain.splitlines():
+        inside = line.strip("│|+╭╮╰╯ ").strip()
+        if line.strip() and line.strip()[0] not in "│|":
+            continue  # the frame, with the title in it
+        if inside and set(inside) <= {"─", "-"}:
             break
-        message.append(line)
-    text = " ".join(filter(None, message)) or "the command line could not be read; see --help"
+        message.append(inside)
+    text = " ".join(filter(None, message)) or " ".join(plain.split())
     # A check of ours names the field by itself; tyro adds the section in which it failed.
     return re.sub(r"^Error parsing (?!--)[\w.]+: ", "", text)
 

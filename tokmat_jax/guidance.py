@@ -7,6 +7,8 @@ nothing earlier; in training, history dropout hides the same positions.
 import jax
 import jax.numpy as jnp
 
+from tokmat_jax.attention import causal_mask
+
 
 def combine(conditional: jax.Array, unconditional: jax.Array, guidance_scale: jax.Array | float) -> jax.Array:
     """ẑ = ẑ_u + s (ẑ_c − ẑ_u); all predictions [..., d]."""
@@ -25,11 +27,6 @@ def guide(conditional, unconditional, guidance_scale: jax.Array | float):
         return combine(prediction, free, guidance_scale), memory
 
     return predict
-
-
-def causal_mask(seq_len: int) -> jax.Array:
-    """[1, T, T] bool: query t may see keys up to t."""
-    return jnp.tril(jnp.ones((1, seq_len, seq_len), bool))
 
 
 def history_mask(seq_len: int, num_committed: jax.Array, dropped: jax.Array) -> jax.Array:

@@ -59,7 +59,10 @@ class TailLengthFilm(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LN attention and MLP. Returns the residual stream and the keys and values of its positions."""
+    """Pre-LN attention and MLP on the residual stream h [B, T, d].
+
+    Returns h and the keys and values [B, T, H, D] of its positions; the other arguments are `Backbone`'s.
+    """
 
     config: ModelConfig
     max_tail_length: int

@@ -4,6 +4,8 @@ Everything is returned as sums over positions with the weight they carry, so tha
 validation batches add up to exactly what one large batch gives.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -34,10 +36,17 @@ def row_keys(step_key: jax.Array, batch_size: int) -> jax.Array:
 
 
 def logit_scale(params: Params, config: Config) -> jax.Array:
-    """κ, fixed or learned; a learned one stays within 1..100."""
+    """κ [], fixed or learned."""
     if not config.objective.learn_logit_scale:
         return jnp.float32(config.objective.logit_scale)
-    return jnp.exp(jnp.clip(params["log_logit_scale"], 0.0, jnp.log(100.0)))
+    return jnp.exp(params["log_logit_scale"])
+
+
+def keep_logit_scale_in_range(params: Params) -> Params:
+    """`params` with a learned κ back within 1..100; after the update, so that its gradient never vanishes."""
+    if "log_logit_scale" not in params:
+        return params
+    return params | {"log_logit_scale": jnp.clip(params["log_logit_scale"], 0.0, math.log(100.0))}
 
 
 def vocabulary(params: Params, config: Config) -> jax.Array:

@@ -32,14 +32,10 @@ def unit(z: jax.Array) -> jax.Array:
     return z * jax.lax.rsqrt(jnp.sum(z * z, axis=-1, keepdims=True) + _TINY)
 
 
-def project(z: jax.Array, table: jax.Array) -> jax.Array:
-    """Nearest-neighbour projection: argmax_i ⟨z, e_i⟩ [...] of vectors `z` [..., d] (Algorithm 1)."""
-    return jnp.argmax(scores(z, table), axis=-1).astype(jnp.int32)
-
-
 def read(z: jax.Array, table: jax.Array, radius: float, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What vectors `z` [..., d] would say: nearest token [...] and entropy [...] in nats.
 
+    The nearest token is the projection of Algorithm 1, argmax_i ⟨z, e_i⟩.
     The entropy is that of softmax(cos(z, E)/τ) with τ = `temperature` (paper §5); it needs a table whose
     rows all have norm `radius`, since one matrix product serves both.
     """

@@ -22,6 +22,9 @@ from tokmat_jax.sharding import batch_sharding, place, replicated
 MATURITY_BINS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Lower edges of the bins by which accuracy is reported; the last holds maturity 1 alone."""
 
+_EVAL = 2**32 - 1
+"""Folded into the seed for validation, so that its noise is that of no training step."""
+
 
 @struct.dataclass
 class TrainState:
@@ -60,7 +63,7 @@ class TrainFunctions:
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     """(state, ids [B, T], unigram [V]) → (next state, metrics); the state given is consumed."""
     evaluate: Callable[..., dict[str, jax.Array]]
-    """(params, ids [B, T], unigram [V], index of the batch) → sums, see `eval_sums`."""
+    """(params, ids [B, T], unigram [V], index [] of the batch) → sums [] by name, see `eval_sums`."""
     shapes: TrainState
     """The state as ShapeDtypeStructs that carry their shardings."""
 
@@ -86,11 +89,12 @@ def update(
         grads, sums = _accumulate(gradient, ids, keys, config.train.accumulation)
     grads = jax.tree.map(lambda g: g / sums["weight"], grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = objective.keep_logit_scale_in_range(optax.apply_updates(state.params, updates))
     metrics = {name: total / sums["weight"] for name, total in sums.items() if name != "weight"}
     schedule = make_schedule(config.optimizer, config.optimizer.learning_rate, config.train.num_steps)
     metrics |= {
         "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(params),
         "learning_rate": schedule(state.step),
         "logit_scale": objective.logit_scale(state.params, config),
     }
@@ -117,10 +121,13 @@ def eval_sums(
 ) -> dict[str, jax.Array]:
     """Sums over one validation batch [B, T]; `eval_means` turns their totals into metrics.
 
-    The loss terms carry the weights of training. `top1`, `top5` (the target is the nearest token to ẑ, among the
+    Tails are drawn as in training, without history dropout and self-conditioning. The loss terms carry the weights of
+    training. `top1`, `top5` (the target is the nearest token to ẑ, among the
     five nearest) and `entropy` (softmax(cos(ẑ, E)), τ = 1, nats) count positions, by maturity of the target.
     """
-    key = jax.random.fold_in(jax.random.key(config.train.seed), index)
+    plain = dataclasses.replace(config.maturation, history_dropout=0.0, self_condition_prob=0.0)
+    config = dataclasses.replace(config, maturation=plain)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), _EVAL), index)
     negatives_key, rows_key = jax.random.split(key)
     negatives = losses.draw_negatives(negatives_key, config.objective, ids[:, 1:], unigram)
     keys = objective.row_keys(rows_key, ids.shape[0])
@@ -141,7 +148,9 @@ def _rank_and_entropy(windows: objective.Windows) -> tuple[jax.Array, jax.Array]
     inner = sphere_table.cosines(windows.prediction, windows.table)
     target = jnp.take_along_axis(inner, windows.target_ids[..., None], axis=-1)
     log_p = jax.nn.log_softmax(inner, axis=-1)
-    return jnp.sum(inner > target, axis=-1), -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    # A prediction that is not a number is no hit.
+    rank = jnp.where(jnp.isfinite(target[..., 0]), jnp.sum(inner > target, axis=-1), inner.shape[-1])
+    return rank, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
 def eval_means(totals: dict[str, Any]) -> dict[str, float]:

@@ -26,7 +26,8 @@ class Tokenizer:
         fast.no_padding()
         self._fast = fast
         self.end_of_text = end_of_text
-        self.vocab_size = fast.get_vocab_size(with_added_tokens=True)
+        # Ids may have gaps: what counts is the largest.
+        self.vocab_size = max(fast.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special token around them."""

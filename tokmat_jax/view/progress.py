@@ -14,9 +14,9 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Bar:
     """What a loop tells its progress bar."""
 
-    def __init__(self, name: str, total: float | None, progress: Progress | None):
-        self._name, self._total, self._progress = name, total, progress
-        self._task = progress.add_task(name, total=total, note="") if progress else None
+    def __init__(self, name: str, total: float | None, start: float, progress: Progress | None):
+        self._name, self._total, self._start, self._progress = name, total, start, progress
+        self._task = progress.add_task(name, total=total, completed=start, note="") if progress else None
         self._begin = self._last = time.monotonic()
 
     def update(self, done: float, note: str = "") -> None:
@@ -30,14 +30,14 @@ class Bar:
             print(f"{self._name} {done:,.0f}{of}{'  ' + note if note else ''}{left}", file=sys.stderr, flush=True)
 
     def _left(self, done: float) -> str:
-        if not self._total or done <= 0:
+        if not self._total or done <= self._start:
             return ""
         spent = time.monotonic() - self._begin
-        left = spent * (self._total - done) / done
+        left = spent * (self._total - done) / (done - self._start)
         return f"  {int(left) // 60}:{int(left) % 60:02d} left" if done < self._total else f"  {spent:.0f} s"
 
     def print(self, *parts: object) -> None:
-        """Prints above the bar, to standard output."""
+        """Prints above the bar, or to standard output where there is none."""
         if self._progress is not None:
             self._progress.console.print(*parts, soft_wrap=True)
         else:
@@ -45,11 +45,11 @@ class Bar:
 
 
 @contextmanager
-def bar(name: str, total: float | None = None) -> Iterator[Bar]:
-    """A progress bar called `name`; `total` None where the end is not known."""
+def bar(name: str, total: float | None = None, start: float = 0.0) -> Iterator[Bar]:
+    """A progress bar called `name`; `total` None where the end is not known, `start` what was done before."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield Bar(name, total, None)
+        yield Bar(name, total, start, None)
         return
     columns: list[str | ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=24)]
     if total is not None:
@@ -58,4 +58,4 @@ def bar(name: str, total: float | None = None) -> Iterator[Bar]:
     if total is not None:
         columns += [TextColumn("· left"), TimeRemainingColumn()]
     with Progress(*columns, console=console) as progress:
-        yield Bar(name, total, progress)
+        yield Bar(name, total, start, progress)

@@ -1,6 +1,7 @@
 """The liquid tail in a terminal: committed text, and dimmed behind it what the slots would say now."""
 
 import sys
+import unicodedata
 from collections.abc import Iterable
 
 from rich.console import Console, Group
@@ -10,12 +11,18 @@ from rich.text import Text
 from tokmat_jax.data.tokenizer import Tokenizer
 from tokmat_jax.generator import Moment
 
+_DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _COMMITTED, _TAIL = "default", "grey50"
 
 
 def visible(text: str) -> str:
-    """`text` without what a terminal would obey rather than show; new lines stay."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """`text` without what a terminal would obey rather than show: control characters but new lines and tabs, and
+    what turns the direction of writing."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if _commands(c) else c for c in text)
+
+
+def _commands(c: str) -> bool:
+    return (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t") or c in _DIRECTIONS
 
 
 def tail_text(prompt: str, moment: Moment, tokenizer: Tokenizer) -> Text:
