@@ -3,20 +3,21 @@
 With --show-tail the tail is drawn while it thinks; with --output every sample goes to a JSONL file.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import tyro
 
 from tokmat_jax.cli import parse, run_script
 from tokmat_jax.config import GenerationConfig, Profile
 from tokmat_jax.errors import UserError
-from tokmat_jax.generator import Generator, Sample
+from tokmat_jax.generator import Generator, Moment, Sample
 from tokmat_jax.view.terminal import show_tail, stream_text, visible
 
 
@@ -109,54 +110,65 @@ def make_settings(args: Args, generator: Generator) -> GenerationConfig:
     return settings
 
 
-def record(sample: Sample, settings: GenerationConfig, seed: int) -> dict[str, object]:
-    """A sample as a row of --output."""
-    return dataclasses.asdict(sample) | {"seed": seed, "settings": dataclasses.asdict(settings)}
-
-
-def watch(generator: Generator, prompts: Sequence[str], settings: GenerationConfig, flags: Args) -> None:
+def watched(generator: Generator, prompts: Sequence[str], settings: GenerationConfig, flags: Args) -> Iterator[Sample]:
     """Shows every sample while it comes into being."""
     for prompt in prompts:
         for number in range(flags.num_samples):
-            moments = generator.stream(prompt, settings, number, flags.seed)
+            moments: list[Moment] = []
+            passing = _remembered(generator.stream(prompt, settings, number, flags.seed), moments)
             if flags.show_tail:
-                show_tail(prompt, moments, generator.tokenizer)
+                show_tail(prompt, passing, generator.tokenizer)
             else:
-                stream_text(prompt, moments)
+                stream_text(prompt, passing)
+            yield generator.sample_of(prompt, number, moments)
 
 
-def write_samples(path: Path, samples: Sequence[Sample], settings: GenerationConfig, seed: int) -> None:
-    """Writes --output; raises UserError where it cannot."""
+def _remembered(moments: Iterator[Moment], seen: list[Moment]) -> Iterator[Moment]:
+    for moment in moments:
+        seen.append(moment)
+        yield moment
+
+
+def printed(generator: Generator, prompts: Sequence[str], settings: GenerationConfig, flags: Args) -> Iterator[Sample]:
+    """Prints every sample when its batch is complete."""
+    several = len(prompts) * flags.num_samples > 1
+    at_once = max(1, flags.batch_size // flags.num_samples)
+    for begin in range(0, len(prompts), at_once):
+        batch = prompts[begin : begin + at_once]
+        for sample in generator.generate(batch, settings, flags.num_samples, flags.seed, flags.batch_size):
+            print(visible(sample.prompt + sample.text) + ("\n---" if several else ""), flush=True)
+            yield sample
+
+
+@contextlib.contextmanager
+def opened(output: str | None) -> Iterator[TextIO | None]:
+    """The file of --output, opened before anything is generated for it."""
+    if output is None:
+        yield None
+        return
     try:
-        with path.open("w", encoding="utf-8") as out:
-            for sample in samples:
-                print(json.dumps(record(sample, settings, seed), ensure_ascii=False), file=out)
+        with Path(output).open("w", encoding="utf-8") as file:
+            yield file
     except OSError as error:
-        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
+        raise UserError(f"--output: cannot write {output}: {error.strerror}") from None
 
 
 def main(args: Sequence[str]) -> None:
     """Generates what `args` ask for."""
     flags = parse(Args, args)
-    if min(flags.num_samples, flags.batch_size) < 1 or flags.seed < 0:
-        raise UserError(f"--num-samples and --batch-size must be at least 1 and --seed at least 0, found "
+    if min(flags.num_samples, flags.batch_size) < 1 or not 0 <= flags.seed < 2**32:
+        raise UserError(f"--num-samples and --batch-size must be at least 1 and --seed in 0..2³²−1, found "
                         f"{flags.num_samples}, {flags.batch_size} and {flags.seed}")
     prompts = read_prompts(flags)
     generator = Generator.from_workdir(flags.workdir)
     settings = make_settings(flags, generator)
-    live = flags.stream or flags.show_tail
-    if live:
-        watch(generator, prompts, settings, flags)
-    if live and flags.output is None:
-        return
-    samples = generator.generate(prompts, settings, flags.num_samples, flags.seed, flags.batch_size)
-    if flags.output is not None:
-        write_samples(Path(flags.output), samples, settings, flags.seed)
-    if not live:
-        for sample in samples:
-            print(visible(sample.prompt + sample.text))
-            if len(samples) > 1:
-                print("---")
+    generator.check(prompts, settings)
+    with opened(flags.output) as out:
+        samples = watched if flags.stream or flags.show_tail else printed
+        for sample in samples(generator, prompts, settings, flags):
+            if out is not None:
+                row = dataclasses.asdict(sample) | {"seed": flags.seed, "settings": dataclasses.asdict(settings)}
+                print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
 
 
 if __name__ == "__main__":

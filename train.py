@@ -24,12 +24,21 @@ from tokmat_jax.sharding import batch_sharding, make_mesh
 from tokmat_jax.train_step import TrainFunctions, TrainState, eval_means, make_train_functions
 from tokmat_jax.view.progress import Bar, bar
 from tokmat_jax.view.terminal import tail_text
-from tokmat_jax.workdir import CONFIG, TOKENIZER, check_same_run, load_config, save_config
+from tokmat_jax.workdir import (
+    CONFIG,
+    TOKENIZER,
+    check_same_run,
+    keep_corpus,
+    load_config,
+    make_workdir,
+    save_config,
+)
 
 
 def open_workdir(config: Config) -> Path:
     """The run's folder; an existing one must hold the same run."""
     workdir = Path(config.workdir)
+    make_workdir(workdir)
     if (workdir / CONFIG).exists():
         for name, (before, after) in check_same_run(load_config(workdir), config).items():
             print(f"{workdir}: {name} {before!r} → {after!r}")
@@ -42,12 +51,13 @@ def initial_table(config: Config, vocab_size: int) -> np.ndarray | None:
         return None
     expected = (vocab_size, config.model.embed_dim)
     try:
-        rows = np.load(config.table.initial, allow_pickle=False)
+        rows = np.lib.format.open_memmap(config.table.initial, "r")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"table.initial: cannot read {config.table.initial!r}: {error}") from None
-    if rows.shape != expected or not np.issubdtype(rows.dtype, np.floating) or not np.isfinite(rows).all():
+    floats = np.issubdtype(rows.dtype, np.floating)
+    if rows.shape != expected or not floats or not np.isfinite(rows).all() or not np.any(rows, axis=-1).all():
         raise UserError(f"table.initial: {config.table.initial!r} is {rows.dtype} {rows.shape}, "
-                        f"expected finite floats {expected}")
+                        f"expected finite floats {expected} without a row of zeros")
     return rows.astype(np.float32)
 
 
@@ -103,23 +113,24 @@ class Loop:
                 self.progress.update(step, f"loss {means['loss']:.3f}{speed}")
                 waiting, watch = [], Stopwatch(step)
             with watch.paused():
-                if last or step % train.checkpoint_every == 0:
-                    checkpoints.save(self.state, batches)
                 if last or step % train.eval_every == 0:
                     self.validate(step)
                 if last or step % train.sample_every == 0:
                     self.show_samples(step)
+                # Last, so that a run that is stopped here does all of this step again.
+                if last or step % train.checkpoint_every == 0:
+                    checkpoints.save(self.state, batches)
 
     def _means(self, waiting: list[dict[str, jax.Array]], step: int, checkpoints: Checkpoints) -> dict[str, float]:
         rows = jax.device_get(waiting)
-        for ago, row in enumerate(reversed(rows)):
-            if not np.isfinite(row["loss"]):
-                checkpoints.wait()
-                good = checkpoints.latest_step()
-                where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
-                first = step - max(back for back in range(ago, len(rows)) if not np.isfinite(rows[-1 - back]["loss"]))
-                raise UserError(f"the loss is {row['loss']} at step {first}; {where} in {self.workdir}: lower the "
-                                f"learning rate or --optimizer.clip-norm, in a new --workdir")
+        for number, row in enumerate(rows, step - len(rows) + 1):
+            for name in ("loss", "grad_norm", "param_norm"):
+                if not np.isfinite(row[name]):
+                    checkpoints.wait()
+                    good = checkpoints.latest_step()
+                    where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
+                    raise UserError(f"{name} is {row[name]} at step {number}; {where} in {self.workdir}: lower the "
+                                    f"learning rate or --optimizer.clip-norm, in a new --workdir")
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
     def validate(self, step: int) -> None:
@@ -127,7 +138,9 @@ class Loop:
         train = self.config.train
         totals: dict[str, float] = {}
         windows = self.corpus.windows("validation")
-        for index, ids in enumerate(validation_batches(windows, train.batch_size, train.eval_batches)):
+        # As many rows at a time as a micro-batch has: what fits in training fits here.
+        rows, count = train.batch_size // train.accumulation, train.eval_batches * train.accumulation
+        for index, ids in enumerate(validation_batches(windows, rows, count)):
             sums = jax.device_get(self.functions.evaluate(self.state.params, ids, self.unigram, index))
             totals = {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
         means = eval_means(totals)
@@ -144,14 +157,14 @@ class Loop:
             self.generator = Generator(self.config, self.state.params, self.corpus.tokenizer)
         self.generator.set_params(self.state.params)
         windows = self.corpus.windows("validation")
-        length = min(12, self.config.data.seq_len // 4)
         settings = self.config.generation
-        room = self.config.max_positions - length - settings.tail_length - 8
-        settings = dataclasses.replace(settings, max_new_tokens=max(1, min(settings.max_new_tokens, room)))
+        room = self.config.max_positions - settings.tail_length
+        length = min(12, self.config.data.seq_len // 4, room - 1)
+        settings = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens, room - length))
         for number in range(self.config.train.num_samples):
             ids = windows[number % len(windows)]["tokens"][:length].tolist()
             prompt = self.corpus.tokenizer.decode(ids)
-            moment = list(self.generator.stream(prompt, settings))[-1]
+            moment = list(self.generator.stream(ids, settings))[-1]
             self.progress.print(tail_text(prompt, moment, self.corpus.tokenizer))
             self.samples.write({"step": step, "prompt": prompt, "text": moment.text})
 
@@ -171,7 +184,7 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"train.batch_size / train.accumulation = {micro_batch} does not split over the {split} "
                         f"devices of data × fsdp")
     corpus = prepare(config)
-    table = initial_table(config, corpus.tokenizer.vocab_size)
+    keep_corpus(corpus.facts, workdir)
     save_config(config, workdir)
     corpus.tokenizer.save(workdir / TOKENIZER)
     facts = corpus.facts
@@ -184,6 +197,7 @@ def main(args: Sequence[str]) -> None:
     with jax.set_mesh(mesh), open_checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
         functions = make_train_functions(config, corpus.tokenizer.vocab_size, mesh)
         if checkpoints.latest_step() is None:
+            table = initial_table(config, corpus.tokenizer.vocab_size)
             state = functions.init(jax.random.key(config.train.seed), table)
         else:
             state = checkpoints.restore(functions.shapes, batches)
@@ -191,7 +205,7 @@ def main(args: Sequence[str]) -> None:
         size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         print(f"{config.objective.kind} objective, {size:,} parameters, mesh {dict(mesh.shape)}, "
               f"{config.train.num_steps:,} steps of {config.train.batch_size} × {config.data.seq_len} tokens")
-        with bar("training", config.train.num_steps) as progress:
+        with bar("training", config.train.num_steps, int(state.step)) as progress:
             loop = Loop(config, workdir, corpus, functions, state, progress)
             try:
                 loop.run(batches, rows, checkpoints)

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,7 +37,7 @@ def test_a_file_gives_the_start_and_flags_the_rest(tmp_path):
     (["--maturation.max-tail-length", "0"], "maturation.max_tail_length (K_max) must be at least 1, found 0"),
     (["--maturation.max-tail-length", "256"], "must be smaller than data.seq_len"),
     (["--generation.tail-length", "0"], "generation.tail_length (K) must be at least 1, found 0"),
-    (["--generation.tail-length", "256"], "must be smaller than the model's positions"),
+    (["--generation.tail-length", "256"], "must be smaller than the model's positions by at least 2"),
     (["--model.num-heads", "3"], "must divide model.embed_dim, found 3 and 128"),
     (["--tokenizer.kind", "huggingface"], "tokenizer.name goes with kind 'huggingface'"),
     (["--config", "nowhere.py"], "is not a file"),
@@ -42,6 +45,20 @@ def test_a_file_gives_the_start_and_flags_the_rest(tmp_path):
 ])
 def test_a_mistake_is_one_line_that_names_it(args, says):
     assert says in complaint(args)
+
+
+@pytest.mark.parametrize("environment", [{"FORCE_COLOR": "1"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}], ids=str)
+@pytest.mark.parametrize(("flags", "says"), [
+    (("--model.num-layers", "x"), "invalid literal for int"),
+    (("--maturation.max-tail-length", "0"), "must be at least 1, found 0"),
+    (("--objective.kind", "gan"), "Expected one of"),
+])
+def test_colours_and_plain_boxes_lose_no_message(environment, flags, says):
+    done = subprocess.run([sys.executable, "train.py", *flags], cwd=CONFIGS.parent, env=os.environ | environment,
+                          capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("text", "says"), [

@@ -3,6 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+import tiny
+from tokmat_jax.config import TokenizerConfig
+from tokmat_jax.data.tokenizer import make_tokenizer
 from tokmat_jax.errors import UserError
 from tokmat_jax.generator import Generator
 
@@ -74,6 +77,15 @@ def test_another_length_or_number_within_a_bucket_compiles_nothing(runs_dir):
     count = generator.compilations()
     generator.generate(["the"], dataclasses.replace(guided, guidance_scale=1.5))
     assert generator.compilations() == count
+
+
+def test_every_length_of_a_bucket_has_the_same_shapes():
+    config = dataclasses.replace(tiny.CONFIG, data=dataclasses.replace(tiny.CONFIG.data, seq_len=256))
+    tokenizer = make_tokenizer(TokenizerConfig(kind="bytes"), [])
+    generator = Generator(config, tiny.shaken_params(config, 257), tokenizer)
+    for length in range(1, 17):
+        generator.generate(["x" * length], settings_of(generator, max_new_tokens=56))
+    assert generator.compilations() == 2
 
 
 def test_the_baseline_decodes_greedily_with_the_same_loop(runs_dir):

@@ -95,6 +95,37 @@ def test_one_document_gives_its_end(tmp_path):
     assert "b" in corpus.tokenizer.decode(ids_of(corpus, "validation")[0].tolist())
 
 
+def test_a_tokenizer_learns_even_where_the_only_document_is_held_out(tmp_path):
+    # With nearly everything held out, the one document is certain to be.
+    config = config_for(tmp_path, ["the cat sat on the mat " * 20], holdout=0.999999)
+    config = dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=262))
+    assert prepare.prepare(config).tokenizer.vocab_size == 262
+
+
+def test_a_damaged_corpus_is_named(tmp_path):
+    config = config_for(tmp_path, texts(40), holdout=0.2)
+    corpus = prepare.prepare(config)
+    (corpus.folder / "corpus.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged: delete"):
+        prepare.prepare(config)
+
+
+def test_a_corpus_that_another_run_made_meanwhile_is_taken(tmp_path, monkeypatch):
+    config = config_for(tmp_path, texts(40), holdout=0.2)
+    original, inside = prepare._make, []
+
+    def slow(*args):
+        original(*args)
+        if not inside:
+            inside.append(1)
+            prepare.prepare(config)
+
+    monkeypatch.setattr(prepare, "_make", slow)
+    corpus = prepare.prepare(config)
+    assert len(corpus.windows("train")) == corpus.facts["train_windows"]
+    assert [path.name for path in (tmp_path / "prepared").iterdir()] == [corpus.folder.name]
+
+
 @pytest.mark.parametrize("text", ["short", "x" * 30])
 def test_a_corpus_shorter_than_two_windows_is_refused(tmp_path, text):
     with pytest.raises(UserError, match=r"fewer than two windows of 16"):

@@ -57,11 +57,12 @@ class Checkpoints:
         assert step is not None
         _check(self._manager, step, shapes.params)
         optimizer = {"step": shapes.step, "opt_state": shapes.opt_state}
-        found = self._manager.restore(step, args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(shapes.params),
-            optimizer=ocp.args.StandardRestore(optimizer),
-            data=grain.checkpoint.CheckpointRestore(data),
-        ))
+        with _named(self._manager, step):
+            found = self._manager.restore(step, args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(shapes.params),
+                optimizer=ocp.args.StandardRestore(optimizer),
+                data=grain.checkpoint.CheckpointRestore(data),
+            ))
         return TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["opt_state"])
 
     def wait(self) -> None:
@@ -92,16 +93,33 @@ def load_params(workdir: Path, shapes: Params) -> tuple[Params, int]:
         if step is None:
             raise missing
         _check(manager, step, shapes)
-        found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes)))
+        with _named(manager, step):
+            found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes)))
         return found["params"], step
+
+
+@contextlib.contextmanager
+def _named(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
+    """Whatever goes wrong while reading a checkpoint is a complaint about that checkpoint."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        others = [other for other in manager.all_steps() if other != step]
+        rest = f"delete it to go on from step {max(others)}" if others else "there is no other one"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{manager.directory / str(step)} is damaged ({reason}): {rest}") from None
 
 
 def _check(manager: ocp.CheckpointManager, step: int, shapes: Params) -> None:
     """Raises UserError unless the stored names, shapes and types are those expected: Orbax would cast silently."""
     where = manager.directory / str(step)
+    with _named(manager, step):
+        stored = manager.item_metadata(step)["params"].tree
     described = {
         path_name(path): (tuple(leaf.shape), str(leaf.dtype))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(manager.item_metadata(step)["params"].tree)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(stored)
     }
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         name, expected = path_name(path), (tuple(leaf.shape), str(leaf.dtype))

@@ -124,10 +124,14 @@ class Generator:
                 samples[index] = sample
         return [sample for sample in samples if sample is not None]
 
+    def check(self, prompts: Sequence[str | Sequence[int]], settings: GenerationConfig) -> None:
+        """Raises UserError unless each of `prompts` is text and has room for `settings`."""
+        self._rows(prompts, settings, 1)
+
     def stream(
-        self, prompt: str, settings: GenerationConfig | None = None, number: int = 0, seed: int = 0
+        self, prompt: str | Sequence[int], settings: GenerationConfig | None = None, number: int = 0, seed: int = 0
     ) -> Iterator[Moment]:
-        """The same sample as `generate`, one step at a time, with its tail."""
+        """The same sample as `generate`, one step at a time, with its tail; `prompt` is text or ids."""
         settings = self.config.generation if settings is None else settings
         row = dataclasses.replace(self._rows([prompt], settings, 1)[0], number=number)
         state, tail = self._start([row], settings, seed)
@@ -146,20 +150,24 @@ class Generator:
         """Whether this is the baseline: it has no tail, so K = 1, rate 1, no noise and no guidance."""
         return self.config.objective.kind == "ar"
 
-    def _rows(self, prompts: Sequence[str], settings: GenerationConfig, num_samples: int) -> list[_Row]:
+    def _rows(
+        self, prompts: Sequence[str | Sequence[int]], settings: GenerationConfig, num_samples: int
+    ) -> list[_Row]:
         rows, tail_length = [], 1 if self.is_autoregressive else settings.tail_length
         for index, prompt in enumerate(prompts):
-            if not _is_unicode(prompt):
+            if isinstance(prompt, str) and not _is_unicode(prompt):
                 raise UserError(f"prompt {index + 1} is not valid Unicode (half of a surrogate pair, or bytes that are "
                                 f"not UTF-8): {prompt!r}")
-            ids = self.tokenizer.encode(prompt) or [self.tokenizer.end_of_text]
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            ids = ids or [self.tokenizer.end_of_text]
+            text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
             needed = len(ids) + settings.max_new_tokens + tail_length
             if needed > self.config.max_positions:
                 raise UserError(
                     f"prompt {index + 1} has {len(ids)} tokens; with {settings.max_new_tokens} new ones and a tail of "
                     f"{tail_length} it needs {needed} positions, the model has {self.config.max_positions}: shorten "
                     f"the prompt, --max-new-tokens or --tail-length")
-            rows.extend(_Row(prompt, ids, number) for number in range(num_samples))
+            rows.extend(_Row(text, ids, number) for number in range(num_samples))
         return rows
 
     def _tail(self, settings: GenerationConfig) -> decode.Tail:
@@ -173,7 +181,8 @@ class Generator:
         limit, batch = self.config.max_positions, _bucket(len(rows), 1)
         longest = max(len(row.ids) for row in rows)
         width = min(_bucket(longest, _SMALLEST_PROMPT), limit)
-        capacity = min(max(width, _bucket(longest + settings.max_new_tokens, _SMALLEST_HISTORY)), limit)
+        # From the bucket, not from the prompt: every length in it must come to the same shapes.
+        capacity = min(_bucket(width + settings.max_new_tokens, _SMALLEST_HISTORY), limit)
         ids = np.full((batch, width), self.tokenizer.end_of_text, np.int32)
         lengths, budgets = np.ones(batch, np.int32), np.zeros(batch, np.int32)
         for index, row in enumerate(rows):
@@ -207,6 +216,12 @@ class Generator:
                                      for part in (steps.tokens, steps.entropy, steps.movement))
         return Sample(row.prompt, row.number, self.tokenizer.decode(tokens), tokens, entropy, movement,
                       tokens[-1] == self.tokenizer.end_of_text)
+
+    def sample_of(self, prompt: str, number: int, moments: Sequence[Moment]) -> Sample:
+        """The sample that all `moments` of a stream (at least one) add up to."""
+        last = moments[-1]
+        return Sample(prompt, number, last.text, last.tokens, [moment.entropy[0] for moment in moments],
+                      [moment.movement[0] for moment in moments], last.tokens[-1] == self.tokenizer.end_of_text)
 
     @functools.cached_property
     def _forward(self):

@@ -1,6 +1,7 @@
 """A run's folder: enough by itself to generate and to go on.
 
     config.json      the run's Config, as data
+    corpus.json      what the corpus was made from; its fingerprint must not change
     tokenizer/       see `data/tokenizer.py`
     checkpoints/     see `checkpoint.py`
     metrics.jsonl    one row per logged step; `tensorboard/` holds the same
@@ -11,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +21,47 @@ import pydantic
 from tokmat_jax.config import Config
 from tokmat_jax.errors import UserError
 
-CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer", "checkpoints"
+CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
 
-_FREE = ("workdir", "mesh", "generation", "data.prepared_dir", "data.tfds_data_dir", "train.num_steps",
-         "train.log_every", "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples",
+_FREE = ("workdir", "mesh", "generation", "data.prepared_dir", "train.num_steps", "train.log_every",
+         "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples",
          "train.checkpoint_every", "train.keep_checkpoints")
 """Fields that a resumed run may change; any other would make it another run."""
 
 
 def save_config(config: Config, workdir: Path) -> None:
     """Writes `config` into `workdir`; a reader never sees half of it."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    unfinished = workdir / (CONFIG + ".unfinished")
-    unfinished.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    os.replace(unfinished, workdir / CONFIG)
+    _write(workdir / CONFIG, dataclasses.asdict(config))
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(data, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def make_workdir(workdir: Path) -> None:
+    """Creates the folder; raises UserError where that, or writing into it, is not possible."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise UserError(f"workdir: cannot write into {workdir}: {error.strerror}; choose another --workdir") from None
+
+
+def keep_corpus(facts: dict[str, Any], workdir: Path) -> None:
+    """Notes the corpus of a run; raises UserError if the run in `workdir` has learned from another one."""
+    path = workdir / CORPUS
+    if path.exists():
+        try:
+            known = json.loads(path.read_text())["fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged: this run cannot tell which corpus it has learned from") from None
+        if known != facts["fingerprint"]:
+            raise UserError(f"{workdir} holds a run on another state of its corpus (fingerprint {known}, now "
+                            f"{facts['fingerprint']}): bring the text back, or choose another --workdir")
+    _write(path, facts)
 
 
 def load_config(workdir: Path) -> Config:

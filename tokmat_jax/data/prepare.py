@@ -18,6 +18,7 @@ import itertools
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,8 @@ class Corpus:
     folder: Path
     tokenizer: Tokenizer
     facts: dict[str, Any]
-    """`documents`, `tokens`, `train_windows`, `validation_windows`, `seq_len`, `held_out_by`, `fingerprint`."""
+    """`documents`, `tokens`, `train_windows`, `validation_windows`, `seq_len`, `held_out_by`, and `fingerprint`, which
+    tells this corpus from any other."""
 
     def unigram(self) -> np.ndarray:
         """Share of each token in the training split [V], float32."""
@@ -65,11 +67,12 @@ def prepare(config: Config) -> Corpus:
     kind, _, rest = config.data.source.partition(":")
     if kind == "tfds" and (Path(rest) / _FACTS).is_file():
         return _load(Path(rest), config.data)
-    names = ("source", "text_field", "separator", "seq_len", "holdout")
+    names = ("source", "text_field", "separator", "seq_len", "holdout", "tfds_data_dir")
     made_from = {
         "format": _FORMAT,
         "data": {name: getattr(config.data, name) for name in names},
         "tokenizer": dataclasses.asdict(config.tokenizer),
+        "tokenizer_files": sources.states(Path(config.tokenizer.name).glob("*")) if config.tokenizer.name else [],
         "source": sources.identity(config.data),
     }
     fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
@@ -77,23 +80,29 @@ def prepare(config: Config) -> Corpus:
     folder = Path(config.data.prepared_dir) / f"{name}-{fingerprint}"
     if (folder / _FACTS).is_file():
         return _load(folder, config.data)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"data.prepared_dir: cannot write into {folder.parent}: {error.strerror}") from None
     try:
         _make(unfinished, config, made_from | {"fingerprint": fingerprint})
-        unfinished.rename(folder)
+        with contextlib.suppress(OSError):  # another run made the same corpus meanwhile: its one is taken
+            unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return _load(folder, config.data)
 
 
 def _load(folder: Path, config: DataConfig) -> Corpus:
-    facts = json.loads((folder / _FACTS).read_text())
-    if facts["seq_len"] != config.seq_len:
-        raise UserError(f"{folder} holds windows of {facts['seq_len']} tokens, data.seq_len is {config.seq_len}: "
-                        f"set --data.seq-len {facts['seq_len']} or prepare another corpus")
+    try:
+        facts = json.loads((folder / _FACTS).read_text())
+        found = facts["seq_len"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / _FACTS} is damaged: delete {folder}, and it is prepared again") from None
+    if found != config.seq_len:
+        raise UserError(f"{folder} holds windows of {found} tokens, data.seq_len is {config.seq_len}: "
+                        f"set --data.seq-len {found} or prepare another corpus")
     return Corpus(folder, load_tokenizer(folder / "tokenizer"), facts)
 
 
@@ -106,7 +115,10 @@ def _make(folder: Path, config: Config, made_from: dict[str, Any]) -> None:
     train, held_out, rule = _ensure_held_out(train, held_out, tokenizer.end_of_text, config.data)
     windows = {"train": _windows(train, config.data.seq_len), "validation": _windows(held_out, config.data.seq_len)}
     _write(folder / "windows", windows)
-    counts = np.bincount(windows["train"].reshape(-1), minlength=tokenizer.vocab_size)
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    for begin in range(0, len(windows["train"]), _BATCH):
+        block = windows["train"][begin : begin + _BATCH].reshape(-1)
+        counts += np.bincount(block, minlength=tokenizer.vocab_size)
     np.save(folder / "unigram.npy", (counts / counts.sum()).astype(np.float32))
     for split in ("train", "validation"):
         (folder / f"{split}.ids").unlink()
@@ -125,15 +137,19 @@ def is_held_out(text: str, holdout: float) -> bool:
 
 
 def _training_texts(config: Config) -> Iterator[str]:
+    """What a tokenizer is trained on: the documents that are not held out, or all where that leaves none."""
+    read = 0
     with bar("reading for the tokenizer") as progress:
-        read = 0
-        for text in sources.documents(config.data):
-            if read >= config.tokenizer.training_characters:
+        for everything in (False, True):
+            for text in sources.documents(config.data):
+                if read >= config.tokenizer.training_characters:
+                    break
+                if everything or not is_held_out(text, config.data.holdout):
+                    read += len(text)
+                    progress.update(read, "characters")
+                    yield text
+            if read:
                 return
-            if not is_held_out(text, config.data.holdout):
-                read += len(text)
-                progress.update(read, "characters")
-                yield text
 
 
 def _tokenise(folder: Path, tokenizer: Tokenizer, config: Config, progress: Bar) -> int:
@@ -165,7 +181,7 @@ def _ensure_held_out(
     if held_out.size >= window and train.size >= window:
         return train, held_out, "hash of the document"
     everything = np.concatenate([train, held_out])
-    latest = total - max(window, int(config.holdout * total))
+    latest = max(window, total - max(window, int(config.holdout * total)))
     starts = np.flatnonzero(everything == end_of_text)
     starts = starts[(starts >= window) & (starts <= latest)]
     cut, rule = (int(starts[-1]), "last documents") if starts.size else (latest, "end of the only document")
@@ -193,8 +209,10 @@ def _write(folder: Path, windows: dict[str, np.ndarray]) -> None:
             return {split: self._generate_examples(split) for split in windows}
 
         def _generate_examples(self, split: str) -> Any:
-            for index, row in enumerate(windows[split]):
-                yield index, {"tokens": row}
+            with bar(f"writing {split} windows", len(windows[split])) as progress:
+                for index, row in enumerate(windows[split]):
+                    yield index, {"tokens": row}
+                    progress.update(index + 1)
 
     tfds.disable_progress_bar()
     builder = PackedWindows(data_dir=str(folder.parent / "tfds"), file_format="array_record")

@@ -14,7 +14,7 @@ import io
 import itertools
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,8 +54,15 @@ def identity(config: DataConfig) -> list[Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return [rest, importlib.metadata.version(rest)]
     if kind == "files":
-        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in _paths(rest)]
+        return states(_paths(rest))
+    if kind == "tfds" and Path(rest.partition("#")[0]).is_dir():
+        return states(Path(rest.partition("#")[0]).glob("*"))
     return [config.source]
+
+
+def states(paths: Iterable[Path]) -> list[Any]:
+    """Name, size and time of change of each of `paths`, sorted."""
+    return sorted([str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths)
 
 
 def _package(name: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Bar:
     """What a loop tells its progress bar."""
 
-    def __init__(self, name: str, total: float | None, start: float, progress: Progress | None):
+    def __init__(self, name: str, total: float | None, start: int, progress: Progress | None):
         self._name, self._total, self._start, self._progress = name, total, start, progress
         self._task = progress.add_task(name, total=total, completed=start, note="") if progress else None
         self._begin = self._last = time.monotonic()
@@ -45,7 +45,7 @@ class Bar:
 
 
 @contextmanager
-def bar(name: str, total: float | None = None, start: float = 0.0) -> Iterator[Bar]:
+def bar(name: str, total: float | None = None, start: int = 0) -> Iterator[Bar]:
     """A progress bar called `name`; `total` None where the end is not known, `start` what was done before."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
