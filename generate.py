@@ -48,6 +48,7 @@ class Args:
     num_samples: int = 1
     """Samples per prompt; they differ by the noise of their embryos."""
     seed: int = 0
+    """Decides the noise of the embryos, 0..2³²−1."""
     batch_size: int = 16
     """Samples that run together; changes the speed, not the samples."""
     output: str | None = None

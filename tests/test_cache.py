@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import tiny
 from tokmat_jax import cache, decode, maturation
+from tokmat_jax.model import make_forward
 from tokmat_jax.naive import generate_naively
 from tokmat_jax.table import look_up
 
@@ -153,3 +154,21 @@ def test_a_step_adds_one_position_to_the_history_and_rewrites_none():
     changed = np.any(np.asarray(memory.key) != np.asarray(state.memory.key), axis=(0, 3, 4))
     for row, length in enumerate(lengths):
         assert np.flatnonzero(changed[row]).tolist() == [int(length)]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_decode_loop_lowers_for_accelerators(platform):
+    params, _, table = tiny.model()
+    tail = decode.make_tail(4, guidance_scale=2.0)
+    begin, _ = compiled(4, True)
+    keys = jax.random.split(jax.random.key(3), BATCH)
+    ids, lengths = jnp.ones((BATCH, WIDTH), jnp.int32), jnp.full((BATCH,), WIDTH)
+    state = begin(params, table, ids, lengths, jnp.full((BATCH,), NEW), keys, tail)
+    forward = make_forward(tiny.CONFIG)
+
+    @jax.jit
+    def loop(params, table, state):
+        predict = cache.cached_predict(params, forward, tail, 4, guided=True)
+        return decode.run(state, predict, table, tail, 1.0, END, NEW)[1]
+
+    assert jax.export.export(loop, platforms=[platform])(params, table, state).platforms == (platform,)

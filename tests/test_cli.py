@@ -1,3 +1,5 @@
+import ast
+import itertools
 import os
 import subprocess
 import sys
@@ -80,6 +82,15 @@ def test_help_documents_the_fields(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "--maturation.max-maturity" in shown
     assert "maturity of the front slot" in shown
+
+
+def test_every_field_says_what_it_is():
+    tree = ast.parse((CONFIGS.parent / "tokmat_jax" / "config.py").read_text())
+    for section in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "Config"):
+        for field, following in itertools.pairwise(section.body):
+            if isinstance(field, ast.AnnAssign):
+                said = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                assert said, f"{section.name}.{ast.unparse(field.target)}"
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(capsys):

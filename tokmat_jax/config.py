@@ -112,7 +112,9 @@ class ModelConfig(_Section):
     embed_dim: int = 128
     """d, the width of the vectors and of the residual stream."""
     num_layers: int = 3
+    """Transformer blocks."""
     num_heads: int = 4
+    """Attention heads; must divide d."""
     mlp_ratio: int = 4
     """Hidden width of a block's MLP in units of d."""
     max_positions: int | None = None
@@ -210,12 +212,15 @@ class OptimizerConfig(_Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after the warm-up, down to `final_share` of the peak."""
     warmup_steps: int = 50
+    """Steps of linear warm-up from 0."""
     final_share: float = 0.05
     """Rate at the last step as a share of the peak (`cosine` and `linear`)."""
     weight_decay: float = 0.1
     """Decoupled decay of the matrices, with Muon of its matrices (never of biases, norms, table or embeddings)."""
     beta1: float = 0.9
+    """AdamW's decay of the first moment."""
     beta2: float = 0.98
+    """AdamW's decay of the second moment."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
 
@@ -242,6 +247,7 @@ class TrainConfig(_Section):
     accumulation: int = 1
     """Micro-batches per update."""
     seed: int = 0
+    """Decides parameters, data order, tails and negatives, 0..2³²−1."""
     log_every: int = 20
     """Steps between two rows of metrics."""
     eval_every: int = 250
@@ -293,6 +299,7 @@ class GenerationConfig(_Section):
     tail_length: int = 8
     """K, slots of the liquid tail; 1 is immediate projection."""
     profile: Profile = "linear"
+    """Maturity along the tail, front first."""
     max_maturity: float = 0.9
     """α_max; the rate of a slot is its maturity."""
     tail_noise: float = 0.3
@@ -300,6 +307,7 @@ class GenerationConfig(_Section):
     guidance_scale: float = 1.0
     """s; 1 is off."""
     max_new_tokens: int = 64
+    """Token budget of a sample; end-of-text may come earlier."""
     entropy_temperature: float = 1.0
     """τ of the reported entropy of softmax(cos/τ)."""
 
