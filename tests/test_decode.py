@@ -1,5 +1,6 @@
 """The decoder without a model: a predictor that always dreams of the same token, and a trajectory written by hand."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,8 +65,8 @@ def test_the_scan_does_what_single_steps_do():
     final, steps = decode.run(state, dream, TABLE, tail, 1.0, END, 5, read_tail=True)
     for index in range(5):
         state, step = decode.liquid_step(state, dream, TABLE, tail, 1.0, END, read_tail=True)
-        jax.tree.map(lambda a, b, i=index: np.testing.assert_allclose(a, b[i], atol=1e-6), step, steps)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.tail, final.tail)
+        chex.assert_trees_all_close(step, jax.tree.map(lambda part, i=index: part[i], steps), atol=1e-6)
+    chex.assert_trees_all_close(state.tail, final.tail, atol=1e-6)
 
 
 def test_a_row_stops_at_end_of_text_or_its_budget_and_changes_no_more():

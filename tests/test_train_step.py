@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,10 +37,6 @@ def steps(config, count, devices=1):
         return jax.device_get(state), {name: float(value) for name, value in metrics.items()}
 
 
-def close(a, b, atol):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
-
-
 @pytest.mark.parametrize("objective", [
     ObjectiveConfig(), ObjectiveConfig(negatives="full"), ObjectiveConfig(kind="ar"),
     ObjectiveConfig(negatives="batch", learn_logit_scale=True, logit_scale=10.0),
@@ -57,7 +54,7 @@ def test_accumulation_is_one_large_batch():
     parts, micro_metrics = steps(with_train(accumulation=2), 1)
     assert metrics["loss"] == pytest.approx(micro_metrics["loss"], rel=1e-5)
     assert metrics["grad_norm"] == pytest.approx(micro_metrics["grad_norm"], rel=1e-5)
-    close(whole.opt_state[1][0].mu, parts.opt_state[1][0].mu, atol=1e-6)
+    chex.assert_trees_all_close(whole.opt_state[1][0].mu, parts.opt_state[1][0].mu, atol=1e-6, rtol=1e-7)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=4), MeshConfig(data=1, fsdp=4), MeshConfig(data=2, fsdp=1, tensor=2),
@@ -67,7 +64,7 @@ def test_a_step_on_four_devices_is_a_step_on_one(mesh):
     one, metrics = steps(config, 1)
     four, metrics_of_four = steps(dataclasses.replace(config, mesh=mesh), 1, devices=4)
     assert metrics["loss"] == pytest.approx(metrics_of_four["loss"], rel=1e-5)
-    close(one.opt_state[1][0].mu, four.opt_state[1][0].mu, atol=1e-5)
+    chex.assert_trees_all_close(one.opt_state[1][0].mu, four.opt_state[1][0].mu, atol=1e-5, rtol=1e-7)
 
 
 def test_parameters_and_moments_are_split_and_stay_so():
@@ -90,7 +87,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not():
     config = dataclasses.replace(tiny.CONFIG, optimizer=OptimizerConfig(warmup_steps=0))
     one, _ = steps(config, 2)
     two, _ = steps(config, 2)
-    jax.tree.map(np.testing.assert_array_equal, one, two)
+    chex.assert_trees_all_equal(one, two)
     other, _ = steps(with_train(config, seed=1), 2)
     assert not np.array_equal(one.params["table"], other.params["table"])
 
