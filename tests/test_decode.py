@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokmat_jax import decode
+from tokmat_jax.table import make_vocabulary
 
 # A table on the unit sphere of the plane; token 3 ends the text.
 TABLE = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+VOCABULARY = make_vocabulary(TABLE)
 END = 3
 
 
@@ -45,7 +47,7 @@ def test_five_commits_by_hand():
     committed = [2, 0, 1, 2, 0]
     before = np.zeros((3, 2))
     for index in range(5):
-        state, step = decode.liquid_step(state, dream, TABLE, tail, 1.0, END, read_tail=True)
+        state, step = decode.liquid_step(state, dream, VOCABULARY, tail, 1.0, END, read_tail=True)
         after = np.array(refined[index])
         assert step.tokens[0, 0] == committed[index]
         np.testing.assert_array_equal(state.tail[0, :2], after[1:])
@@ -62,9 +64,9 @@ def test_five_commits_by_hand():
 def test_the_scan_does_what_single_steps_do():
     tail = tail_of([0.9, 0.6, 0.3], noise=0.5)
     state = start(tail, batch=2)
-    final, steps = decode.run(state, dream, TABLE, tail, 1.0, END, 5, read_tail=True)
+    final, steps = decode.run(state, dream, VOCABULARY, tail, 1.0, END, 5, read_tail=True)
     for index in range(5):
-        state, step = decode.liquid_step(state, dream, TABLE, tail, 1.0, END, read_tail=True)
+        state, step = decode.liquid_step(state, dream, VOCABULARY, tail, 1.0, END, read_tail=True)
         chex.assert_trees_all_close(step, jax.tree.map(lambda part, i=index: part[i], steps), atol=1e-6)
     chex.assert_trees_all_close(state.tail, final.tail, atol=1e-6)
 
@@ -79,12 +81,12 @@ def test_a_row_stops_at_end_of_text_or_its_budget_and_changes_no_more():
     state = start(tail, batch=3)
     state = state.replace(num_committed=jnp.array([2, 5, 5]), budget=jnp.array([9, 7, 5]),
                           done=jnp.array([False, False, True]))
-    final, steps = decode.run(state, ends_at_four, TABLE, tail, 1.0, END, 6)
+    final, steps = decode.run(state, ends_at_four, VOCABULARY, tail, 1.0, END, 6)
     np.testing.assert_array_equal(np.asarray(steps.emitted).sum(0), [3, 2, 0])
     np.testing.assert_array_equal(steps.tokens[:3, 0, 0], [2, 0, END])
     np.testing.assert_array_equal(final.num_committed, [5, 7, 5])
     assert np.all(final.done)
-    again, _ = decode.run(final, ends_at_four, TABLE, tail, 1.0, END, 2)
+    again, _ = decode.run(final, ends_at_four, VOCABULARY, tail, 1.0, END, 2)
     jax.tree.map(np.testing.assert_array_equal, jax.random.key_data(again.key), jax.random.key_data(final.key))
     np.testing.assert_array_equal(again.tail, final.tail)
     np.testing.assert_array_equal(again.last, final.last)

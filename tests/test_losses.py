@@ -55,14 +55,14 @@ def test_full_negatives_equal_the_cross_entropy_of_scaled_cosines():
     unit = prediction / jnp.linalg.norm(prediction, axis=-1, keepdims=True)
     nce = losses.info_nce(prediction, ids, table, jnp.arange(V), jnp.float32(9.0))
     # ⟨ẑ/‖ẑ‖ · R, e⟩ / R² is the cosine.
-    entropy = losses.cross_entropy(2.0 * unit, ids, table, 2.0, jnp.float32(9.0))
+    entropy = losses.cross_entropy(2.0 * unit, ids, table, jnp.float32(9.0 / 2.0**2))
     np.testing.assert_allclose(nce, entropy, rtol=1e-5)
 
 
 def test_cross_entropy_is_the_equation():
     prediction, ids, table = example(2)
-    got = losses.cross_entropy(prediction, ids, table, 2.0, jnp.float32(3.0))
-    logits = 3.0 * np.asarray(prediction, np.float64) @ np.asarray(table, np.float64).T / 4.0
+    got = losses.cross_entropy(prediction, ids, table, jnp.float32(0.75))
+    logits = 0.75 * np.asarray(prediction, np.float64) @ np.asarray(table, np.float64).T
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     want = -np.take_along_axis(log_p, np.asarray(ids)[..., None], -1)[..., 0]
     np.testing.assert_allclose(got, want, rtol=1e-5)

@@ -42,7 +42,7 @@ def test_the_windows_weigh_a_target_by_its_maturity_and_predict_it_from_before()
     draw = maturation.draw_tail(KEYS, config.maturation, 16, 1.0)
     np.testing.assert_array_equal(tail_length, draw.tail_length)
     np.testing.assert_array_equal(mask, history_mask(48, 48 - draw.tail_length, draw.history_dropped))
-    table = objective.vocabulary(params, config)
+    table = objective.vocabulary(params, config).table
     for row in range(4):
         length = int(tail_length[row])
         for t in range(48):
@@ -97,7 +97,7 @@ def test_a_self_conditioned_tail_holds_predictions_and_never_the_truth():
     draw = maturation.draw_tail(KEYS, config.maturation, 16, 1.0)
     own = make_forward(config)(params["backbone"], first, maturity, tail_length,
                                jnp.broadcast_to(jnp.arange(48)[None], (4, 48)))[0]
-    table = objective.vocabulary(params, config)
+    table = objective.vocabulary(params, config).table
     for row in range(4):
         start = 48 - int(tail_length[row])
         np.testing.assert_array_equal(first[row, start:], draw.noise[row, start - 32 :])
@@ -130,7 +130,7 @@ def test_the_baseline_reads_clean_vectors_without_a_tail():
     params, calls = tiny.shaken_params(config), []
     windows = objective.run_windows(params, IDS, KEYS, config, recording_forward(config, calls))
     z, maturity, tail_length, mask = calls[0]
-    np.testing.assert_array_equal(z, objective.vocabulary(params, config)[IDS])
+    np.testing.assert_array_equal(z, objective.vocabulary(params, config).table[IDS])
     assert np.all(np.asarray(maturity) == 1.0)
     assert not np.any(tail_length)
     assert mask is None

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,29 +18,39 @@ def test_projection_is_the_nearest_row():
     rows = table.sphere(jax.random.normal(jax.random.key(0), (40, 6)), 2.0)
     z = jax.random.normal(jax.random.key(1), (3, 4, 6))
     distance = np.linalg.norm(np.asarray(z)[:, :, None] - np.asarray(rows)[None, None], axis=-1)
-    np.testing.assert_array_equal(table.read(z, rows, 2.0, jnp.float32(1.0))[0], distance.argmin(-1))
+    np.testing.assert_array_equal(table.read(z, table.make_vocabulary(rows), 1.0)[0], distance.argmin(-1))
 
 
 def test_projection_of_a_row_is_its_own_id():
     rows = table.sphere(jax.random.normal(jax.random.key(2), (50, 8)), 1.0)
-    tokens, _ = table.read(table.look_up(rows, jnp.arange(50)), rows, 1.0, jnp.float32(1.0))
+    tokens, _ = table.read(table.look_up(rows, jnp.arange(50)), table.make_vocabulary(rows), 1.0)
     np.testing.assert_array_equal(tokens, np.arange(50))
 
 
-def test_read_gives_nearest_token_and_entropy_in_nats():
-    radius, temperature = 3.0, 0.25
-    rows = table.sphere(jax.random.normal(jax.random.key(3), (30, 8)), radius)
+@pytest.mark.parametrize("geometry", ["sphere", "raw"])
+def test_read_gives_nearest_token_and_entropy_in_nats(geometry):
+    temperature = 0.25
+    rows = jax.random.normal(jax.random.key(3), (30, 8))
+    rows = table.sphere(rows, 3.0) if geometry == "sphere" else rows
     z = jax.random.normal(jax.random.key(4), (5, 8))
-    tokens, entropy = table.read(z, rows, radius, jnp.float32(temperature))
+    tokens, entropy = table.read(z, table.make_vocabulary(rows), jnp.float32(temperature))
     e, v = np.asarray(rows, np.float64), np.asarray(z, np.float64)
     cos = v @ e.T / np.linalg.norm(v, axis=1)[:, None] / np.linalg.norm(e, axis=1)[None]
     p = np.exp(cos / temperature)
     p /= p.sum(-1, keepdims=True)
     np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(-1), rtol=1e-5)
-    np.testing.assert_array_equal(tokens, cos.argmax(-1))
+    np.testing.assert_array_equal(tokens, (v @ e.T).argmax(-1))
+
+
+def test_an_output_table_of_its_own_is_what_a_front_is_compared_with():
+    rows, readout = jnp.eye(3), jnp.array([[0.0, 2.0, 0.0], [0.0, 0.0, 2.0], [2.0, 0.0, 0.0]])
+    tokens, entropy = table.read(jnp.eye(3), table.make_vocabulary(rows, readout), 1.0)
+    np.testing.assert_array_equal(tokens, [2, 0, 1])
+    p = np.array([np.e, 1.0, 1.0]) / (np.e + 2.0)
+    np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(), rtol=1e-6)
 
 
 def test_a_zero_vector_has_the_entropy_of_the_uniform_distribution():
     rows = table.sphere(jax.random.normal(jax.random.key(5), (32, 4)), 1.0)
-    _, entropy = table.read(jnp.zeros((1, 4)), rows, 1.0, jnp.float32(1.0))
+    _, entropy = table.read(jnp.zeros((1, 4)), table.make_vocabulary(rows), 1.0)
     np.testing.assert_allclose(entropy, np.log(32), rtol=1e-6)

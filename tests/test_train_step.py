@@ -171,8 +171,8 @@ def test_accuracy_is_one_where_the_prediction_is_the_target(monkeypatch):
 
     def perfect(params, ids, keys, config, forward):
         windows = train_step.objective.Windows
-        table = train_step.objective.vocabulary(params, config)
-        return windows(table, ids[:, 1:], jnp.ones((4, 47)), table[ids[:, 1:]])
+        tokens = train_step.objective.vocabulary(params, config)
+        return windows(tokens, ids[:, 1:], jnp.ones((4, 47)), tokens.table[ids[:, 1:]])
 
     monkeypatch.setattr(train_step.objective, "run_windows", perfect)
     means = eval_means(eval_sums(params, jnp.asarray(IDS), jnp.asarray(UNIGRAM), jnp.int32(0), tiny.CONFIG))

@@ -19,7 +19,7 @@ class History:
     """
 
     key: jax.Array
-    """[L, B, S, H, D], or [B, S, H, D] inside one layer."""
+    """[L, B, S, H_kv, D], or [B, S, H_kv, D] inside one layer."""
     value: jax.Array
     """As `key`."""
 
@@ -31,7 +31,8 @@ def attend(
 
     `mask` [B or 1, T, T] bool says which live keys a query sees, None is causal. `visible` [B, S] bool says which
     entries of the history every query of the row sees. The two parts share one softmax without being copied
-    into one array. Returns [B, T, H, D]; the softmax is taken in float32.
+    into one array. H may be a multiple of the keys' H_kv: query head h reads head h // (H / H_kv). Returns
+    [B, T, H, D]; the softmax is taken in float32.
     """
     if history is None:
         return jax.nn.dot_product_attention(
@@ -40,16 +41,20 @@ def attend(
     assert visible is not None
     if mask is None:
         mask = causal_mask(query.shape[1])
-    scale = query.shape[-1] ** -0.5
-    past = _masked_scores(query, history.key, visible[:, None, None, :], scale)
-    now = _masked_scores(query, live.key, mask[:, None], scale)
+    batch, length, heads, size = query.shape
+    grouped = query.reshape(batch, length, live.key.shape[2], -1, size)
+    past = _masked_scores(grouped, history.key, visible[:, None, None, None, :])
+    now = _masked_scores(grouped, live.key, mask[:, None, None])
     weight = jax.nn.softmax(jnp.concatenate([past, now], axis=-1), axis=-1).astype(query.dtype)
     capacity = past.shape[-1]
-    return jnp.einsum("bhts,bshd->bthd", weight[..., :capacity], history.value) + jnp.einsum(
-        "bhts,bshd->bthd", weight[..., capacity:], live.value
+    seen = jnp.einsum("bhgts,bshd->bthgd", weight[..., :capacity], history.value) + jnp.einsum(
+        "bhgts,bshd->bthgd", weight[..., capacity:], live.value
     )
+    return seen.reshape(batch, length, heads, size)
 
 
-def _masked_scores(query: jax.Array, key: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
-    scores = scale * jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
+def _masked_scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scores [B, H_kv, G, T, S] of `query` [B, T, H_kv, G, D] against `key` [B, S, H_kv, D]."""
+    scale = query.shape[-1] ** -0.5
+    scores = scale * jnp.einsum("bthgd,bshd->bhgts", query, key, preferred_element_type=jnp.float32)
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)

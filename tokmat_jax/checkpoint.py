@@ -19,9 +19,11 @@ from tokmat_jax.train_step import TrainState
 from tokmat_jax.workdir import CHECKPOINTS
 
 
-def _open_manager(workdir: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+def _open_manager(
+    workdir: Path, options: ocp.CheckpointManagerOptions, params: ocp.StandardCheckpointHandler | None = None
+) -> ocp.CheckpointManager:
     handlers = {
-        "params": ocp.StandardCheckpointHandler(),
+        "params": params or ocp.StandardCheckpointHandler(),
         "optimizer": ocp.StandardCheckpointHandler(),
         "data": grain.checkpoint.CheckpointHandler(),
     }
@@ -71,6 +73,19 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def save_params(workdir: Path, params: Params) -> None:
+    """Writes `params` (JAX arrays) as step 0 of a workdir that holds a model and no training.
+
+    Beside them, little more than the largest one takes memory.
+    """
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    # Typed as a whole number of gigabytes; any number is taken, and an array above the limit is refused.
+    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1.1 * largest / 1e9 + 0.05)  # pyright: ignore[reportArgumentType]
+    options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
+    with _open_manager(workdir, options, handler) as manager:
+        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
 
 
 @contextlib.contextmanager

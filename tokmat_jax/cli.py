@@ -32,14 +32,17 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(130)
 
 
-def parse(kind: type[T], args: Sequence[str], default: T | None = None, description: str | None = None) -> T:
+def parse(
+    kind: type[T], args: Sequence[str], default: T | None = None, description: str | None = None,
+    prog: str | None = None,
+) -> T:
     """Flags of the dataclass `kind`; raises UserError for an unknown flag (with the nearest) or a bad value."""
     said = io.StringIO()
     start = tyro.MISSING_NONPROP if default is None else default
     try:
         with contextlib.redirect_stderr(said):
             parsed, unknown = tyro.cli(kind, args=list(args), return_unknown_args=True, description=description,
-                                       default=start)
+                                       default=start, prog=prog)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

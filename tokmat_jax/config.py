@@ -70,13 +70,13 @@ class DataConfig(_Section):
 class TokenizerConfig(_Section):
     """How text becomes ids."""
 
-    kind: Literal["bpe", "bytes", "huggingface"] = "bpe"
+    kind: Literal["bpe", "bytes", "huggingface", "workdir"] = "bpe"
     """`bpe` is trained on the corpus (byte level), `bytes` has 256 ids and end-of-text,
-    `huggingface` takes an existing one by `name`."""
+    `huggingface` and `workdir` take an existing one by `name`."""
     vocab_size: int = 2048
     """V of a trained tokenizer, end-of-text included."""
     name: str = ""
-    """Hub name or local folder of a Hugging Face tokenizer."""
+    """Hub name or local folder of a Hugging Face tokenizer; or the workdir whose tokenizer it is."""
     training_characters: int = 100_000_000
     """A trained tokenizer reads no more than this many characters of the corpus."""
 
@@ -84,9 +84,9 @@ class TokenizerConfig(_Section):
         super().__post_init__()
         _require(self.vocab_size >= 257, f"tokenizer.vocab_size must be at least 257, found {self.vocab_size}")
         _require_positive(tokenizer__training_characters=self.training_characters)
-        named = self.kind == "huggingface"
-        _require(bool(self.name) == named, f"tokenizer.name goes with kind 'huggingface' and only with it, "
-                 f"found kind {self.kind!r} and name {self.name!r}")
+        named = self.kind in ("huggingface", "workdir")
+        _require(bool(self.name) == named, f"tokenizer.name goes with the kinds 'huggingface' and 'workdir' and only "
+                 f"with them, found kind {self.kind!r} and name {self.name!r}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,11 @@ class TableConfig(_Section):
     """The vocabulary table E: rows e_i = R · w_i / ‖w_i‖ (paper §3.1)."""
 
     radius: float = 1.0
-    """R, the norm of every row."""
+    """R, the norm of every row; where they are `raw`, the length in which movement is measured."""
+    geometry: Literal["sphere", "raw"] = "sphere"
+    """`sphere`: rows of norm R; `raw`: as they are, for a language model that was imported (`objective.kind` "ar")."""
+    tied: bool = True
+    """Whether a front is compared with the rows of E; False: with an output table of its own ("ar" only)."""
     trainable: bool = True
     """Whether the rows move during training."""
     initial: str | None = None
@@ -106,23 +110,84 @@ class TableConfig(_Section):
 
 
 @dataclass(frozen=True)
+class RopeConfig(_Section):
+    """Frequencies of rotary positions; by name and meaning those of the checkpoints that need them."""
+
+    theta: float = 10_000.0
+    """Base: pair i of a head of size D turns by theta^(−2i/D) per position."""
+    scaling: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
+    """How a longer context was reached. `dynamic` acts beyond `model.max_positions` only, where no position lies."""
+    factor: float = 1.0
+    """How many times longer the context became; `linear`, `llama3` and `yarn` slow down by it."""
+    original_positions: int = 8192
+    """Context before that (`llama3` and `yarn`)."""
+    low_freq_factor: float = 1.0
+    """`llama3`: pairs with fewer turns than this in the original context are slowed down fully."""
+    high_freq_factor: float = 4.0
+    """`llama3`: pairs with more turns than this are left alone."""
+    beta_fast: float = 32.0
+    """`yarn`: pairs with more turns than this in the original context are left alone."""
+    beta_slow: float = 1.0
+    """`yarn`: pairs with fewer turns than this are slowed down fully."""
+    truncate: bool = True
+    """`yarn`: whether the two bounds are rounded to whole pairs."""
+    attention_factor: float = 1.0
+    """`yarn`: length of the rotated queries and keys."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.theta > 1, f"model.rope.theta must be above 1, found {self.theta}")
+        _require(self.factor >= 1, f"model.rope.factor must be at least 1, found {self.factor}")
+        _require_positive(
+            model__rope__original_positions=self.original_positions, model__rope__beta_slow=self.beta_slow,
+            model__rope__low_freq_factor=self.low_freq_factor, model__rope__attention_factor=self.attention_factor,
+        )
+        _require(self.low_freq_factor < self.high_freq_factor and self.beta_slow < self.beta_fast,
+                 f"model.rope: low_freq_factor must be below high_freq_factor and beta_slow below beta_fast, found "
+                 f"{self.low_freq_factor}, {self.high_freq_factor}, {self.beta_slow}, {self.beta_fast}")
+
+
+@dataclass(frozen=True)
 class ModelConfig(_Section):
-    """The backbone f_θ: causal, pre-LN, vectors in and vectors out."""
+    """The backbone f_θ: causal, pre-norm, vectors in and vectors out.
+
+    The defaults are GPT-2's parts; Llama's are `norm` rms, `mlp` swiglu, `positions` rotary, no biases.
+    """
 
     embed_dim: int = 128
     """d, the width of the vectors and of the residual stream."""
     num_layers: int = 3
     """Transformer blocks."""
     num_heads: int = 4
-    """Attention heads; must divide d."""
-    mlp_ratio: int = 4
-    """Hidden width of a block's MLP in units of d."""
+    """Attention heads."""
+    num_kv_heads: int | None = None
+    """Heads of keys and values, each shared by num_heads / num_kv_heads of the queries'; None means num_heads."""
+    head_dim: int | None = None
+    """Width of a head; None means d / num_heads."""
+    attention_bias: Literal["all", "qkv", "none"] = "all"
+    """Which of attention's four matrices have a bias; `qkv` leaves out the output's."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """A block's MLP: GELU (tanh form), or SiLU of a gate times the hidden units."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP; None means 4 d."""
+    mlp_bias: bool = True
+    """Whether the MLP's matrices have a bias."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm, or RMSNorm (no mean, no bias)."""
+    norm_epsilon: float = 1e-6
+    """Added to the variance in every norm."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """A learned vector per position, or queries and keys turned by it."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Frequencies of `rotary` positions."""
     max_positions: int | None = None
-    """Learned positions; None means data.seq_len."""
+    """Positions that there are; None means data.seq_len."""
     film: Literal["once", "per_layer"] = "once"
     """Where tail-length FiLM acts: after the input, or at the entry of every block."""
     input_norm: float = 1.0
     """Norm to which the input vectors are scaled (what the backbone expects of an embedding)."""
+    head: Literal["linear", "identity"] = "linear"
+    """What makes predictions of the last norm's output: a matrix, or nothing (an imported language model)."""
     head_init: float = 0.5
     """Norm of the predictions at initialisation, in units of R: the head must start small."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -132,11 +197,32 @@ class ModelConfig(_Section):
         super().__post_init__()
         _require_positive(
             model__embed_dim=self.embed_dim, model__num_layers=self.num_layers, model__num_heads=self.num_heads,
-            model__mlp_ratio=self.mlp_ratio, model__input_norm=self.input_norm, model__head_init=self.head_init,
+            model__num_kv_heads=self.kv_heads, model__mlp_dim=self.mlp_size, model__norm_epsilon=self.norm_epsilon,
+            model__input_norm=self.input_norm, model__head_init=self.head_init,
         )
-        _require(self.embed_dim % self.num_heads == 0,
-                 f"model.num_heads must divide model.embed_dim, found {self.num_heads} and {self.embed_dim}")
+        if self.head_dim is None:
+            _require(self.embed_dim % self.num_heads == 0,
+                     f"model.num_heads must divide model.embed_dim, found {self.num_heads} and {self.embed_dim}")
+        _require(self.num_heads % self.kv_heads == 0,
+                 f"model.num_kv_heads must divide model.num_heads, found {self.kv_heads} and {self.num_heads}")
         _require(self.embed_dim % 2 == 0, f"model.embed_dim must be even, found {self.embed_dim}")
+        _require(self.head_size > 0 and (self.positions == "learned" or self.head_size % 2 == 0),
+                 f"model.head_dim must be positive, and even for rotary positions, found {self.head_size}")
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden width of the MLP."""
+        return 4 * self.embed_dim if self.mlp_dim is None else self.mlp_dim
 
 
 @dataclass(frozen=True)
@@ -180,7 +266,8 @@ class ObjectiveConfig(_Section):
     nce_weight: float = 1.0
     """λ."""
     logit_scale: float = 20.0
-    """κ, scale of the cosines in InfoNCE and of the baseline's logits (its start where it is learned)."""
+    """κ, scale of the cosines in InfoNCE and of the baseline's logits (its start where it is learned).
+    Logits are κ ⟨ẑ, e_i⟩ / R² on the sphere and κ ⟨ẑ, e_i⟩ with a raw table."""
     learn_logit_scale: bool = False
     """Whether κ is a parameter (kept within 1..100)."""
     negatives: Literal["uniform", "batch", "unigram", "full"] = "uniform"
@@ -193,8 +280,9 @@ class ObjectiveConfig(_Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.nce_weight >= 0, f"objective.nce_weight must not be negative, found {self.nce_weight}")
-        _require(1.0 <= self.logit_scale <= 100.0,
-                 f"objective.logit_scale must lie in [1, 100], found {self.logit_scale}")
+        _require(self.logit_scale > 0 and (not self.learn_logit_scale or 1.0 <= self.logit_scale <= 100.0),
+                 f"objective.logit_scale must be positive, and within [1, 100] where it is learned, "
+                 f"found {self.logit_scale}")
         _require_positive(objective__num_negatives=self.num_negatives)
         _require(self.unigram_power >= 0, f"objective.unigram_power must not be negative, found {self.unigram_power}")
 
@@ -326,6 +414,9 @@ class Config:
 
     workdir: str = "runs/default"
     """Everything the run leaves: config, tokenizer, checkpoints, metrics, samples."""
+    init_from: str | None = None
+    """A workdir whose model is the beginning: imported weights or another run. As a flag it also brings the shape of
+    the model and the tokenizer."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     table: TableConfig = field(default_factory=TableConfig)
@@ -344,6 +435,12 @@ class Config:
                  f"position is left, found {self.maturation.max_tail_length} and {window}")
         _require(self.max_positions >= window,
                  f"model.max_positions must be at least data.seq_len, found {self.max_positions} and {window}")
+        if self.objective.kind == "maturation":
+            _require(self.table.geometry == "sphere" and self.table.tied and self.model.head == "linear",
+                     f"maturation needs table.geometry 'sphere', one tied table and model.head 'linear', found "
+                     f"{self.table.geometry!r}, table.tied {self.table.tied} and {self.model.head!r}")
+        _require(self.init_from is None or self.table.initial is None,
+                 "init_from brings a table of its own: leave out table.initial")
         _require(self.generation.tail_length <= self.max_positions - 2,
                  f"generation.tail_length (K) must be smaller than the model's positions by at least 2 (a prompt and a "
                  f"new token), found {self.generation.tail_length} and {self.max_positions}")

@@ -19,7 +19,7 @@ from flax import struct
 
 from tokmat_jax import maturation
 from tokmat_jax.config import Profile
-from tokmat_jax.table import look_up, read
+from tokmat_jax.table import Vocabulary, look_up, read
 
 
 @struct.dataclass
@@ -127,17 +127,17 @@ def start(
 
 
 def liquid_step(
-    state: State, predict: Predict, table: jax.Array, tail: Tail, radius: float, end_of_text: int,
+    state: State, predict: Predict, vocabulary: Vocabulary, tail: Tail, radius: float, end_of_text: int,
     read_tail: bool = False,
 ) -> tuple[State, Step]:
     """One step of Algorithm 1: every slot is refined, the front is committed, an embryo is born.
 
-    `table` is E [V, d]. A row that is done keeps its state, memory included up to what it would write again.
+    A row that is done keeps its state, memory included up to what it would write again.
     """
     prediction, memory = predict(state)
     refined = maturation.contract(state.tail, prediction, tail.rate)
     shown = slice(None) if read_tail else slice(0, 1)
-    tokens, entropy = read(refined[:, shown], table, radius, tail.temperature)
+    tokens, entropy = read(refined[:, shown], vocabulary, tail.temperature)
     moved = maturation.movement(state.tail[:, shown], refined[:, shown], radius)
 
     alive = ~state.done
@@ -147,7 +147,7 @@ def liquid_step(
     num_committed = state.num_committed + one
     following = State(
         num_committed=num_committed,
-        last=jnp.where(alive[:, None], look_up(table, committed), state.last),
+        last=jnp.where(alive[:, None], look_up(vocabulary.table, committed), state.last),
         tail=jnp.where(alive[:, None, None], maturation.shift(refined, embryo), state.tail),
         num_born=state.num_born + one,
         key=state.key,
@@ -159,12 +159,12 @@ def liquid_step(
 
 
 def run(
-    state: State, predict: Predict, table: jax.Array, tail: Tail, radius: float, end_of_text: int, num_steps: int,
-    read_tail: bool = False,
+    state: State, predict: Predict, vocabulary: Vocabulary, tail: Tail, radius: float, end_of_text: int,
+    num_steps: int, read_tail: bool = False,
 ) -> tuple[State, Step]:
     """`num_steps` of `liquid_step` as one scan; the fields of the Step returned lead with the step, [steps, B, …]."""
 
     def body(state, _):
-        return liquid_step(state, predict, table, tail, radius, end_of_text, read_tail)
+        return liquid_step(state, predict, vocabulary, tail, radius, end_of_text, read_tail)
 
     return jax.lax.scan(body, state, length=num_steps)

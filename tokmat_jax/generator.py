@@ -21,7 +21,7 @@ from tokmat_jax.config import Config, GenerationConfig
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokmat_jax.errors import UserError
 from tokmat_jax.model import Params, make_forward
-from tokmat_jax.table import look_up
+from tokmat_jax.table import look_up, read
 from tokmat_jax.train_step import init_params
 from tokmat_jax.workdir import TOKENIZER, load_config
 
@@ -82,6 +82,7 @@ class Generator:
         self._advance = jax.jit(
             self._trace_advance, static_argnames=("guided", "read_tail", "num_steps"), donate_argnames="state"
         )
+        self._read = jax.jit(self._trace_read)
         self.set_params(params)
 
     @classmethod
@@ -99,7 +100,7 @@ class Generator:
     def set_params(self, params: Params) -> None:
         """Other parameters of the same shapes; what is compiled stays."""
         self._params = params["backbone"]
-        self._table = objective.vocabulary(params, self.config)
+        self._vocabulary = objective.vocabulary(params, self.config)
 
     def compilations(self) -> int:
         """How many shapes have been compiled so far."""
@@ -145,6 +146,16 @@ class Generator:
                 np.asarray(step.entropy[0, 0]).tolist(), np.asarray(step.movement[0, 0]).tolist(),
             )
 
+    def next_tokens(self, ids: Sequence[int]) -> list[int]:
+        """The nearest token to the prediction behind every prefix of `ids` (at least one, at most all positions).
+
+        Committed vectors alone are read, as the baseline does; for a run with a tail that is K = 0.
+        """
+        width = min(_bucket(len(ids), _SMALLEST_PROMPT), self.config.max_positions)
+        padded = np.full((1, width), self.tokenizer.end_of_text, np.int32)
+        padded[0, : len(ids)] = ids
+        return np.asarray(self._read(self._params, self._vocabulary, padded))[0, : len(ids)].tolist()
+
     @property
     def is_autoregressive(self) -> bool:
         """Whether this is the baseline: it has no tail, so K = 1, rate 1, no noise and no guidance."""
@@ -158,7 +169,7 @@ class Generator:
             if isinstance(prompt, str) and not _is_unicode(prompt):
                 raise UserError(f"prompt {index + 1} is not valid Unicode (half of a surrogate pair, or bytes that are "
                                 f"not UTF-8): {prompt!r}")
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
             ids = ids or [self.tokenizer.end_of_text]
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
             needed = len(ids) + settings.max_new_tokens + tail_length
@@ -191,13 +202,13 @@ class Generator:
         names = np.zeros((batch, 3), np.uint32)
         names[: len(rows)] = [(seed, zlib.crc32(np.asarray(row.ids, np.int32).tobytes()), row.number) for row in rows]
         tail = jax.tree.map(np.asarray, self._tail(settings))
-        state = self._prefill(self._params, self._table, ids, lengths, budgets, names, tail, capacity=capacity)
+        state = self._prefill(self._params, self._vocabulary, ids, lengths, budgets, names, tail, capacity=capacity)
         return state, tail
 
     def _steps(self, state: decode.State, tail: decode.Tail, settings: GenerationConfig, num_steps: int,
                read_tail: bool) -> tuple[decode.State, decode.Step]:
         guided = settings.guidance_scale != 1.0 and not self.is_autoregressive
-        return self._advance(self._params, self._table, state, tail, guided=guided, read_tail=read_tail,
+        return self._advance(self._params, self._vocabulary, state, tail, guided=guided, read_tail=read_tail,
                              num_steps=num_steps)
 
     def _run(self, rows: list[_Row], batch: list[int], settings: GenerationConfig, seed: int) -> list[Sample]:
@@ -230,18 +241,26 @@ class Generator:
     def _told_tail_length(self, tail: decode.Tail) -> int:
         return 0 if self.is_autoregressive else tail.maturity.shape[0]
 
-    def _trace_prefill(self, params, table, ids, lengths, budgets, names, tail, capacity):
+    def _trace_prefill(self, params, vocabulary, ids, lengths, budgets, names, tail, capacity):
         self._compilations += 1
         told = jnp.full(lengths.shape, self._told_tail_length(tail), jnp.int32)
-        vectors = look_up(table, ids)
+        vectors = look_up(vocabulary.table, ids)
         memory = cache.prefill(params, self._forward, vectors, told, capacity)
         last = jnp.take_along_axis(vectors, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return decode.start(jax.vmap(sample_key)(names), last, lengths, budgets, memory, tail, self.config.table.radius)
 
-    def _trace_advance(self, params, table, state, tail, guided, read_tail, num_steps):
+    def _trace_read(self, params, vocabulary, ids):
+        self._compilations += 1
+        batch, width = ids.shape
+        positions = jnp.broadcast_to(jnp.arange(width)[None, :], ids.shape)
+        prediction, _ = self._forward(params, look_up(vocabulary.table, ids), jnp.ones(ids.shape),
+                                      jnp.zeros((batch,), jnp.int32), positions)
+        return read(prediction, vocabulary, 1.0)[0]
+
+    def _trace_advance(self, params, vocabulary, state, tail, guided, read_tail, num_steps):
         self._compilations += 1
         predict = cache.cached_predict(params, self._forward, tail, self._told_tail_length(tail), guided)
-        return decode.run(state, predict, table, tail, self.config.table.radius, self.tokenizer.end_of_text,
+        return decode.run(state, predict, vocabulary, tail, self.config.table.radius, self.tokenizer.end_of_text,
                           num_steps, read_tail)
 
 

@@ -54,10 +54,10 @@ def draw_negatives(
 
 
 def cross_entropy(
-    prediction: jax.Array, target_ids: jax.Array, table: jax.Array, radius: float, logit_scale: jax.Array
+    prediction: jax.Array, target_ids: jax.Array, readout: jax.Array, scale: jax.Array
 ) -> jax.Array:
-    """Next-token cross-entropy [B, T] in nats with logits κ ⟨ẑ, e_i⟩/R²: the baseline on the tied table."""
-    scaled = logit_scale / radius**2 * prediction
+    """Next-token cross-entropy [B, T] in nats with logits `scale` · ⟨ẑ, e_i⟩ over the rows of `readout` [V, d]."""
+    scaled = scale * prediction
     # The target's logit is computed again: picking it out of [B, T, V] costs a scatter in the backward pass.
-    target = jnp.sum(scaled * look_up(table, target_ids), axis=-1)
-    return jax.nn.logsumexp(scores(scaled, table), axis=-1) - target
+    target = jnp.sum(scaled * look_up(readout, target_ids), axis=-1)
+    return jax.nn.logsumexp(scores(scaled, readout), axis=-1) - target

@@ -1,8 +1,9 @@
-"""The backbone ẑ = f_θ(z, α, K): a causal pre-LN Transformer from vectors to vectors (METHOD §2).
+"""The backbone ẑ = f_θ(z, α, K): a causal pre-norm Transformer from vectors to vectors (METHOD §2).
 
     z · (input_norm / R) + position + MLP(SinEmb(α))  →  FiLM(K)  →  blocks  →  norm  →  head  →  vectors of d
 
-The output at index t − 1 is the prediction for position t. There is no vocabulary inside.
+The output at index t − 1 is the prediction for position t. There is no vocabulary inside. GPT-2's parts and Llama's
+(rotary positions, RMSNorm, SwiGLU, grouped heads) are settings of the one model.
 """
 
 import math
@@ -15,6 +16,7 @@ from flax import linen as nn
 
 from tokmat_jax.attention import History, attend
 from tokmat_jax.config import Config, ModelConfig
+from tokmat_jax.rope import turn
 from tokmat_jax.sharding import constrain_activations
 
 Params = Any
@@ -58,35 +60,49 @@ class TailLengthFilm(nn.Module):
         return (1.0 + film[..., :size]) * h + film[..., size:]
 
 
-class Block(nn.Module):
-    """Pre-LN attention and MLP on the residual stream h [B, T, d].
+def _norm(config: ModelConfig, name: str) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.norm_epsilon, dtype=config.dtype, name=name)
+    return nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name=name)
 
-    Returns h and the keys and values [B, T, H, D] of its positions; the other arguments are `Backbone`'s.
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP on the residual stream h [B, T, d].
+
+    Returns h and the keys and values [B, T, H_kv, D] of its positions; the other arguments are `Backbone`'s.
     """
 
     config: ModelConfig
     max_tail_length: int
 
     @nn.compact
-    def __call__(self, h, history, tail_length, mask, visible):
+    def __call__(self, h, history, tail_length, positions, mask, visible):
         config = self.config
         residual_init = nn.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "truncated_normal")
 
-        def dense(features, name, init=_fan_in):
-            return nn.Dense(features, dtype=config.dtype, kernel_init=init, name=name)
+        def dense(features, name, bias, init=_fan_in):
+            return nn.Dense(features, use_bias=bias, dtype=config.dtype, kernel_init=init, name=name)
 
         if config.film == "per_layer":
             h = TailLengthFilm(config, self.max_tail_length, name="film")(h, tail_length)
-        batch, length, size = h.shape
-        heads = (batch, length, config.num_heads, size // config.num_heads)
-        x = nn.LayerNorm(dtype=config.dtype, name="attention_norm")(h)
-        query, key, value = (dense(size, name)(x).reshape(heads) for name in ("query", "key", "value"))
+        x = _norm(config, "attention_norm")(h)
+        query, key, value = (
+            dense(heads * config.head_size, name, config.attention_bias != "none")(x)
+            .reshape(*h.shape[:2], heads, config.head_size)
+            for name, heads in (("query", config.num_heads), ("key", config.kv_heads), ("value", config.kv_heads))
+        )
+        if config.positions == "rotary":
+            query, key = (turn(part, positions, config.rope) for part in (query, key))
         live = History(key, value)
-        seen = attend(query, live, mask, history, visible).reshape(h.shape)
-        h = h + dense(size, "attention_out", residual_init)(seen)
-        x = nn.LayerNorm(dtype=config.dtype, name="mlp_norm")(h)
-        x = nn.gelu(dense(config.mlp_ratio * size, "mlp_in")(x))
-        h = constrain_activations(h + dense(size, "mlp_out", residual_init)(x))
+        seen = attend(query, live, mask, history, visible).reshape(*h.shape[:2], -1)
+        h = h + dense(config.embed_dim, "attention_out", config.attention_bias == "all", residual_init)(seen)
+        x = _norm(config, "mlp_norm")(h)
+        hidden = dense(config.mlp_size, "mlp_in", config.mlp_bias)(x)
+        if config.mlp == "swiglu":
+            hidden *= nn.silu(dense(config.mlp_size, "mlp_gate", config.mlp_bias)(x))
+        else:
+            hidden = nn.gelu(hidden)
+        h = constrain_activations(h + dense(config.embed_dim, "mlp_out", config.mlp_bias, residual_init)(hidden))
         return h, live
 
 
@@ -117,18 +133,19 @@ class Backbone(nn.Module):
           tail_length: K [B]; 0 = no tail.
           positions: absolute positions [B, T], below `max_positions`.
           mask: which of the T positions each sees, [B or 1, T, T] bool; None is causal.
-          history: keys and values of earlier positions [L, B, S, H, D].
+          history: keys and values of earlier positions [L, B, S, H_kv, D].
           visible: which entries of the history may be read, [B, S] bool.
 
         Returns:
           vectors [B, T, d], index t predicting position `positions[:, t]` + 1, in float32; and the keys and
-          values of the T positions [L, B, T, H, D].
+          values of the T positions [L, B, T, H_kv, D].
         """
         config, size = self.config, self.config.embed_dim
-        position_init = nn.initializers.normal(0.5 * config.input_norm / math.sqrt(size))
         h = z.astype(config.dtype) * (config.input_norm / self.radius)
-        h += nn.Embed(self.max_positions, size, dtype=config.dtype, embedding_init=position_init,
-                      name="position")(positions)
+        if config.positions == "learned":
+            position_init = nn.initializers.normal(0.5 * config.input_norm / math.sqrt(size))
+            h += nn.Embed(self.max_positions, size, dtype=config.dtype, embedding_init=position_init,
+                          name="position")(positions)
         h += MaturityConditioning(config, name="maturity")(maturity)
         if config.film == "once":
             h = TailLengthFilm(config, self.max_tail_length, name="film")(h, tail_length)
@@ -137,14 +154,29 @@ class Backbone(nn.Module):
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=config.num_layers,
         )
-        h, live = blocks(config, self.max_tail_length, name="blocks")(h, history, tail_length, mask, visible)
-        h = nn.LayerNorm(dtype=config.dtype, name="final_norm")(h)
+        h, live = blocks(config, self.max_tail_length, name="blocks")(
+            h, history, tail_length, positions, mask, visible)
+        h = _norm(config, "final_norm")(h)
+        if config.head == "identity":
+            return h.astype(jnp.float32), live
         # The norm's output has length √d, so this spread gives ‖ẑ‖ ≈ head_init · R.
         head_init = nn.initializers.normal(config.head_init * self.radius / size)
-        return nn.Dense(size, dtype=jnp.float32, kernel_init=head_init, name="head")(h), live
+        return nn.Dense(size, use_bias=False, dtype=jnp.float32, kernel_init=head_init, name="head")(h), live
+
+
+def conditioning_of_committed(params: Params, config: Config, tail_length: int) -> tuple[jax.Array, jax.Array]:
+    """What maturity 1 and K = `tail_length` do to the input h of a backbone with `film="once"`: a ⊙ h + b.
+
+    `params` are the backbone's. Returns a and b [d].
+    """
+    size = config.model.embed_dim
+    film = params["film"]["embed"]["embedding"][min(tail_length, config.maturation.max_tail_length)]
+    maturity = MaturityConditioning(config.model).apply({"params": params["maturity"]}, jnp.ones((1, 1)))
+    scale = 1.0 + film[:size]
+    return scale, scale * jnp.reshape(jnp.asarray(maturity), (size,)) + film[size:]
 
 
 def make_backbone(config: Config) -> Backbone:

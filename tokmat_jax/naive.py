@@ -11,18 +11,19 @@ import numpy as np
 from tokmat_jax.decode import Tail, embryos
 from tokmat_jax.guidance import history_mask
 from tokmat_jax.model import Forward, Params
+from tokmat_jax.table import Vocabulary
 
 
 def generate_naively(
-    params: Params, forward: Forward, table: jax.Array, prompt: list[int], max_new_tokens: int, key: jax.Array,
-    tail: Tail, radius: float, end_of_text: int, told_tail_length: int,
+    params: Params, forward: Forward, vocabulary: Vocabulary, prompt: list[int], max_new_tokens: int,
+    key: jax.Array, tail: Tail, radius: float, end_of_text: int, told_tail_length: int,
 ) -> tuple[list[int], np.ndarray]:
     """Tokens committed behind `prompt` (at least one id), and the tail [steps, K, d] after each contraction.
 
     Guidance runs wherever `tail.guidance_scale` is not 1, with the mask that history dropout has in training.
     """
     length = tail.maturity.shape[0]
-    size = table.shape[1]
+    table, size = vocabulary.table, vocabulary.table.shape[1]
 
     def embryo(number):
         return embryos(key[None], jnp.array([number]), 1, size, tail.noise, radius)[0, 0]
@@ -47,7 +48,7 @@ def generate_naively(
             prediction = free + tail.guidance_scale * (prediction - free)
         slots = [slot + rate * (ahead - slot) for slot, rate, ahead in zip(slots, tail.rate, prediction, strict=True)]
         trajectory.append(np.stack([np.asarray(slot) for slot in slots]))
-        token = int(jnp.argmax(table @ slots[0]))
+        token = int(jnp.argmax(vocabulary.readout @ slots[0]))
         tokens.append(token)
         history.append(table[token])
         slots = [*slots[1:], embryo(length + len(tokens) - 1)]

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokmat_jax import guidance, losses, maturation
-from tokmat_jax import table as sphere_table
 from tokmat_jax.config import Config
 from tokmat_jax.model import Forward, Params
+from tokmat_jax.table import Vocabulary, look_up, make_vocabulary, sphere
 
 
 @struct.dataclass
 class Windows:
     """A batch as the model meets it, and what it answers."""
 
-    table: jax.Array
-    """E [V, d]."""
+    vocabulary: Vocabulary
+    """E, and the rows that predictions are compared with."""
     target_ids: jax.Array
     """x_2..x_T [B, T−1]."""
     weight: jax.Array
@@ -49,10 +49,20 @@ def keep_logit_scale_in_range(params: Params) -> Params:
     return params | {"log_logit_scale": jnp.clip(params["log_logit_scale"], 0.0, math.log(100.0))}
 
 
-def vocabulary(params: Params, config: Config) -> jax.Array:
-    """E [V, d]; a frozen table passes no gradient."""
-    table = sphere_table.sphere(params["table"], config.table.radius)
-    return table if config.table.trainable else jax.lax.stop_gradient(table)
+def ar_logit_scale(params: Params, config: Config) -> jax.Array:
+    """What multiplies ⟨ẑ, e_i⟩ in the baseline's logits []: κ/R² on the sphere, κ with a raw table."""
+    scale = logit_scale(params, config)
+    return scale / config.table.radius**2 if config.table.geometry == "sphere" else scale
+
+
+def vocabulary(params: Params, config: Config) -> Vocabulary:
+    """E and its readout; a frozen table passes no gradient. An output table of its own is taken as it is."""
+    table = params["table"]
+    if config.table.geometry == "sphere":
+        table = sphere(table, config.table.radius)
+    if not config.table.trainable:
+        table = jax.lax.stop_gradient(table)
+    return make_vocabulary(table, params.get("readout"))
 
 
 def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config, forward: Forward) -> Windows:
@@ -62,8 +72,8 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
     is predicted twice: first with embryos for a tail, as the decoder starts, then with those predictions in
     the truth's place.
     """
-    table = vocabulary(params, config)
-    clean = sphere_table.look_up(table, ids)
+    tokens = vocabulary(params, config)
+    clean = look_up(tokens.table, ids)
     batch, length = ids.shape
     positions = jnp.broadcast_to(jnp.arange(length)[None, :], (batch, length))
 
@@ -89,18 +99,18 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
             content = jnp.where((draw.self_conditioned[:, None] & ~history)[..., None], own, clean)
         z = maturation.mix_tail(content, draw.noise, maturity)
         output = predict(z, maturity, draw.tail_length, mask)
-    return Windows(table, ids[:, 1:], maturity[:, 1:], output[:, :-1])
+    return Windows(tokens, ids[:, 1:], maturity[:, 1:], output[:, :-1])
 
 
 def position_losses(windows: Windows, params: Params, negatives: jax.Array, config: Config) -> dict[str, jax.Array]:
     """Loss terms [B, T−1] by name; `loss` is what training minimises."""
-    radius, scale = config.table.radius, logit_scale(params, config)
     if config.objective.kind == "ar":
-        entropy = losses.cross_entropy(windows.prediction, windows.target_ids, windows.table, radius, scale)
+        entropy = losses.cross_entropy(windows.prediction, windows.target_ids, windows.vocabulary.readout,
+                                       ar_logit_scale(params, config))
         return {"loss": entropy, "cross_entropy": entropy}
-    target = sphere_table.look_up(windows.table, windows.target_ids)
-    mse = losses.regression(windows.prediction, target, radius)
-    nce = losses.info_nce(windows.prediction, windows.target_ids, windows.table, negatives, scale)
+    table = windows.vocabulary.table
+    mse = losses.regression(windows.prediction, look_up(table, windows.target_ids), config.table.radius)
+    nce = losses.info_nce(windows.prediction, windows.target_ids, table, negatives, logit_scale(params, config))
     return {"loss": mse + config.objective.nce_weight * nce, "mse": mse, "info_nce": nce}
 
 

@@ -18,10 +18,10 @@ from tokmat_jax.errors import ConfigError
 BATCH_AXES = ("data", "fsdp")
 
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"(^|/)table$", PartitionSpec("tensor", "fsdp")),
-    (r"blocks/(query|key|value|mlp_in)/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"(^|/)(table|readout)$", PartitionSpec("tensor", "fsdp")),
+    (r"blocks/(query|key|value|mlp_in|mlp_gate)/kernel", PartitionSpec(None, "fsdp", "tensor")),
     (r"blocks/(attention_out|mlp_out)/kernel", PartitionSpec(None, "tensor", "fsdp")),
-    (r"blocks/(query|key|value|mlp_in)/bias", PartitionSpec(None, "tensor")),
+    (r"blocks/(query|key|value|mlp_in|mlp_gate)/bias", PartitionSpec(None, "tensor")),
     (r"(kernel|embedding)$", PartitionSpec("fsdp")),
     (r"", PartitionSpec()),
 )

@@ -2,8 +2,27 @@
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 _TINY = 1e-12
+
+
+@struct.dataclass
+class Vocabulary:
+    """What tokens are when they are read and when they are written."""
+
+    table: jax.Array
+    """E [V, d]: the vector that a token is once it is committed."""
+    readout: jax.Array
+    """Rows [V, d] with which a front is compared. E itself, but for an imported model with an untied head."""
+    norm: jax.Array
+    """‖row of the readout‖ [V]."""
+
+
+def make_vocabulary(table: jax.Array, readout: jax.Array | None = None) -> Vocabulary:
+    """A Vocabulary of `table` [V, d], read with the same rows unless a `readout` [V, d] is given."""
+    readout = table if readout is None else readout
+    return Vocabulary(table, readout, jnp.sqrt(jnp.sum(readout * readout, axis=-1) + _TINY))
 
 
 def sphere(weight: jax.Array, radius: float) -> jax.Array:
@@ -22,25 +41,26 @@ def scores(z: jax.Array, table: jax.Array) -> jax.Array:
     return jnp.einsum("...d,vd->...v", z, table, preferred_element_type=jnp.float32)
 
 
-def cosines(z: jax.Array, table: jax.Array) -> jax.Array:
-    """cos(z, e_i) [..., V] of vectors `z` [..., d]."""
-    return scores(unit(z), unit(table))
-
-
 def unit(z: jax.Array) -> jax.Array:
     """`z` [..., d] scaled to norm 1; a zero vector stays zero."""
     return z * jax.lax.rsqrt(jnp.sum(z * z, axis=-1, keepdims=True) + _TINY)
 
 
-def read(z: jax.Array, table: jax.Array, radius: float, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
+def read(z: jax.Array, vocabulary: Vocabulary, temperature: jax.Array | float) -> tuple[jax.Array, jax.Array]:
     """What vectors `z` [..., d] would say: nearest token [...] and entropy [...] in nats.
 
     The nearest token is the projection of Algorithm 1, argmax_i ⟨z, e_i⟩.
-    The entropy is that of softmax(cos(z, E)/τ) with τ = `temperature` (paper §5); it needs a table whose
-    rows all have norm `radius`, since one matrix product serves both.
+    The entropy is that of softmax(cos(z, E)/τ) with τ = `temperature` (paper §5).
     """
-    inner = scores(z, table)
-    norm = jnp.sqrt(jnp.sum(z * z, axis=-1, keepdims=True) + _TINY)
-    log_p = jax.nn.log_softmax(inner / (norm * radius * temperature), axis=-1)
-    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-    return jnp.argmax(inner, axis=-1).astype(jnp.int32), entropy
+    inner = scores(z, vocabulary.readout)
+    return jnp.argmax(inner, axis=-1).astype(jnp.int32), entropy_of(inner, z, vocabulary, temperature)
+
+
+def entropy_of(
+    inner: jax.Array, z: jax.Array, vocabulary: Vocabulary, temperature: jax.Array | float = 1.0
+) -> jax.Array:
+    """Entropy [...] in nats of softmax(cos(z, E)/τ), from `inner` = ⟨z, e_i⟩ [..., V] of `z` [..., d]."""
+    length = jnp.sqrt(jnp.sum(z * z, axis=-1, keepdims=True) + _TINY) * temperature
+    norm = jnp.reshape(vocabulary.norm, (1,) * (inner.ndim - 1) + (-1,))
+    log_p = jax.nn.log_softmax(inner / (length * norm), axis=-1)
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)

@@ -13,11 +13,11 @@ from flax import struct
 from jax.sharding import Mesh
 
 from tokmat_jax import losses, objective
-from tokmat_jax import table as sphere_table
 from tokmat_jax.config import Config
 from tokmat_jax.model import Params, make_backbone, make_forward
 from tokmat_jax.optim import make_optimizer, make_schedule
 from tokmat_jax.sharding import batch_sharding, place, replicated
+from tokmat_jax.table import entropy_of, scores
 
 MATURITY_BINS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Lower edges of the bins by which accuracy is reported; the last holds maturity 1 alone."""
@@ -33,7 +33,8 @@ class TrainState:
     step: jax.Array
     """Updates done, int32 []."""
     params: Params
-    """`table` [V, d] (free rows w), `backbone`, and `log_logit_scale` [] where κ is learned; float32."""
+    """`table` [V, d] (free rows w), `backbone`, `readout` [V, d] where it is not tied to the table, and
+    `log_logit_scale` [] where κ is learned; float32."""
     opt_state: optax.OptState
     """State of the optimiser, sharded as the parameters are."""
 
@@ -49,6 +50,8 @@ def init_params(key: jax.Array, config: Config, vocab_size: int, table: jax.Arra
     if table is None:
         table = jax.random.normal(table_key, (vocab_size, size)) / jnp.sqrt(float(size))
     params = {"backbone": backbone, "table": table}
+    if not config.table.tied:
+        params["readout"] = table
     if config.objective.learn_logit_scale:
         params["log_logit_scale"] = jnp.log(jnp.float32(config.objective.logit_scale))
     return params
@@ -145,12 +148,11 @@ def eval_sums(
 
 
 def _rank_and_entropy(windows: objective.Windows) -> tuple[jax.Array, jax.Array]:
-    inner = sphere_table.cosines(windows.prediction, windows.table)
+    inner = scores(windows.prediction, windows.vocabulary.readout)
     target = jnp.take_along_axis(inner, windows.target_ids[..., None], axis=-1)
-    log_p = jax.nn.log_softmax(inner, axis=-1)
     # A prediction that is not a number is no hit.
     rank = jnp.where(jnp.isfinite(target[..., 0]), jnp.sum(inner > target, axis=-1), inner.shape[-1])
-    return rank, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    return rank, entropy_of(inner, windows.prediction, windows.vocabulary)
 
 
 def eval_means(totals: dict[str, Any]) -> dict[str, float]:

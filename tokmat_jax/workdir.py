@@ -6,13 +6,17 @@
     checkpoints/     see `checkpoint.py`
     metrics.jsonl    one row per logged step; `tensorboard/` holds the same
     samples.jsonl    what was printed during training
+    imported.json    where the weights come from, if they were not trained here
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from tokmat_jax.config import Config
 from tokmat_jax.errors import UserError
 
 CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
+IMPORTED = "imported.json"
 
 _FREE = ("workdir", "mesh", "generation", "data.prepared_dir", "train.num_steps", "train.log_every",
          "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples",
@@ -31,13 +36,27 @@ _FREE = ("workdir", "mesh", "generation", "data.prepared_dir", "train.num_steps"
 
 def save_config(config: Config, workdir: Path) -> None:
     """Writes `config` into `workdir`; a reader never sees half of it."""
-    _write(workdir / CONFIG, dataclasses.asdict(config))
+    write_json(workdir / CONFIG, dataclasses.asdict(config))
 
 
-def _write(path: Path, data: dict[str, Any]) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Writes an object; a reader of `path` never sees half of it."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(json.dumps(data, indent=2) + "\n")
     os.replace(unfinished, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises UserError where it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    return found
 
 
 def make_workdir(workdir: Path) -> None:
@@ -48,6 +67,28 @@ def make_workdir(workdir: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"workdir: cannot write into {workdir}: {error.strerror}; choose another --workdir") from None
+
+
+@contextlib.contextmanager
+def appears_whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder` at the end; where that is not reached, nothing is left.
+
+    Raises UserError where `folder` exists and is not empty, or cannot be made.
+    """
+    if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
+        raise UserError(f"{folder} already exists: choose another place, or delete it first")
+    unfinished = folder.parent / f".{folder.name}.unfinished-{os.getpid()}"
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder.parent}: {error.strerror}") from None
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def keep_corpus(facts: dict[str, Any], workdir: Path) -> None:
@@ -61,7 +102,7 @@ def keep_corpus(facts: dict[str, Any], workdir: Path) -> None:
         if known != facts["fingerprint"]:
             raise UserError(f"{workdir} holds a run on another state of its corpus (fingerprint {known}, now "
                             f"{facts['fingerprint']}): bring the text back, or choose another --workdir")
-    _write(path, facts)
+    write_json(path, facts)
 
 
 def load_config(workdir: Path) -> Config:
@@ -70,15 +111,22 @@ def load_config(workdir: Path) -> Config:
     if not path.is_file():
         raise UserError(f"{workdir} is no run: it has no {CONFIG}; train one with train.py --workdir {workdir}")
     try:
-        text = path.read_text(encoding="utf-8")
-        _refuse_unknown(json.loads(text), Config, str(path))
-        return pydantic.TypeAdapter(Config).validate_json(text, strict=True)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return parse_config_json(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def parse_config_json(text: str, where: str) -> Config:
+    """The Config in the JSON `text`; raises UserError, which names `where`, if it is damaged or does not fit."""
+    try:
+        _refuse_unknown(json.loads(text), Config, where)
+        return pydantic.TypeAdapter(Config).validate_json(text, strict=True)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is damaged: {error}") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its values"
-        raise UserError(f"{path}: {where}: {first['msg']}") from None
+        field = ".".join(map(str, first["loc"])) or "its values"
+        raise UserError(f"{where}: {field}: {first['msg']}") from None
 
 
 def _refuse_unknown(data: Any, kind: type, where: str) -> None:

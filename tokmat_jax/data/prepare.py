@@ -26,13 +26,14 @@ from typing import Any
 
 import numpy as np
 
-from tokmat_jax.config import Config, DataConfig
+from tokmat_jax.config import Config, DataConfig, TokenizerConfig
 from tokmat_jax.data import sources
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from tokmat_jax.errors import UserError
 from tokmat_jax.view.progress import Bar, bar
+from tokmat_jax.workdir import TOKENIZER
 
-_FORMAT = 1
+_FORMAT = 2
 _FACTS = "corpus.json"
 _BATCH = 256
 
@@ -71,8 +72,7 @@ def prepare(config: Config) -> Corpus:
     made_from = {
         "format": _FORMAT,
         "data": {name: getattr(config.data, name) for name in names},
-        "tokenizer": dataclasses.asdict(config.tokenizer),
-        "tokenizer_files": sources.states(Path(config.tokenizer.name).glob("*")) if config.tokenizer.name else [],
+        "tokenizer": _identity(config.tokenizer),
         "source": sources.identity(config.data),
     }
     fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
@@ -92,6 +92,17 @@ def prepare(config: Config) -> Corpus:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return _load(folder, config.data)
+
+
+def _identity(config: TokenizerConfig) -> dict[str, Any]:
+    """What tells one tokenizer from another. A workdir's is known by what its files hold, wherever they lie."""
+    made_from = dataclasses.asdict(config)
+    if config.kind == "workdir":
+        files = sorted((Path(made_from.pop("name")) / TOKENIZER).glob("*"))
+        made_from["files"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    elif config.name:
+        made_from["files"] = sources.states(Path(config.name).glob("*"))
+    return made_from
 
 
 def _load(folder: Path, config: DataConfig) -> Corpus:
@@ -159,8 +170,9 @@ def _tokenise(folder: Path, tokenizer: Tokenizer, config: Config, progress: Bar)
         while batch := list(itertools.islice(documents, _BATCH)):
             for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
                 out = validation if is_held_out(text, config.data.holdout) else train
-                np.array([tokenizer.end_of_text, *ids], np.int32).tofile(out)
-                num_tokens += len(ids) + 1
+                document = np.array([tokenizer.end_of_text, *tokenizer.prefix, *ids], np.int32)
+                document.tofile(out)
+                num_tokens += document.size
             num_documents += len(batch)
             progress.update(num_tokens, f"tokens, {num_documents:,} documents")
     return num_documents

@@ -9,6 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tokmat_jax.config import TokenizerConfig
 from tokmat_jax.errors import UserError
+from tokmat_jax.workdir import TOKENIZER
 
 END_OF_TEXT = "<|endoftext|>"
 _FILE, _META = "tokenizer.json", "tokenizer_meta.json"
@@ -17,29 +18,31 @@ _FILE, _META = "tokenizer.json", "tokenizer_meta.json"
 class Tokenizer:
     """A vocabulary of `vocab_size` V ids, one of which, `end_of_text`, stands between documents.
 
-    Text that spells a special token is read as ordinary text.
+    `prefix` are the ids that stand before any text, none or a beginning-of-text. Text that spells a special token is
+    read as ordinary text. An imported model may have more rows than its tokenizer has ids: V then counts the rows.
     """
 
-    def __init__(self, fast: FastTokenizer, end_of_text: int):
+    def __init__(self, fast: FastTokenizer, end_of_text: int, prefix: Sequence[int] = (), num_rows: int = 0):
         fast.encode_special_tokens = True
         fast.no_truncation()
         fast.no_padding()
-        self._fast = fast
+        self.fast = fast
         self.end_of_text = end_of_text
+        self.prefix = tuple(prefix)
         # Ids may have gaps: what counts is the largest.
-        self.vocab_size = max(fast.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(num_rows, max(fast.get_vocab(with_added_tokens=True).values()) + 1)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without any special token around them."""
-        return self._fast.encode(text, add_special_tokens=False).ids
+        """Ids of `text`, without any special token around them; `prefix` is left out too."""
+        return self.fast.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, in parallel."""
-        return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self.fast.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens are left out."""
-        return self._fast.decode(list(ids), skip_special_tokens=True)
+        return self.fast.decode(list(ids), skip_special_tokens=True)
 
     def piece(self, token: int) -> str:
         """What one id looks like by itself, white space included; end-of-text is shown as ⏹."""
@@ -48,15 +51,17 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Writes the tokenizer into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._fast.save(str(folder / _FILE))
-        (folder / _META).write_text(json.dumps({"end_of_text": self.end_of_text}) + "\n")
+        self.fast.save(str(folder / _FILE))
+        (folder / _META).write_text(json.dumps(
+            {"end_of_text": self.end_of_text, "prefix": self.prefix, "vocab_size": self.vocab_size}) + "\n")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that `save` wrote; raises UserError where the files are missing or damaged."""
     try:
         meta = json.loads((folder / _META).read_text())
-        return Tokenizer(FastTokenizer.from_file(str(folder / _FILE)), int(meta["end_of_text"]))
+        fast = FastTokenizer.from_file(str(folder / _FILE))
+        return Tokenizer(fast, int(meta["end_of_text"]), meta["prefix"], int(meta["vocab_size"]))
     except Exception as error:
         raise UserError(f"no usable tokenizer in {folder}: {str(error).splitlines()[0]}") from None
 
@@ -77,20 +82,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def hugging_face(name: str) -> Tokenizer:
-    """A Hugging Face tokenizer by hub name or folder; never runs code that comes with it."""
+    """A Hugging Face tokenizer by hub name or folder; never runs code that comes with it.
+
+    Raises UserError where it cannot be loaded or knows no end-of-text.
+    """
     from transformers import AutoTokenizer
 
     try:
         loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"tokenizer.name: cannot load {name!r}: {reason}") from None
+        raise UserError(f"cannot load the tokenizer {name!r}: {reason}") from None
     fast = getattr(loaded, "backend_tokenizer", None)
     if fast is None:
-        raise UserError(f"tokenizer.name: {name!r} has no fast tokenizer (tokenizer.json); convert it first")
+        raise UserError(f"the tokenizer {name!r} has no fast form (tokenizer.json); convert it first")
     if loaded.eos_token_id is None:
-        raise UserError(f"tokenizer.name: {name!r} has no end-of-text (eos_token), which separates documents")
-    return Tokenizer(fast, int(loaded.eos_token_id))
+        raise UserError(f"the tokenizer {name!r} has no end-of-text (eos_token), which separates documents")
+    plain, whole = (fast.encode("a", add_special_tokens=special).ids for special in (False, True))
+    prefix = next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), ())
+    return Tokenizer(fast, int(loaded.eos_token_id), prefix)
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
@@ -102,3 +112,5 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
             return train_bpe([], 257)
         case "huggingface":
             return hugging_face(config.name)
+        case "workdir":
+            return load_tokenizer(Path(config.name) / TOKENIZER)

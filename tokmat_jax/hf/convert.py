@@ -1,0 +1,428 @@
+"""A checkpoint becomes a workdir, a workdir becomes a checkpoint.
+
+What the other side has no place for (conditioning on maturity and tail length, the head, free rows of the table, κ)
+goes into a folder `maturation/` beside the exported weights, from which an import takes it back, bit for bit.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from tokmat_jax import objective
+from tokmat_jax.checkpoint import load_params, save_params
+from tokmat_jax.config import (
+    Config,
+    DataConfig,
+    GenerationConfig,
+    MaturationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    TableConfig,
+    TokenizerConfig,
+)
+from tokmat_jax.data.tokenizer import Tokenizer, hugging_face, load_tokenizer
+from tokmat_jax.errors import UserError
+from tokmat_jax.hf import families
+from tokmat_jax.hf.families import Weight
+from tokmat_jax.hf.files import Safetensors, Stored, find_source, write_safetensors
+from tokmat_jax.hf.gguf_file import Gguf
+from tokmat_jax.model import Params, conditioning_of_committed
+from tokmat_jax.sharding import path_name
+from tokmat_jax.train_step import init_params
+from tokmat_jax.view.progress import bar
+from tokmat_jax.workdir import (
+    IMPORTED,
+    TOKENIZER,
+    appears_whole,
+    load_config,
+    parse_config_json,
+    read_json,
+    save_config,
+    write_json,
+)
+
+SIDECAR = "maturation"
+"""Folder of an exported checkpoint: `run.json`, `weights.safetensors` and `tokenizer/`."""
+_RUN, _WEIGHTS = "run.json", "weights.safetensors"
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+Flat = dict[str, np.ndarray]
+"""Parameters by path, `backbone/blocks/query/kernel`."""
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import found; `imported.json` of the workdir."""
+
+    source: str
+    model_type: str
+    dtype: str
+    """Type of the stored weights."""
+    num_parameters: int
+    """Numbers in the checkpoint."""
+    row_norm: tuple[float, float, float]
+    """Smallest, mean and largest norm of the table's rows."""
+    notes: tuple[str, ...]
+    """What is left out."""
+
+
+@dataclass(frozen=True)
+class _Sidecar:
+    config: Config
+    tokenizer: Tokenizer
+    params: Flat
+    derived: dict[str, str]
+    """Checksum of each stored weight that was made from `params`."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    stored: Stored
+    model_type: str
+    config: Config
+    tokenizer: Tokenizer
+    tied: bool
+    notes: tuple[str, ...]
+    sidecar: _Sidecar | None
+
+
+def import_weights(source: str, out: Path) -> Imported:
+    """Makes the workdir `out` from a folder of safetensors, a hub name or a GGUF file.
+
+    Weights are checked by name, shape and finiteness, and read one at a time. Raises UserError, and leaves nothing
+    behind, where the source is damaged, incomplete or of a kind that the backbone cannot express.
+    """
+    with appears_whole(out) as unfinished:
+        path = find_source(source)
+        found = _open_gguf(path, out) if path.is_file() else _open_folder(path, out)
+        shapes = _shapes(found.config, found.tokenizer.vocab_size)
+        weights = families.weights(found.model_type, found.config.model, found.tied)
+        names = _match_names(found, weights, shapes)
+        flat = _read(found, weights, names, shapes)
+        config, norms = found.config, np.linalg.norm(flat["table"], axis=-1)
+        row_norm = (float(norms.min()), float(norms.mean()), float(norms.max()))
+        if found.sidecar is None:  # R is the length of a typical row, and the backbone expects rows as they are
+            config = dataclasses.replace(config, table=dataclasses.replace(config.table, radius=row_norm[1]),
+                                         model=dataclasses.replace(config.model, input_norm=row_norm[1]))
+        facts = Imported(source, found.model_type, found.stored.dtype,
+                         sum(int(np.prod(shape)) for shape in found.stored.shapes.values()), row_norm, found.notes)
+        save_config(config, unfinished)
+        found.tokenizer.save(unfinished / TOKENIZER)
+        write_json(unfinished / IMPORTED, dataclasses.asdict(facts))
+        save_flat(unfinished, flat)
+    return facts
+
+
+def _open_folder(folder: Path, out: Path) -> _Source:
+    from transformers import AutoConfig
+
+    facts = read_json(folder / "config.json")
+    _check_model_type(facts.get("model_type"), folder / "config.json")
+    try:
+        settings: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder / 'config.json'} cannot be read: {reason}") from None
+    stored = Safetensors(folder)
+    sidecar = _read_sidecar(folder / SIDECAR) if (folder / SIDECAR).is_dir() else None
+    model, tied = families.read_settings(settings)
+    if sidecar is not None:
+        return _Source(stored, settings.model_type, dataclasses.replace(sidecar.config, workdir=str(out)),
+                       sidecar.tokenizer, tied, (), sidecar)
+    ends = settings.eos_token_id
+    if (folder / "generation_config.json").is_file():
+        ends = read_json(folder / "generation_config.json").get("eos_token_id", ends)
+    loaded = _folder_tokenizer(folder)
+    end, notes = _end_of_text(ends, loaded.end_of_text)
+    tokenizer = _fit(loaded, end, _num_rows(stored, settings.model_type), folder)
+    return _Source(stored, settings.model_type, _plain_config(model, tied, out), tokenizer, tied, notes, None)
+
+
+def _open_gguf(file: Path, out: Path) -> _Source:
+    if file.suffix != ".gguf":
+        raise UserError(f"SOURCE {str(file)!r} is a file but no .gguf; give the folder of a checkpoint")
+    stored = Gguf(file)
+    settings, loaded = stored.settings(), stored.tokenizer()
+    model, tied = families.read_settings(settings)
+    tokenizer = _fit(loaded, loaded.end_of_text, _num_rows(stored, stored.architecture), file)
+    return _Source(stored, stored.architecture, _plain_config(model, tied, out), tokenizer, tied, (), None)
+
+
+def _check_model_type(found: Any, path: Path) -> None:
+    if found not in families.MODEL_TYPES:
+        raise UserError(f"{path}: model_type {found!r} is not supported; supported are "
+                        f"{', '.join(families.MODEL_TYPES)}")
+
+
+def _folder_tokenizer(folder: Path) -> Tokenizer:
+    # Without its files transformers builds an empty tokenizer and says nothing.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)")
+    return hugging_face(str(folder))
+
+
+def _end_of_text(ends: Any, of_tokenizer: int) -> tuple[int, tuple[str, ...]]:
+    """The id at which a text ends, and what to say where the checkpoint has several of them."""
+    if not isinstance(ends, list):
+        return (of_tokenizer if ends is None else int(ends)), ()
+    end = of_tokenizer if of_tokenizer in ends or not ends else int(ends[0])
+    others = [other for other in ends if other != end]
+    return end, (f"the checkpoint also stops at the ids {others}; here text ends at {end} alone",) if others else ()
+
+
+def _num_rows(stored: Stored, model_type: str) -> int:
+    table = families.weights(model_type, ModelConfig(), tied=True)[0].name
+    shape = stored.shapes.get(table) or stored.shapes.get(table.removeprefix(families.PREFIX[model_type]))
+    if shape is None or len(shape) != 2:
+        raise UserError(f"weight {table} is {'missing' if shape is None else f'of shape {shape}'}")
+    return shape[0]
+
+
+def _fit(loaded: Tokenizer, end_of_text: int, num_rows: int, where: Path) -> Tokenizer:
+    """The tokenizer with V = `num_rows` ids."""
+    if not 0 <= end_of_text < num_rows or loaded.vocab_size > num_rows:
+        raise UserError(f"{where}: the tokenizer has ids up to {max(loaded.vocab_size - 1, end_of_text)}, the table "
+                        f"has {num_rows} rows")
+    return Tokenizer(loaded.fast, end_of_text, loaded.prefix, num_rows)
+
+
+def _plain_config(model: ModelConfig, tied: bool, out: Path) -> Config:
+    """An autoregressive run over the raw table: what the checkpoint is."""
+    positions = model.max_positions
+    assert positions is not None
+    if positions < 4:
+        raise UserError(f"config.json: a model of {positions} positions is too short")
+    window = min(256, positions)
+    return Config(
+        workdir=str(out), data=DataConfig(seq_len=window), tokenizer=TokenizerConfig(kind="workdir", name=str(out)),
+        table=TableConfig(geometry="raw", tied=tied), model=model,
+        maturation=MaturationConfig(max_tail_length=min(16, window - 1)),
+        objective=ObjectiveConfig(kind="ar", logit_scale=1.0),
+        generation=GenerationConfig(tail_length=min(8, positions - 2)),
+    )
+
+
+def _shapes(config: Config, vocab_size: int) -> Shapes:
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, vocab_size))
+    return {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+
+
+def _layers(weight: Weight, config: Config) -> range:
+    return range(config.model.num_layers if weight.per_layer else 1)
+
+
+def _match_names(found: _Source, weights: list[Weight], shapes: Shapes) -> dict[str, str]:
+    """The name in the file of every weight that the family wants; raises UserError where the two do not agree."""
+    prefix = families.PREFIX[found.model_type]
+    bare = not any(name.startswith(prefix) for name in found.stored.shapes)
+    names = {(prefix + name if bare and name != "lm_head.weight" else name): name for name in found.stored.shapes
+             if not any(re.search(pattern, name) for pattern in families.CONSTANTS)}
+    copy = names.pop("lm_head.weight", None) if found.tied else None
+    shapes = {"readout": shapes["table"]} | shapes
+    for weight in weights:
+        for layer in _layers(weight, found.config):
+            name, wanted = weight.name.format(layer=layer), families.stored_shape(weight, shapes)
+            if name not in names:
+                raise UserError(f"weight {name} is missing, config.json asks for one of shape {wanted}")
+            shape = found.stored.shapes[names[name]]
+            if shape != wanted:
+                raise UserError(f"weight {name} has shape {shape}, config.json asks for {wanted}")
+    wanted = {weight.name.format(layer=layer) for weight in weights for layer in _layers(weight, found.config)}
+    if unknown := [name for name in names if name not in wanted]:
+        raise UserError(f"weight {unknown[0]} is unknown" + (f", and {len(unknown) - 1} more" if unknown[1:] else "")
+                        + f": a {found.model_type} model with these settings has no such weight")
+    if copy is not None and not np.array_equal(found.stored.read(copy), found.stored.read(names[weights[0].name])):
+        raise UserError("lm_head.weight differs from the table, although config.json ties them (tie_word_embeddings)")
+    return names
+
+
+def _read(found: _Source, weights: list[Weight], names: dict[str, str], shapes: Shapes) -> Flat:
+    """All parameters: from the file, from the sidecar, and what neither has as it is initialised."""
+    own = found.sidecar.params if found.sidecar else {}
+    flat: Flat = dict(own)
+    done = 0
+    with bar("reading weights", len(names)) as progress:
+        for weight in weights:
+            is_derived = weight.name in (found.sidecar.derived if found.sidecar else ())
+            if not is_derived:
+                flat |= {path: np.empty(shapes[path], np.float32) for path in weight.paths}
+            for layer in _layers(weight, found.config):
+                stored = found.stored.read(names[weight.name.format(layer=layer)])
+                if is_derived:
+                    _check_derived(found.sidecar, weight.name, stored)
+                else:
+                    families.put(weight, layer, stored, flat)
+                done += 1
+                progress.update(done)
+    rest = [path for path in shapes if path not in flat]
+    if found.sidecar is None:
+        return flat | _fresh(found.config, found.tokenizer.vocab_size, rest)
+    wrong = rest or [path for path in flat if path not in shapes or flat[path].shape != shapes[path]]
+    if wrong:
+        raise UserError(f"{SIDECAR}/{_WEIGHTS}: {wrong[0]} is missing or does not fit {SIDECAR}/{_RUN}")
+    return flat
+
+
+def _fresh(config: Config, vocab_size: int, paths: list[str]) -> Flat:
+    """The parameters at `paths` as they are initialised; what is not asked for is not computed."""
+
+    @jax.jit
+    def some():
+        params = init_params(jax.random.key(config.train.seed), config, vocab_size)
+        flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+        return {path: flat[path] for path in paths}
+
+    return jax.tree.map(np.asarray, some())
+
+
+def _check_derived(sidecar: _Sidecar | None, name: str, stored: np.ndarray) -> None:
+    assert sidecar is not None
+    if _checksum(stored) != sidecar.derived[name]:
+        raise UserError(f"weight {name} was changed after the export, so that the folder {SIDECAR}/ no longer goes "
+                        f"with it: delete that folder to import the model as a plain language model")
+
+
+def _checksum(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array, np.float32).tobytes()).hexdigest()
+
+
+def _read_sidecar(folder: Path) -> _Sidecar:
+    run = read_json(folder / _RUN)
+    try:
+        config = parse_config_json(json.dumps(run["config"]), str(folder / _RUN))
+        params = safetensors.numpy.load_file(folder / _WEIGHTS)
+        derived = dict(run["derived"])
+    except (KeyError, TypeError, ValueError, OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{folder} is damaged: {type(error).__name__} {error}") from None
+    return _Sidecar(config, load_tokenizer(folder / TOKENIZER), params, derived)
+
+
+def nested(flat: Mapping[str, Any]) -> Params:
+    """The tree of parameters that `flat` names by path."""
+    params: Params = {}
+    for path, array in flat.items():
+        *parents, name = path.split("/")
+        branch = params
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[name] = array
+    return params
+
+
+def load_flat(workdir: Path) -> tuple[Config, Tokenizer, Flat]:
+    """The newest parameters of a run, on the host."""
+    config, tokenizer = load_config(workdir), load_tokenizer(workdir / TOKENIZER)
+    here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, tokenizer.vocab_size))
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
+    params, _ = load_params(workdir, shapes)
+    flat = {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return config, tokenizer, flat
+
+
+def save_flat(workdir: Path, flat: Flat) -> None:
+    """Writes `flat` as the checkpoint of `workdir`, and empties it: there is never a second copy of it all."""
+    host, params = jax.devices("cpu")[0], {}
+    for path in list(flat):
+        params[path] = jax.device_put(flat.pop(path), host).block_until_ready()
+    save_params(workdir, nested(params))
+
+
+def export_weights(
+    workdir: Path, out: Path, dtype: str | None = None, max_shard_size: int = 5 * 10**9
+) -> dict[str, Any]:
+    """Writes the model of `workdir` as safetensors that `transformers` loads, with its tokenizer and the sidecar.
+
+    What is written is the autoregressive view: committed vectors in, one prediction out, compared with the table (for
+    a maturation run: K = 1 at rate 1). `dtype` None means that of the import, float32 for what was trained here.
+    Raises UserError where no family of checkpoints has the model's parts.
+    """
+    config, tokenizer, flat = load_flat(workdir)
+    model_type = families.model_type_of(config.model)
+    if dtype is None:
+        imported = workdir / IMPORTED
+        dtype = str(read_json(imported).get("dtype")) if imported.is_file() else "float32"
+    stored, tied = _autoregressive_view(config, flat)
+    weights = families.weights(model_type, config.model, tied)
+    derived = {weight.name: weight.paths[0] for weight in weights if weight.paths[0] in stored}
+    shapes = {path: array.shape for path, array in (flat | stored).items()}
+    places = {weight.name.format(layer=layer): (weight, layer) for weight in weights
+              for layer in _layers(weight, config)}
+    verbatim = {path for weight in weights for path in weight.paths} - set(stored)
+
+    def get(name: str) -> np.ndarray:
+        return families.get(*places[name], flat | stored)
+
+    with appears_whole(out) as unfinished:
+        write_safetensors(unfinished, {name: families.stored_shape(weight, shapes) for name, (weight, _) in
+                                       places.items()}, get, DTYPES[dtype], max_shard_size)
+        _write_settings(unfinished, model_type, config, tokenizer, tied, dtype)
+        sidecar = unfinished / SIDECAR
+        sidecar.mkdir()
+        own = {path: np.ascontiguousarray(array) for path, array in flat.items() if path not in verbatim}
+        safetensors.numpy.save_file(own, sidecar / _WEIGHTS)
+        sums = {name: _checksum(get(name).astype(DTYPES[dtype])) for name in derived}
+        write_json(sidecar / _RUN, {"config": dataclasses.asdict(config), "derived": sums})
+        tokenizer.save(sidecar / TOKENIZER)
+    return {"model_type": model_type, "dtype": dtype, "weights": len(places), "derived": list(derived),
+            "num_parameters": sum(int(np.prod(shape)) for shape in
+                                  (families.stored_shape(weight, shapes) for weight, _ in places.values()))}
+
+
+def _autoregressive_view(config: Config, flat: Flat) -> tuple[Flat, bool]:
+    """Parameters to store instead of our own so that a plain Transformer computes the same, and whether E is its head.
+
+    With a = 1 + γ and b from the conditioning of committed positions, the input a ⊙ (s·e + p) + b has rows a ⊙ s·e and
+    positions a ⊙ p + b (without learned positions the rows take b too); logits κ' ⟨Hx, r⟩ have output rows κ' Hᵀr.
+    Nothing is changed where all of that is neutral.
+    """
+    if config.model.film != "once":
+        raise UserError("model.film 'per_layer' has no counterpart in a plain Transformer: only 'once' can be exported")
+    params = nested(flat)
+    told = 0 if config.objective.kind == "ar" else 1
+    scale, shift = (np.asarray(x) for x in conditioning_of_committed(params["backbone"], config, told))
+    input_scale = config.model.input_norm / config.table.radius
+    vocabulary = objective.vocabulary(params, config)
+    logit_scale = float(objective.ar_logit_scale(params, config))
+    stored: Flat = {}
+    if config.table.geometry == "sphere" or input_scale != 1 or np.any(scale != 1) or np.any(shift):
+        rows = scale * (input_scale * np.asarray(vocabulary.table))
+        if config.model.positions == "learned":
+            stored["backbone/position/embedding"] = scale * flat["backbone/position/embedding"] + shift
+        else:
+            rows += shift
+        stored["table"] = rows
+    if config.model.head == "identity" and logit_scale == 1 and not (config.table.tied and stored):
+        return stored, config.table.tied
+    linear = config.model.head == "linear"
+    head = flat["backbone/head/kernel"] if linear else np.eye(config.model.embed_dim, dtype=np.float32)
+    stored["readout"] = np.asarray(vocabulary.readout) @ (logit_scale * head.T)
+    return stored, False
+
+
+def _write_settings(
+    folder: Path, model_type: str, config: Config, tokenizer: Tokenizer, tied: bool, dtype: str
+) -> None:
+    from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
+
+    fields = families.write_settings(model_type, config, tokenizer.vocab_size, tied, dtype)
+    begin = tokenizer.prefix[0] if tokenizer.prefix else None
+    architecture = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[model_type]
+    fields |= {"architectures": [architecture], "bos_token_id": begin, "eos_token_id": tokenizer.end_of_text}
+    CONFIG_MAPPING[model_type](**fields).save_pretrained(folder)
+    special = {"eos_token": tokenizer.fast.id_to_token(tokenizer.end_of_text)}
+    if begin is not None:
+        special["bos_token"] = tokenizer.fast.id_to_token(begin)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.fast, **special).save_pretrained(folder)

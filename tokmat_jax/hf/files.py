@@ -1,0 +1,164 @@
+"""Where stored weights come from and go to: a folder of safetensors, a name on the hub; nothing is ever unpickled."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+
+from tokmat_jax.errors import UserError
+from tokmat_jax.workdir import read_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+class Stored(Protocol):
+    """Named weights on disk, read one at a time."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of every weight by name."""
+    dtype: str
+    """The widest type among them: float32, float16 or bfloat16."""
+
+    def read(self, name: str) -> np.ndarray:
+        """One weight as float32; raises UserError where it is damaged or not finite."""
+        ...
+
+
+def find_source(source: str) -> Path:
+    """The file or folder that `source` names; a hub name is downloaded first.
+
+    Raises UserError where there is neither, or no network to ask.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise UserError(f"SOURCE {source!r} does not exist")
+    try:
+        return Path(snapshot_download(source, allow_patterns=_WANTED, ignore_patterns=["original/*", "onnx/*"]))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"SOURCE {source!r} is neither a file or folder here nor could it be had from the hub: "
+                        f"{reason}") from None
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Safetensors:
+    """The weights of a folder: `model.safetensors`, or the shards of its index, or the only safetensors file.
+
+    A file is opened for each weight anew, so that what has been read does not stay mapped into memory.
+    """
+
+    def __init__(self, folder: Path):
+        self._places: dict[str, _Place] = {}
+        for file in _weight_files(folder):
+            for name, place in _places(file).items():
+                if name in self._places:
+                    raise UserError(f"{file}: {name} is also in {self._places[name].file.name}")
+                self._places[name] = place
+        if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+            self._check_index(folder / INDEX)
+        self.shapes = {name: place.shape for name, place in self._places.items()}
+        found = {place.dtype for place in self._places.values()}
+        self.dtype = found.pop() if len(found) == 1 else "float32"
+
+    def _check_index(self, index: Path) -> None:
+        listed = read_json(index)["weight_map"]
+        for name, file in listed.items():
+            if name not in self._places or self._places[name].file.name != file:
+                raise UserError(f"{index}: {name} is not in {file}")
+        for name, place in self._places.items():
+            if name not in listed:
+                raise UserError(f"{place.file}: {name} is not in {index.name}")
+
+    def read(self, name: str) -> np.ndarray:
+        file = self._places[name].file
+        try:
+            with safetensors.safe_open(file, "np") as opened:
+                array = opened.get_tensor(name).astype(np.float32, copy=False)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{file} is damaged at {name}: {error}") from None
+        return check_finite(name, array, file)
+
+
+def check_finite(name: str, array: np.ndarray, file: Path) -> np.ndarray:
+    """`array`; raises UserError where a number in it is infinite or NaN."""
+    if not np.isfinite(array).all():
+        raise UserError(f"{file} is damaged: {name} has numbers that are not finite")
+    return array
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        listed = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+            raise UserError(f"{folder / INDEX} is damaged: it has no weight_map")
+        files = [folder / Path(file).name for file in sorted(set(listed.values()))]
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{folder / INDEX} lists {file.name}, which is not there")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files
+    if files:
+        raise UserError(f"{folder} has {len(files)} safetensors files and no {INDEX} that says how they go "
+                        f"together")
+    pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
+    if pickles:
+        raise UserError(f"{folder} has its weights as a pickle ({pickles[0]}), which could run any code and is not "
+                        f"opened: save them as safetensors first")
+    raise UserError(f"{folder} has no {SINGLE}")
+
+
+def _places(file: Path) -> dict[str, _Place]:
+    try:
+        with safetensors.safe_open(file, "np") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            places = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{file} is damaged: {error}; fetch it again") from None
+    for name, (_, dtype) in places.items():
+        if dtype not in _DTYPES and not re.search(r"\.attn\.(masked_)?bias$", name):
+            raise UserError(f"{file}: {name} has type {dtype}; supported are {', '.join(_DTYPES)}")
+    return {name: _Place(file, shape, _DTYPES.get(dtype, "float32")) for name, (shape, dtype) in places.items()}
+
+
+def write_safetensors(
+    folder: Path, shapes: dict[str, tuple[int, ...]], get: Callable[[str], np.ndarray], dtype: np.dtype,
+    max_shard_size: int,
+) -> None:
+    """Writes the weights that `shapes` names into `folder`, one file, or shards of at most `max_shard_size` bytes.
+
+    `get` gives one weight; no more than one shard is in memory at a time.
+    """
+    plan = split_state_dict_into_shards_factory(
+        {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()},
+        get_storage_size=int, filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        shard = {name: get(name).astype(dtype, copy=False) for name in names}
+        safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,175 @@
+"""A GGUF file as stored weights: names, layouts and settings of llama.cpp turned into those of `transformers`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokmat_jax.data.tokenizer import Tokenizer
+from tokmat_jax.errors import UserError
+from tokmat_jax.hf.files import check_finite
+
+_EXTRA = "a GGUF file needs the package gguf: pip install -e '.[gguf]'"
+
+_LLAMA = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "blk.{layer}.attn_norm": "model.layers.{layer}.input_layernorm",
+    "blk.{layer}.ffn_norm": "model.layers.{layer}.post_attention_layernorm",
+    "blk.{layer}.attn_q": "model.layers.{layer}.self_attn.q_proj",
+    "blk.{layer}.attn_k": "model.layers.{layer}.self_attn.k_proj",
+    "blk.{layer}.attn_v": "model.layers.{layer}.self_attn.v_proj",
+    "blk.{layer}.attn_output": "model.layers.{layer}.self_attn.o_proj",
+    "blk.{layer}.ffn_gate": "model.layers.{layer}.mlp.gate_proj",
+    "blk.{layer}.ffn_up": "model.layers.{layer}.mlp.up_proj",
+    "blk.{layer}.ffn_down": "model.layers.{layer}.mlp.down_proj",
+}
+_GPT2 = {
+    "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "blk.{layer}.attn_norm": "transformer.h.{layer}.ln_1",
+    "blk.{layer}.ffn_norm": "transformer.h.{layer}.ln_2",
+    "blk.{layer}.attn_qkv": "transformer.h.{layer}.attn.c_attn",
+    "blk.{layer}.attn_output": "transformer.h.{layer}.attn.c_proj",
+    "blk.{layer}.ffn_up": "transformer.h.{layer}.mlp.c_fc",
+    "blk.{layer}.ffn_down": "transformer.h.{layer}.mlp.c_proj",
+}
+_NAMES = {"llama": _LLAMA, "qwen2": _LLAMA, "gpt2": _GPT2}
+
+
+class Gguf:
+    """The weights of a GGUF file, dequantised as they are read, under the names of `transformers`."""
+
+    dtype = "float32"
+
+    def __init__(self, file: Path):
+        try:
+            import gguf
+        except ImportError:
+            raise UserError(_EXTRA) from None
+        self._file, self._dequantize = file, gguf.dequantize
+        try:
+            reader: Any = gguf.GGUFReader(str(file))
+            self._facts = {name: field.contents() for name, field in reader.fields.items()}
+            tensors = list(reader.tensors)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{file} is damaged: {reason}; fetch it again") from None
+        self.architecture = str(self._facts.get("general.architecture"))
+        if self.architecture not in _NAMES:
+            raise UserError(f"{file}: architecture {self.architecture!r} is not supported; supported are "
+                            f"{', '.join(_NAMES)}")
+        self._tensors = {self._rename(tensor.name): tensor for tensor in tensors}
+        head = self._tensors.get("lm_head.weight")
+        table = self._tensors.get(f"{_NAMES[self.architecture]['token_embd']}.weight")
+        # GPT-2's files carry a copy of the table as their head.
+        if head is not None and table is not None and head.tensor_type == table.tensor_type \
+                and np.array_equal(head.data, table.data):
+            del self._tensors["lm_head.weight"]
+        self.shapes = {name: self._shape(name, tensor) for name, tensor in self._tensors.items()}
+
+    def _rename(self, name: str) -> str:
+        stem, _, part = name.rpartition(".")
+        layer = re.match(r"blk\.(\d+)\.", stem)
+        known = _NAMES[self.architecture].get(re.sub(r"^blk\.\d+\.", "blk.{layer}.", stem))
+        if name == "rope_freqs.weight":
+            raise UserError(f"{self._file}: its rotary frequencies are scaled by a table (rope_freqs.weight); import "
+                            f"the safetensors it was made from")
+        if known is None:
+            raise UserError(f"{self._file}: unknown weight {name}")
+        return f"{known.format(layer=layer[1]) if layer else known}.{part}"
+
+    def _is_transposed(self, name: str) -> bool:
+        """GPT-2's matrices are [in, out] for `transformers` and [out, in] here."""
+        return self.architecture == "gpt2" and name.endswith(".weight") and ".c_" in name
+
+    def _shape(self, name: str, tensor: Any) -> tuple[int, ...]:
+        shape = tuple(int(size) for size in tensor.shape)  # the innermost axis comes first
+        return shape if self._is_transposed(name) else shape[::-1]
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        try:
+            array = np.asarray(self._dequantize(tensor.data, tensor.tensor_type), np.float32)
+            array = array.reshape(tuple(int(size) for size in tensor.shape)[::-1])
+        except Exception as error:
+            raise UserError(f"{self._file} is damaged at {tensor.name}: {error}") from None
+        check_finite(tensor.name, array, self._file)
+        if self._is_transposed(name):
+            return array.T
+        if self.architecture == "llama" and (part := re.search(r"self_attn\.([qk])_proj", name)):
+            heads = self._fact("attention.head_count")
+            return _unpermute(array, self._fact("attention.head_count_kv", heads) if part[1] == "k" else heads)
+        return array
+
+    def _fact(self, name: str, default: Any = None) -> Any:
+        found = self._facts.get(f"{self.architecture}.{name}", default)
+        if found is None:
+            raise UserError(f"{self._file}: {self.architecture}.{name} is missing")
+        return found
+
+    def settings(self) -> Any:
+        """The config object of `transformers` that the metadata describe."""
+        from transformers import GPT2Config, LlamaConfig, Qwen2Config
+
+        tied = "lm_head.weight" not in self._tensors
+        ends = self._facts.get("tokenizer.ggml.eos_token_id")
+        shared = {"tie_word_embeddings": tied, "eos_token_id": ends}
+        if self.architecture == "gpt2":
+            return GPT2Config(
+                **shared, vocab_size=self.shapes["transformer.wte.weight"][0], n_embd=self._fact("embedding_length"),
+                n_layer=self._fact("block_count"), n_head=self._fact("attention.head_count"),
+                n_inner=self._fact("feed_forward_length"), n_positions=self._fact("context_length"),
+                layer_norm_epsilon=_short(self._fact("attention.layer_norm_epsilon")),
+            )
+        heads, size = self._fact("attention.head_count"), self._fact("embedding_length")
+        fields = shared | {
+            "vocab_size": self.shapes["model.embed_tokens.weight"][0], "hidden_size": size,
+            "intermediate_size": self._fact("feed_forward_length"), "num_hidden_layers": self._fact("block_count"),
+            "num_attention_heads": heads, "num_key_value_heads": self._fact("attention.head_count_kv", heads),
+            "head_dim": self._fact("attention.key_length", size // heads),
+            "rms_norm_eps": _short(self._fact("attention.layer_norm_rms_epsilon")),
+            "max_position_embeddings": self._fact("context_length"), "rope_parameters": self._rope(),
+        }
+        return Qwen2Config(**fields) if self.architecture == "qwen2" else LlamaConfig(**fields)
+
+    def _rope(self) -> dict[str, Any]:
+        kind = self._fact("rope.scaling.type", "none")
+        if kind not in ("none", "linear"):
+            raise UserError(f"{self._file}: rotary scaling {kind!r} is not supported in a GGUF file; import the "
+                            f"safetensors it was made from")
+        theta = {"rope_theta": _short(self._fact("rope.freq_base", 10_000.0))}
+        if kind == "none":
+            return theta | {"rope_type": "default"}
+        return theta | {"rope_type": "linear", "factor": _short(self._fact("rope.scaling.factor"))}
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in the metadata; raises UserError where there is none that can be built."""
+        try:
+            from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+                GGUF_TOKENIZER_MAPPING,
+                convert_gguf_tokenizer,
+            )
+        except ImportError:
+            raise UserError(f"the installed transformers cannot build the tokenizer of a GGUF file; {_EXTRA}") from None
+        names = {f"tokenizer.{key}": name for key, name in GGUF_TOKENIZER_MAPPING["tokenizer"].items()}
+        facts = {name: self._facts[key] for key, name in names.items() if key in self._facts}
+        if "tokens" not in facts or "eos_token_id" not in facts:
+            raise UserError(f"{self._file} has no tokenizer with an end-of-text (tokenizer.ggml.tokens, eos_token_id)")
+        try:
+            fast, _ = convert_gguf_tokenizer(self.architecture, facts)
+        except Exception as error:
+            raise UserError(f"{self._file}: its tokenizer cannot be built: {error}") from None
+        begins = self._facts.get("tokenizer.ggml.add_bos_token", facts.get("tokenizer_type") == "llama")
+        return Tokenizer(fast, int(facts["eos_token_id"]), [int(facts["bos_token_id"])] if begins else ())
+
+
+def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of queries or keys [H · D, …] from llama.cpp's order, where the two of a rotary pair are neighbours."""
+    pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def _short(value: float) -> float:
+    """The shortest decimal that is the same float32: metadata are float32, 1e-5 was meant."""
+    return float(str(np.float32(value)))

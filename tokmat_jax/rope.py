@@ -1,0 +1,49 @@
+"""Rotary positions: pair i of a head's coordinates turns by position · frequency_i (Su et al. 2021, arXiv:2104.09864).
+
+A pair is made of coordinates i and i + D/2. The frequencies that reach longer contexts are those of linear
+interpolation (Chen et al. 2023, arXiv:2306.15595), of Llama 3.1's configuration, and of YaRN (Peng et al. 2023,
+arXiv:2309.00071); each slows down the pairs that turn less often than a bound in the original context.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokmat_jax.config import RopeConfig
+
+
+def frequencies(config: RopeConfig, head_size: int) -> np.ndarray:
+    """Radians per position of each pair [D/2], float32."""
+    plain = config.theta ** -(np.arange(0, head_size, 2) / head_size)
+    match config.scaling:
+        case "none" | "dynamic":
+            slow = np.zeros_like(plain)
+        case "linear":
+            slow = np.ones_like(plain)
+        case "llama3":
+            turns = config.original_positions * plain / (2 * math.pi)
+            slow = 1 - (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+        case "yarn":
+            low, high = (_pair_with_turns(config, head_size, turns) for turns in (config.beta_fast, config.beta_slow))
+            if config.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, head_size - 1)
+            slow = (np.arange(head_size // 2) - low) / max(high - low, 0.001)
+    slow = np.clip(slow, 0.0, 1.0)
+    return ((1 - slow) * plain + slow * plain / config.factor).astype(np.float32)
+
+
+def _pair_with_turns(config: RopeConfig, head_size: int, turns: float) -> float:
+    """The pair, as a real number, that turns `turns` times in the original context."""
+    return head_size * math.log(config.original_positions / (2 * math.pi * turns)) / (2 * math.log(config.theta))
+
+
+def turn(x: jax.Array, positions: jax.Array, config: RopeConfig) -> jax.Array:
+    """`x` [B, T, H, D], each pair turned by its position in `positions` [B, T]; angles are taken in float32."""
+    angle = positions[..., None].astype(jnp.float32) * frequencies(config, x.shape[-1])[None, None, :]
+    cos, sin = (config.attention_factor * f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
