@@ -19,6 +19,7 @@ from tokmat_jax.data.loader import train_batches, validation_batches
 from tokmat_jax.data.prepare import Corpus, prepare
 from tokmat_jax.errors import UserError
 from tokmat_jax.generator import Generator
+from tokmat_jax.init_from import begin, load_source
 from tokmat_jax.metrics_log import JsonLines, MetricsLog
 from tokmat_jax.sharding import batch_sharding, make_mesh
 from tokmat_jax.train_step import TrainFunctions, TrainState, eval_means, make_train_functions
@@ -26,6 +27,7 @@ from tokmat_jax.view.progress import Bar, bar
 from tokmat_jax.view.terminal import tail_text
 from tokmat_jax.workdir import (
     CONFIG,
+    IMPORTED,
     TOKENIZER,
     check_same_run,
     keep_corpus,
@@ -39,6 +41,9 @@ def open_workdir(config: Config) -> Path:
     """The run's folder; an existing one must hold the same run."""
     workdir = Path(config.workdir)
     make_workdir(workdir)
+    if (workdir / IMPORTED).exists():
+        raise UserError(f"{workdir} holds imported weights, which training would replace: start from them with "
+                        f"--init-from {workdir} and another --workdir")
     if (workdir / CONFIG).exists():
         for name, (before, after) in check_same_run(load_config(workdir), config).items():
             print(f"{workdir}: {name} {before!r} → {after!r}")
@@ -199,6 +204,14 @@ def main(args: Sequence[str]) -> None:
         if checkpoints.latest_step() is None:
             table = initial_table(config, corpus.tokenizer.vocab_size)
             state = functions.init(jax.random.key(config.train.seed), table)
+            if config.init_from is not None:
+                source, of_source = load_source(config, corpus.tokenizer, mesh)
+                windows = corpus.windows("train")
+                ids = np.stack([windows[index]["tokens"] for index in range(min(4, len(windows)))])
+                placed = jax.tree.map(lambda s: s.sharding, functions.shapes.params)
+                start = jax.jit(begin, static_argnums=(3, 4), out_shardings=placed)
+                state = dataclasses.replace(state, params=start(source, state.params, ids, of_source, config))
+                print(f"starting from {config.init_from} ({of_source.objective.kind})")
         else:
             state = checkpoints.restore(functions.shapes, batches)
             print(f"{workdir}: resuming after step {int(state.step):,}")

@@ -15,6 +15,8 @@ import tyro
 
 from tokmat_jax.config import Config
 from tokmat_jax.errors import UserError
+from tokmat_jax.init_from import adopt
+from tokmat_jax.workdir import load_config
 
 T = TypeVar("T")
 
@@ -83,16 +85,29 @@ def _one_line(box: str) -> str:
 
 
 def parse_config(args: Sequence[str]) -> Config:
-    """The Config of `--config FILE` (or the defaults) with every other flag applied on top."""
+    """The Config of `--config FILE` (or the defaults) with every other flag applied on top.
+
+    `--init-from WORKDIR` brings the shape of that model and its tokenizer.
+    """
     args = list(args)
     default = Config()
-    for index, word in enumerate(args):
-        if word == "--config" or word.startswith("--config="):
-            path, used = (word.split("=", 1)[1], 1) if "=" in word else ("".join(args[index + 1 : index + 2]), 2)
-            default = load_config_file(Path(path))
-            del args[index : index + used]
-            break
+    if (path := _value(args, "--config", remove=True)) is not None:
+        default = load_config_file(Path(path))
+    if (path := _value(args, "--init-from")) is not None and path != "None":
+        kind = _value(args, "--objective.kind") or default.objective.kind
+        default = adopt(default, load_config(Path(path)), path, kind)
     return parse(Config, args, default, description="Train a model; start from a file with --config configs/NAME.py.")
+
+
+def _value(args: list[str], flag: str, remove: bool = False) -> str | None:
+    """What the command line gives `flag`, None where it is left out."""
+    for index, word in enumerate(args):
+        if word == flag or word.startswith(f"{flag}="):
+            value, used = (word.split("=", 1)[1], 1) if "=" in word else ("".join(args[index + 1 : index + 2]), 2)
+            if remove:
+                del args[index : index + used]
+            return value
+    return None
 
 
 def load_config_file(path: Path) -> Config:

@@ -174,9 +174,14 @@ def conditioning_of_committed(params: Params, config: Config, tail_length: int) 
     """
     size = config.model.embed_dim
     film = params["film"]["embed"]["embedding"][min(tail_length, config.maturation.max_tail_length)]
-    maturity = MaturityConditioning(config.model).apply({"params": params["maturity"]}, jnp.ones((1, 1)))
     scale = 1.0 + film[:size]
-    return scale, scale * jnp.reshape(jnp.asarray(maturity), (size,)) + film[size:]
+    return scale, scale * maturity_of_committed(params, config) + film[size:]
+
+
+def maturity_of_committed(params: Params, config: Config) -> jax.Array:
+    """What maturity 1 adds to the input [d]; `params` are the backbone's."""
+    added = MaturityConditioning(config.model).apply({"params": params["maturity"]}, jnp.ones((1, 1)))
+    return jnp.reshape(jnp.asarray(added, jnp.float32), (config.model.embed_dim,))
 
 
 def make_backbone(config: Config) -> Backbone:

@@ -48,6 +48,11 @@ class Tokenizer:
         """What one id looks like by itself, white space included; end-of-text is shown as ⏹."""
         return "⏹" if token == self.end_of_text else self.decode([token])
 
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Whether the two give every text the same ids."""
+        mine, theirs = ((one.fast.to_str(), one.end_of_text, one.prefix, one.vocab_size) for one in (self, other))
+        return mine == theirs
+
     def save(self, folder: Path) -> None:
         """Writes the tokenizer into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
