@@ -87,13 +87,14 @@ def _one_line(box: str) -> str:
 def parse_config(args: Sequence[str]) -> Config:
     """The Config of `--config FILE` (or the defaults) with every other flag applied on top.
 
-    `--init-from WORKDIR` brings the shape of that model and its tokenizer.
+    With `--init-from WORKDIR`, or a file that sets `init_from`, the shape of that model and its tokenizer come too.
     """
     args = list(args)
     default = Config()
     if (path := _value(args, "--config", remove=True)) is not None:
         default = load_config_file(Path(path))
-    if (path := _value(args, "--init-from")) is not None and path != "None":
+    path = _value(args, "--init-from") or default.init_from
+    if path not in (None, "None"):
         kind = _value(args, "--objective.kind") or default.objective.kind
         default = adopt(default, load_config(Path(path)), path, kind)
     return parse(Config, args, default, description="Train a model; start from a file with --config configs/NAME.py.")

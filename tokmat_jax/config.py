@@ -415,8 +415,8 @@ class Config:
     workdir: str = "runs/default"
     """Everything the run leaves: config, tokenizer, checkpoints, metrics, samples."""
     init_from: str | None = None
-    """A workdir whose model is the beginning: imported weights or another run. As a flag it also brings the shape of
-    the model and the tokenizer."""
+    """A workdir whose model is the beginning: imported weights or another run. It brings the shape of the model and
+    the tokenizer."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     table: TableConfig = field(default_factory=TableConfig)

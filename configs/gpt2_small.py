@@ -1,0 +1,31 @@
+"""A tenth of the paper's run: the shape of GPT-2 (124 M) with the same objective.
+
+    python train.py --config configs/gpt2_small.py --data.source 'files:fineweb-10BT/*.parquet'
+"""
+
+from tokmat_jax.config import (
+    Config,
+    DataConfig,
+    GenerationConfig,
+    MaturationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        workdir="runs/gpt2_small",
+        data=DataConfig(source="files:fineweb-10BT/*.parquet", seq_len=1024, holdout=0.001),
+        tokenizer=TokenizerConfig(kind="huggingface", name="gpt2"),
+        model=ModelConfig(embed_dim=768, num_layers=12, num_heads=12, norm_epsilon=1e-5, dtype="bfloat16"),
+        maturation=MaturationConfig(max_tail_length=16),
+        objective=ObjectiveConfig(negatives="uniform", num_negatives=256, logit_scale=20.0),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1000),
+        train=TrainConfig(num_steps=60_000, batch_size=32, accumulation=4, log_every=100, eval_every=2000,
+                          eval_batches=64, sample_every=2000, checkpoint_every=2000),
+        generation=GenerationConfig(tail_length=16),
+    )

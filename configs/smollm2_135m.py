@@ -1,0 +1,29 @@
+"""Fine-tuning: SmolLM2-135M starts maturing. The shape of the model and the tokenizer come from the import.
+
+    python -m tokmat_jax.hf import HuggingFaceTB/SmolLM2-135M runs/smollm2_135m_import
+    python train.py --config configs/smollm2_135m.py --data.source 'files:text/*.parquet'
+"""
+
+from tokmat_jax.config import (
+    Config,
+    DataConfig,
+    GenerationConfig,
+    MaturationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        workdir="runs/smollm2_135m",
+        init_from="runs/smollm2_135m_import",
+        data=DataConfig(source="files:text/*.parquet", seq_len=512),
+        maturation=MaturationConfig(max_tail_length=16),
+        objective=ObjectiveConfig(negatives="uniform", num_negatives=1024, logit_scale=20.0),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=200),
+        train=TrainConfig(num_steps=10_000, batch_size=32, accumulation=4, log_every=50, eval_every=500,
+                          eval_batches=32, sample_every=500, checkpoint_every=500),
+        generation=GenerationConfig(tail_length=4, tail_noise=1.0, max_maturity=0.5),
+    )
