@@ -270,10 +270,13 @@ def test_a_workdir_without_a_checkpoint_or_with_another_model_says_so(runs_dir, 
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-def test_every_config_trains_two_steps_scaled_down(path, tmp_path):
+def test_every_config_trains_two_steps_scaled_down(path, runs_dir, tmp_path):
     runs.write_corpus(tmp_path)
-    small = runs.arguments(tmp_path, "small", "--config", str(path), "--train.num-steps", "2",
-                           "--tokenizer.kind", "bpe", "--maturation.max-tail-length", "8", "--train.accumulation", "1")
+    starts_elsewhere = cli.load_config_file(path).init_from is not None
+    tokenizer = ["--init-from", str(runs_dir / "ar")] if starts_elsewhere else ["--tokenizer.kind", "bpe",
+                                                                               "--tokenizer.name", ""]
+    small = runs.arguments(tmp_path, "small", "--config", str(path), "--train.num-steps", "2", *tokenizer,
+                           "--maturation.max-tail-length", "8", "--train.accumulation", "1")
     assert cli.parse_config(small).train.num_steps == 2
     import train
 

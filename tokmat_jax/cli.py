@@ -94,10 +94,14 @@ def parse_config(args: Sequence[str]) -> Config:
     if (path := _value(args, "--config", remove=True)) is not None:
         default = load_config_file(Path(path))
     path = _value(args, "--init-from") or default.init_from
+    description = "Train a model; start from a file with --config configs/NAME.py."
     if path not in (None, "None"):
-        kind = _value(args, "--objective.kind") or default.objective.kind
-        default = adopt(default, load_config(Path(path)), path, kind)
-    return parse(Config, args, default, description="Train a model; start from a file with --config configs/NAME.py.")
+        source = load_config(Path(path))
+        # What the flags say counts already for what is adopted: a shorter window, another objective.
+        with contextlib.suppress(UserError):
+            default = parse(Config, args, default, description)
+        default = adopt(default, source, path, default.objective.kind)
+    return parse(Config, args, default, description)
 
 
 def _value(args: list[str], flag: str, remove: bool = False) -> str | None:
