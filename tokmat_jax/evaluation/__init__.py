@@ -1,0 +1,1 @@
+"""The report card: does it beat ordinary decoding?"""

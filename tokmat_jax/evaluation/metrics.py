@@ -1,0 +1,116 @@
+"""Repetition, diversity, loops, BrierLM, and how sure a mean is: every number from tokens or words (METHOD §5)."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def _ngrams(items: Sequence, n: int) -> list[tuple]:
+    return list(zip(*(items[i:] for i in range(n)), strict=False))
+
+
+def distinct(tokens: Sequence[int], n: int) -> float:
+    """Dist-n in (0, 1] of one sample: unique n-grams / n-grams (Li et al. 2016, arXiv:1510.03055, per sample).
+
+    NaN where there are fewer than n tokens. It falls with the length of the sample: compare equal lengths only.
+    """
+    ngrams = _ngrams(tokens, n)
+    return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
+
+
+def repetition(tokens: Sequence[int], n: int) -> float:
+    """Rep-n = 1 − Dist-n in [0, 1) of one sample: seq-rep-n on tokens (Welleck et al. 2019, arXiv:1908.04319)."""
+    return 1.0 - distinct(tokens, n)
+
+
+def repeats_a_trigram(tokens: Sequence[int]) -> bool:
+    """Whether any trigram occurs twice: the article's loop. So does most human text of 128 tokens (METHOD §5)."""
+    return distinct(tokens, 3) < 1.0
+
+
+def ends_in_a_cycle(tokens: Sequence[int], times: int = 3) -> bool:
+    """Whether the sample's end is one cycle, of any period ≥ 1, `times` times in a row: a periodic loop (METHOD §5)."""
+    tokens = list(tokens)
+    for period in range(1, len(tokens) // times + 1):
+        end = tokens[len(tokens) - period * times :]
+        if end[period:] == end[:-period]:
+            return True
+    return False
+
+
+def pooled_repetition(texts: Sequence[str], n: int) -> float:
+    """SimCTG's rep-n in [0, 1) over all `texts`: 1 − Σ unique / Σ total (Su et al. 2022, arXiv:2202.06417).
+
+    N-grams of words parted by white space, unique within their own text; the sums go over the texts, so that long
+    texts count for more. The paper prints it in percent. Its authors' script leaves out the last n-gram of each
+    text; this follows the paper's equation, which does not. NaN where no text has n words.
+    """
+    ngrams = [_ngrams(text.split(), n) for text in texts]
+    total = sum(map(len, ngrams))
+    return 1.0 - sum(len(set(of_text)) for of_text in ngrams) / total if total else math.nan
+
+
+def diversity(texts: Sequence[str]) -> float:
+    """SimCTG's diversity in (0, 1]: Π (1 − rep-n) over n = 2, 3, 4 of `pooled_repetition`."""
+    return math.prod(1.0 - pooled_repetition(texts, n) for n in (2, 3, 4))
+
+
+def brier(samples: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Unbiased Brier-n [N] for n = 1..N of one context, each in [−1, 1] (CALM, arXiv:2510.27688).
+
+    `samples` [S, N]: the first N tokens of S ≥ 2 independent continuations; `reference` [N]: the true ones. With
+    x_i, y the first n tokens, the mean over all pairs i ≠ j of 1{x_i = y} + 1{x_j = y} − 1{x_i = x_j}. Its expectation
+    is 2 p(y) − Σ p(x)², which is largest, in expectation over y, where p is the true distribution.
+    """
+    count = len(samples)
+    if count < 2:
+        raise ValueError(f"Brier-n compares samples with each other and needs at least 2 of them, not {count}")
+    right = np.logical_and.accumulate(samples == reference, axis=-1)
+    same = np.logical_and.accumulate(samples[:, None] == samples[None], axis=-1)
+    collisions = (same.sum((0, 1)) - count) / (count * (count - 1))
+    return 2.0 * right.mean(0) - collisions
+
+
+def brier_lm(per_context: np.ndarray) -> float:
+    """BrierLM in (0, 100]: 100 · (Π_n mean over contexts of Brier-n)^(1/N), from `brier` of each context [C, N].
+
+    NaN where one of the N means is not positive. A deterministic decoder, whose samples are all the same, ends there
+    unless more than half of its first tokens are right, since its Brier-1 is 2 · (share that is right) − 1.
+    """
+    means = np.mean(per_context, axis=0)
+    return 100.0 * float(np.exp(np.mean(np.log(means)))) if np.all(means > 0) else math.nan
+
+
+def bootstrap(
+    values_of: Callable[[np.ndarray], float], count: int, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of a statistic over `count` ≥ 1 prompts (Efron 1979).
+
+    `values_of` computes it from the indices [count] of prompts drawn with replacement. Resamples where it is NaN are
+    left out; (NaN, NaN) where it always is.
+    """
+    return _interval(np.array([values_of(drawn) for drawn in _draws(count, resamples, seed)]), level)
+
+
+def bootstrap_mean(
+    values: np.ndarray, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """`bootstrap` of the mean of `values` [count], one per prompt; prompts whose value is NaN have no say in it."""
+    drawn = np.asarray(values, np.float64)[_draws(len(values), resamples, seed)]
+    known = ~np.isnan(drawn)
+    with np.errstate(invalid="ignore"):
+        means = np.sum(drawn, axis=1, where=known) / np.sum(known, axis=1)
+    return _interval(means, level)
+
+
+def _draws(count: int, resamples: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, count, (resamples, count))
+
+
+def _interval(statistics: np.ndarray, level: float) -> tuple[float, float]:
+    known = statistics[~np.isnan(statistics)]
+    if known.size == 0:
+        return math.nan, math.nan
+    low, high = np.quantile(known, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return float(low), float(high)
