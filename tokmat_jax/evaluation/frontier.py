@@ -1,0 +1,80 @@
+"""Repetition against judge perplexity: the best that a method reaches, and one signed number between two methods."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of a method."""
+
+    label: str
+    repetition: float
+    """In [0, 1]; lower is better."""
+    perplexity: float
+    """Under a judge, > 0; lower is better."""
+
+
+@dataclass(frozen=True)
+class Area:
+    """By how much one front lies below another; every field is NaN where no stretch of repetition has both."""
+
+    area: float
+    """∫ (log perplexity of the baseline − ours) d repetition, in nats; positive where ours is ahead."""
+    mean_gain: float
+    """area / (high − low): by how many nats per token ours is ahead on average at equal repetition."""
+    low: float
+    """The lowest repetition that both fronts reach."""
+    high: float
+    """The highest repetition that both fronts have a point at or above."""
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other one beats, by rising repetition; perplexity falls along them.
+
+    A point beats another where neither of its numbers is higher and one is lower. Points with a number that is not
+    finite are left out: nothing was measured there.
+    """
+    known = [p for p in points if math.isfinite(p.repetition) and math.isfinite(p.perplexity)]
+    kept: list[Point] = []
+    for point in sorted(known, key=lambda p: (p.repetition, p.perplexity)):
+        twin = kept and (point.repetition, point.perplexity) == (kept[-1].repetition, kept[-1].perplexity)
+        if not kept or twin or point.perplexity < kept[-1].perplexity:
+            kept.append(point)
+    return kept
+
+
+def log_perplexity_at(front: Sequence[Point], repetition: float) -> float:
+    """Log of the lowest perplexity that a `front` reaches with at most this `repetition`, in nats.
+
+    Linear in (repetition, log perplexity) between neighbouring points of the front, constant to the right of its
+    last one, NaN to the left of its first.
+    """
+    return float(_log_perplexity(front, np.array([repetition]))[0])
+
+
+def signed_area(baseline: Sequence[Point], ours: Sequence[Point]) -> Area:
+    """The area between the fronts of two sets of points, over the repetitions that both fronts span.
+
+    Exact: the difference of two piecewise linear functions is integrated between the knots of both. A method with a
+    single point on its front spans nothing.
+    """
+    fronts = front(baseline), front(ours)
+    if not all(fronts):
+        return Area(math.nan, math.nan, math.nan, math.nan)
+    low = max(points[0].repetition for points in fronts)
+    high = min(points[-1].repetition for points in fronts)
+    if high <= low:
+        return Area(math.nan, math.nan, math.nan, math.nan)
+    knots = np.unique([low, high, *(p.repetition for points in fronts for p in points if low < p.repetition < high)])
+    ahead = _log_perplexity(fronts[0], knots) - _log_perplexity(fronts[1], knots)
+    area = float(np.trapezoid(ahead, knots))
+    return Area(area, area / (high - low), low, high)
+
+
+def _log_perplexity(front: Sequence[Point], repetition: np.ndarray) -> np.ndarray:
+    knots = [p.repetition for p in front]
+    return np.interp(repetition, knots, np.log([p.perplexity for p in front]), left=math.nan)
