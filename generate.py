@@ -40,9 +40,13 @@ class Args:
     profile: Profile | None = None
     """Maturity along the tail, front first."""
     max_maturity: float | None = None
-    """α_max, maturity and rate of the front slot, in [0, 1]."""
+    """α_max, maturity of the front slot, in [0, 1]."""
+    rate: float | None = None
+    """η of the front slot, in [0, 1]; left out everywhere, a slot's rate is its maturity."""
     tail_noise: float | None = None
     """σ of the embryos in units of R."""
+    history_noise: float | None = None
+    """σ_h, norm in units of R of the noise added to a vector when it enters the history; 0 is off."""
     entropy_temperature: float | None = None
     """τ of the reported entropy of softmax(cos/τ)."""
     num_samples: int = 1
@@ -60,7 +64,7 @@ class Args:
 
 
 _SETTINGS = tuple(field.name for field in dataclasses.fields(GenerationConfig))
-_TAIL_FLAGS = ("tail_length", "guidance_scale", "profile", "max_maturity", "tail_noise")
+_TAIL_FLAGS = ("tail_length", "guidance_scale", "profile", "max_maturity", "rate", "tail_noise", "history_noise")
 
 
 def read_prompts(args: Args) -> list[str]:
@@ -163,7 +167,7 @@ def main(args: Sequence[str]) -> None:
     prompts = read_prompts(flags)
     generator = Generator.from_workdir(flags.workdir)
     settings = make_settings(flags, generator)
-    generator.check(prompts, settings)
+    generator.rows(prompts, settings)
     with opened(flags.output) as out:
         samples = watched if flags.stream or flags.show_tail else printed
         for sample in samples(generator, prompts, settings, flags):

@@ -65,28 +65,29 @@ prompt_lists = st.lists(one_prompt, min_size=1, max_size=BATCH)
 
 
 batches = {"prompts": prompt_lists, "seed": st.integers(0, 100),
-           "profile": st.sampled_from(["linear", "cosine", "constant"])}
+           "profile": st.sampled_from(["linear", "cosine", "constant"]), "rate": st.sampled_from([None, 0.3, 1.0]),
+           "history_noise": st.sampled_from([0.0, 0.5])}
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("length", [1, 2, 4, 16])
 @settings(max_examples=6)
 @given(**batches)
-def test_cached_equals_naive(length, scale, prompts, seed, profile):
-    check_against_naive(length, scale, prompts, seed, profile)
+def test_cached_equals_naive(length, scale, prompts, seed, **how):
+    check_against_naive(length, scale, prompts, seed, **how)
 
 
 @pytest.mark.slow
 @settings(max_examples=150)
 @given(length=st.sampled_from([1, 2, 3, 4, 7, 16]), scale=st.sampled_from([1.0, 2.0, 3.0]), **batches)
-def test_cached_equals_naive_at_length(length, scale, prompts, seed, profile):
-    check_against_naive(length, scale, prompts, seed, profile)
+def test_cached_equals_naive_at_length(length, scale, prompts, seed, **how):
+    check_against_naive(length, scale, prompts, seed, **how)
 
 
-def check_against_naive(length, scale, prompts, seed, profile):
+def check_against_naive(length, scale, prompts, seed, profile, **controls):
     """Tokens equal and vectors of every slot to 1e-5, together and alone."""
     params, _, vocabulary = tiny.model()
-    tail = decode.make_tail(length, profile, 0.9, noise=0.5, guidance_scale=scale)
+    tail = decode.make_tail(length, profile, 0.9, noise=0.5, guidance_scale=scale, **controls)
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     together, tails = cached(prompts, tail, keys, garbage=seed % tiny.VOCAB)
     for row, prompt in enumerate(prompts):

@@ -14,9 +14,10 @@ VOCABULARY = make_vocabulary(TABLE)
 END = 3
 
 
-def tail_of(maturity, noise=0.0):
+def tail_of(maturity, noise=0.0, history_noise=0.0):
     maturity = jnp.array(maturity)
-    return decode.Tail(maturity, maturity, jnp.float32(noise), jnp.float32(1.0), jnp.float32(1.0))
+    return decode.Tail(maturity, maturity, jnp.float32(noise), jnp.float32(1.0), jnp.float32(1.0),
+                       jnp.float32(history_noise))
 
 
 def start(tail, prompt_length=2, budget=5, last=(1.0, 0.0), batch=1):
@@ -107,3 +108,25 @@ def test_the_tails_rate_is_its_maturity():
     tail = decode.make_tail(4, "linear", 0.8)
     np.testing.assert_allclose(tail.maturity, [0.8, 0.6, 0.4, 0.2], rtol=1e-6)
     np.testing.assert_array_equal(tail.rate, tail.maturity)
+
+
+def test_a_rate_of_its_own_leaves_the_maturity_alone():
+    tail = decode.make_tail(4, "linear", 0.8, rate=1.0)
+    np.testing.assert_allclose(tail.maturity, [0.8, 0.6, 0.4, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(tail.rate, [1.0, 0.75, 0.5, 0.25], rtol=1e-6)
+
+
+def test_history_noise_disturbs_what_enters_the_history_and_no_token():
+    plain, noisy = tail_of([1.0, 0.5]), tail_of([1.0, 0.5], history_noise=0.5)
+    one, _ = decode.liquid_step(start(plain, batch=2), dream, VOCABULARY, plain, 1.0, END)
+    two, step = decode.liquid_step(start(noisy, batch=2), dream, VOCABULARY, noisy, 1.0, END)
+    np.testing.assert_array_equal(one.last, TABLE[step.tokens[:, 0]])
+    np.testing.assert_array_equal(one.tail, two.tail)
+    moved = np.asarray(two.last - one.last)
+    assert (np.linalg.norm(moved, axis=-1) > 0).all()
+    # The row's key and the position decide the noise, nothing else.
+    again = decode.history_noise(start(noisy, batch=2).key[1:], jnp.array([2]), 2, noisy, 1.0)
+    np.testing.assert_allclose(moved[1], again[0], atol=1e-6)
+    many = decode.history_noise(jax.random.split(jax.random.key(5), 4000), jnp.zeros((4000,), jnp.int32), 2, noisy, 3.0)
+    # Mean square of σ_h R: 1.5² up to four standard errors of 4,000 draws in two dimensions.
+    np.testing.assert_allclose(jnp.mean(jnp.sum(many**2, -1)), 1.5**2, rtol=4 / 4000**0.5)

@@ -389,9 +389,13 @@ class GenerationConfig(_Section):
     profile: Profile = "linear"
     """Maturity along the tail, front first."""
     max_maturity: float = 0.9
-    """α_max; the rate of a slot is its maturity."""
+    """α_max, maturity of the front slot."""
+    rate: float | None = None
+    """η of the front slot, falling off along the tail as the maturity does; None: each slot's rate is its maturity."""
     tail_noise: float = 0.3
     """σ of the embryos, in units of R."""
+    history_noise: float = 0.0
+    """σ_h, norm of the noise added to a vector when it enters the history, in units of R; 0 is off."""
     guidance_scale: float = 1.0
     """s; 1 is off."""
     max_new_tokens: int = 64
@@ -402,10 +406,11 @@ class GenerationConfig(_Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.tail_length >= 1, f"generation.tail_length (K) must be at least 1, found {self.tail_length}")
-        _require_share(generation__max_maturity=self.max_maturity)
+        _require_share(generation__max_maturity=self.max_maturity, generation__rate=self.rate or 0.0)
         _require_positive(generation__max_new_tokens=self.max_new_tokens,
                           generation__entropy_temperature=self.entropy_temperature)
-        _require(self.tail_noise >= 0, f"generation.tail_noise must not be negative, found {self.tail_noise}")
+        _require(min(self.tail_noise, self.history_noise) >= 0, f"generation.tail_noise and generation.history_noise "
+                 f"must not be negative, found {self.tail_noise} and {self.history_noise}")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,10 @@ from flax import struct
 
 from tokmat_jax import maturation
 from tokmat_jax.config import Profile
-from tokmat_jax.table import Vocabulary, look_up, read
+from tokmat_jax.table import Vocabulary, candidates, look_up, read
+
+_HISTORY = 2**32 - 1
+"""Numbers the key of the history's noise; embryos never get that far."""
 
 
 @struct.dataclass
@@ -36,6 +39,8 @@ class Tail:
     """s []; 1 is off."""
     temperature: jax.Array
     """τ [] of the entropy that is reported."""
+    history_noise: jax.Array
+    """σ_h [], norm in units of R of what is added to a vector when it enters the history; 0 is off."""
 
 
 def make_tail(
@@ -45,11 +50,20 @@ def make_tail(
     noise: float = 0.3,
     guidance_scale: float = 1.0,
     temperature: float = 1.0,
+    rate: float | None = None,
+    history_noise: float = 0.0,
 ) -> Tail:
-    """The plain algorithm's settings: the rate of a slot is its maturity (η_j = α_j)."""
-    slots = jnp.arange(tail_length)
-    maturity = maturation.profile_maturity(slots, jnp.int32(tail_length), profile, jnp.float32(max_maturity))
-    return Tail(maturity, maturity, jnp.float32(noise), jnp.float32(guidance_scale), jnp.float32(temperature))
+    """The settings of a tail of `tail_length` K; the plain algorithm's where they are left out.
+
+    `rate` is η of the front slot, and the others fall off as the profile does; None is the plain η_j = α_j.
+    """
+
+    def along(front):
+        return maturation.profile_maturity(
+            jnp.arange(tail_length), jnp.int32(tail_length), profile, jnp.float32(front))
+
+    return Tail(along(max_maturity), along(max_maturity if rate is None else rate), jnp.float32(noise),
+                jnp.float32(guidance_scale), jnp.float32(temperature), jnp.float32(history_noise))
 
 
 @struct.dataclass
@@ -86,6 +100,10 @@ class Step:
     """[B, R] nats, at the temperature of `Tail`."""
     movement: jax.Array
     """‖Δz̃‖/R [B, R]."""
+    candidates: jax.Array
+    """The C nearest tokens [B, R, C] of each slot, nearest first; C = 0 unless they are asked for."""
+    cosines: jax.Array
+    """Their cosines with z̃ [B, R, C]."""
 
 
 Predict = Callable[[State], tuple[jax.Array, Any]]
@@ -126,45 +144,66 @@ def start(
     )
 
 
-def liquid_step(
-    state: State, predict: Predict, vocabulary: Vocabulary, tail: Tail, radius: float, end_of_text: int,
-    read_tail: bool = False,
-) -> tuple[State, Step]:
-    """One step of Algorithm 1: every slot is refined, the front is committed, an embryo is born.
+def commit(
+    state: State, refined: jax.Array, memory: Any, tokens: jax.Array, vocabulary: Vocabulary, tail: Tail,
+    radius: float, end_of_text: int,
+) -> State:
+    """The state after `tokens` [B] took the place of the fronts of `refined` [B, K, d]: shift and birth.
 
     A row that is done keeps its state, memory included up to what it would write again.
     """
+    alive = ~state.done
+    one = alive.astype(jnp.int32)
+    size = refined.shape[-1]
+    embryo = embryos(state.key, state.num_born, 1, size, tail.noise, radius)[:, 0]
+    entering = look_up(vocabulary.table, tokens) + history_noise(state.key, state.num_committed, size, tail, radius)
+    num_committed = state.num_committed + one
+    return State(
+        num_committed=num_committed,
+        last=jnp.where(alive[:, None], entering, state.last),
+        tail=jnp.where(alive[:, None, None], maturation.shift(refined, embryo), state.tail),
+        num_born=state.num_born + one,
+        key=state.key,
+        budget=state.budget,
+        done=state.done | (tokens == end_of_text) | (num_committed >= state.budget),
+        memory=memory,
+    )
+
+
+def history_noise(key: jax.Array, position: jax.Array, embed_dim: int, tail: Tail, radius: float) -> jax.Array:
+    """σ_h R ε/√d [B, d] for vectors that enter the history at `position` [B] of rows with `key` [B] (METHOD §4).
+
+    Drawn once per position, so that a cache of what was computed from the vector stays exact.
+    """
+
+    def row(key, position):
+        key = jax.random.fold_in(jax.random.fold_in(key, _HISTORY), position)
+        return maturation.noise_vector(key, (embed_dim,), tail.history_noise, radius)
+
+    return jax.vmap(row)(key, position)
+
+
+def liquid_step(
+    state: State, predict: Predict, vocabulary: Vocabulary, tail: Tail, radius: float, end_of_text: int,
+    read_tail: bool = False, num_candidates: int = 0,
+) -> tuple[State, Step]:
+    """One step of Algorithm 1: every slot is refined, the front is committed, an embryo is born."""
     prediction, memory = predict(state)
     refined = maturation.contract(state.tail, prediction, tail.rate)
     shown = slice(None) if read_tail else slice(0, 1)
     tokens, entropy = read(refined[:, shown], vocabulary, tail.temperature)
     moved = maturation.movement(state.tail[:, shown], refined[:, shown], radius)
-
-    alive = ~state.done
-    one = alive.astype(jnp.int32)
-    committed = tokens[:, 0]
-    embryo = embryos(state.key, state.num_born, 1, refined.shape[-1], tail.noise, radius)[:, 0]
-    num_committed = state.num_committed + one
-    following = State(
-        num_committed=num_committed,
-        last=jnp.where(alive[:, None], look_up(vocabulary.table, committed), state.last),
-        tail=jnp.where(alive[:, None, None], maturation.shift(refined, embryo), state.tail),
-        num_born=state.num_born + one,
-        key=state.key,
-        budget=state.budget,
-        done=state.done | (committed == end_of_text) | (num_committed >= state.budget),
-        memory=memory,
-    )
-    return following, Step(alive, tokens, entropy, moved)
+    step = Step(~state.done, tokens, entropy, moved, *candidates(refined[:, shown], vocabulary, num_candidates))
+    return commit(state, refined, memory, tokens[:, 0], vocabulary, tail, radius, end_of_text), step
 
 
 def run(
     state: State, predict: Predict, vocabulary: Vocabulary, tail: Tail, radius: float, end_of_text: int,
-    num_steps: int, read_tail: bool = False,
+    num_steps: int, read_tail: bool = False, num_candidates: int = 0,
 ) -> tuple[State, Step]:
     """`num_steps` of `liquid_step` as one scan; the fields of the Step returned lead with the step, [steps, B, …]."""
 
     def body(state, _):
-        return liquid_step(state, predict, vocabulary, tail, radius, end_of_text, read_tail)
+        return liquid_step(state, predict, vocabulary, tail, radius, end_of_text, read_tail, num_candidates)
 
     return jax.lax.scan(body, state, length=num_steps)

@@ -23,6 +23,7 @@ from tokmat_jax.errors import UserError
 from tokmat_jax.model import Params, make_forward
 from tokmat_jax.table import look_up, read
 from tokmat_jax.train_step import init_params
+from tokmat_jax.trajectory import Trajectory
 from tokmat_jax.workdir import TOKENIZER, load_config
 
 _CHUNK = 16
@@ -65,10 +66,30 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
+    """One sample to be made."""
+
     prompt: str
     ids: list[int]
+    """Ids of the prompt, at least one."""
     number: int
+    """Which of the prompt's samples it is, from 0."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows in their bucket of shapes; rows that only fill it have no budget."""
+
+    ids: np.ndarray
+    """Prompts [B, P] int32, filled up behind their end."""
+    lengths: np.ndarray
+    """[B] int32, ids of each prompt."""
+    budgets: np.ndarray
+    """[B] int32, tokens that each row may commit."""
+    names: np.ndarray
+    """[B, 3] uint32, what `sample_key` makes each row's key of."""
+    capacity: int
+    """Positions of the history, the same for every length in the bucket."""
 
 
 class Generator:
@@ -80,7 +101,8 @@ class Generator:
         self._compilations = 0
         self._prefill = jax.jit(self._trace_prefill, static_argnames="capacity")
         self._advance = jax.jit(
-            self._trace_advance, static_argnames=("guided", "read_tail", "num_steps"), donate_argnames="state"
+            self._trace_advance, static_argnames=("guided", "read_tail", "num_steps", "num_candidates"),
+            donate_argnames="state",
         )
         self._read = jax.jit(self._trace_read)
         self.set_params(params)
@@ -107,16 +129,16 @@ class Generator:
         return self._compilations
 
     def generate(
-        self, prompts: Sequence[str], settings: GenerationConfig | None = None, num_samples: int = 1, seed: int = 0,
-        batch_size: int = 16,
+        self, prompts: Sequence[str | Sequence[int]], settings: GenerationConfig | None = None, num_samples: int = 1,
+        seed: int = 0, batch_size: int = 16,
     ) -> list[Sample]:
-        """`num_samples` continuations of each of `prompts`, in their order.
+        """`num_samples` continuations of each of `prompts` (text or ids), in their order.
 
         A sample depends on its prompt, its number, `seed` and `settings` (None: those of the run), on nothing else.
         An empty prompt starts from end-of-text. Raises UserError where the positions do not suffice.
         """
         settings = self.config.generation if settings is None else settings
-        rows = self._rows(prompts, settings, num_samples)
+        rows = self.rows(prompts, settings, num_samples)
         samples: list[Sample | None] = [None] * len(rows)
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
         for begin in range(0, len(rows), batch_size):
@@ -125,16 +147,12 @@ class Generator:
                 samples[index] = sample
         return [sample for sample in samples if sample is not None]
 
-    def check(self, prompts: Sequence[str | Sequence[int]], settings: GenerationConfig) -> None:
-        """Raises UserError unless each of `prompts` is text and has room for `settings`."""
-        self._rows(prompts, settings, 1)
-
     def stream(
         self, prompt: str | Sequence[int], settings: GenerationConfig | None = None, number: int = 0, seed: int = 0
     ) -> Iterator[Moment]:
         """The same sample as `generate`, one step at a time, with its tail; `prompt` is text or ids."""
         settings = self.config.generation if settings is None else settings
-        row = dataclasses.replace(self._rows([prompt], settings, 1)[0], number=number)
+        row = dataclasses.replace(self.rows([prompt], settings)[0], number=number)
         state, tail = self._start([row], settings, seed)
         tokens: list[int] = []
         while not bool(state.done[0]):
@@ -145,6 +163,23 @@ class Generator:
                 self.tokenizer.decode(tokens), list(tokens), slots[1:],
                 np.asarray(step.entropy[0, 0]).tolist(), np.asarray(step.movement[0, 0]).tolist(),
             )
+
+    def record(
+        self, prompt: str | Sequence[int], settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
+        num_candidates: int = 8,
+    ) -> Trajectory:
+        """The same sample as `generate` with everything that its tail went through."""
+        settings = self.config.generation if settings is None else settings
+        row = dataclasses.replace(self.rows([prompt], settings)[0], number=number)
+        state, tail = self._start([row], settings, seed)
+        steps = []
+        while not bool(state.done[0]):
+            state, step = self._steps(state, tail, settings, _CHUNK, read_tail=True, num_candidates=num_candidates)
+            steps.append(jax.tree.map(np.asarray, step))
+        whole = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
+        alive = np.asarray(whole.emitted)[:, 0]
+        return Trajectory(*(np.asarray(part)[alive, 0] for part in (
+            whole.tokens, whole.entropy, whole.movement, whole.candidates, whole.cosines)))
 
     def next_tokens(self, ids: Sequence[int]) -> list[int]:
         """The nearest token to the prediction behind every prefix of `ids` (at least one, at most all positions).
@@ -161,9 +196,10 @@ class Generator:
         """Whether this is the baseline: it has no tail, so K = 1, rate 1, no noise and no guidance."""
         return self.config.objective.kind == "ar"
 
-    def _rows(
-        self, prompts: Sequence[str | Sequence[int]], settings: GenerationConfig, num_samples: int
-    ) -> list[_Row]:
+    def rows(
+        self, prompts: Sequence[str | Sequence[int]], settings: GenerationConfig, num_samples: int = 1
+    ) -> list[Row]:
+        """A Row per prompt and sample; raises UserError unless each prompt is text and has room for `settings`."""
         rows, tail_length = [], 1 if self.is_autoregressive else settings.tail_length
         for index, prompt in enumerate(prompts):
             if isinstance(prompt, str) and not _is_unicode(prompt):
@@ -178,40 +214,31 @@ class Generator:
                     f"prompt {index + 1} has {len(ids)} tokens; with {settings.max_new_tokens} new ones and a tail of "
                     f"{tail_length} it needs {needed} positions, the model has {self.config.max_positions}: shorten "
                     f"the prompt, --max-new-tokens or --tail-length")
-            rows.extend(_Row(text, ids, number) for number in range(num_samples))
+            rows.extend(Row(text, ids, number) for number in range(num_samples))
         return rows
 
     def _tail(self, settings: GenerationConfig) -> decode.Tail:
         if self.is_autoregressive:
             return decode.make_tail(1, "constant", 1.0, 0.0, temperature=settings.entropy_temperature)
         return decode.make_tail(settings.tail_length, settings.profile, settings.max_maturity, settings.tail_noise,
-                                settings.guidance_scale, settings.entropy_temperature)
+                                settings.guidance_scale, settings.entropy_temperature, settings.rate,
+                                settings.history_noise)
 
-    def _start(self, rows: Sequence[_Row], settings: GenerationConfig, seed: int) -> tuple[decode.State, decode.Tail]:
-        """The state behind the prompts of `rows`, in their bucket; rows that only fill it are done from the start."""
-        limit, batch = self.config.max_positions, _bucket(len(rows), 1)
-        longest = max(len(row.ids) for row in rows)
-        width = min(_bucket(longest, _SMALLEST_PROMPT), limit)
-        # From the bucket, not from the prompt: every length in it must come to the same shapes.
-        capacity = min(_bucket(width + settings.max_new_tokens, _SMALLEST_HISTORY), limit)
-        ids = np.full((batch, width), self.tokenizer.end_of_text, np.int32)
-        lengths, budgets = np.ones(batch, np.int32), np.zeros(batch, np.int32)
-        for index, row in enumerate(rows):
-            ids[index, : len(row.ids)] = row.ids
-            lengths[index], budgets[index] = len(row.ids), settings.max_new_tokens
-        names = np.zeros((batch, 3), np.uint32)
-        names[: len(rows)] = [(seed, zlib.crc32(np.asarray(row.ids, np.int32).tobytes()), row.number) for row in rows]
+    def _start(self, rows: Sequence[Row], settings: GenerationConfig, seed: int) -> tuple[decode.State, decode.Tail]:
+        """The state behind the prompts of `rows`, and how its tail is run."""
+        batch = make_batch(rows, settings.max_new_tokens, seed, self.config.max_positions, self.tokenizer.end_of_text)
         tail = jax.tree.map(np.asarray, self._tail(settings))
-        state = self._prefill(self._params, self._vocabulary, ids, lengths, budgets, names, tail, capacity=capacity)
+        state = self._prefill(self._params, self._vocabulary, batch.ids, batch.lengths, batch.budgets, batch.names,
+                              tail, capacity=batch.capacity)
         return state, tail
 
     def _steps(self, state: decode.State, tail: decode.Tail, settings: GenerationConfig, num_steps: int,
-               read_tail: bool) -> tuple[decode.State, decode.Step]:
+               read_tail: bool, num_candidates: int = 0) -> tuple[decode.State, decode.Step]:
         guided = settings.guidance_scale != 1.0 and not self.is_autoregressive
         return self._advance(self._params, self._vocabulary, state, tail, guided=guided, read_tail=read_tail,
-                             num_steps=num_steps)
+                             num_steps=num_steps, num_candidates=num_candidates)
 
-    def _run(self, rows: list[_Row], batch: list[int], settings: GenerationConfig, seed: int) -> list[Sample]:
+    def _run(self, rows: list[Row], batch: list[int], settings: GenerationConfig, seed: int) -> list[Sample]:
         chosen = [rows[index] for index in batch]
         state, tail = self._start(chosen, settings, seed)
         steps = []
@@ -221,7 +248,7 @@ class Generator:
         whole = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
         return [self._sample(row, index, whole) for index, row in enumerate(chosen)]
 
-    def _sample(self, row: _Row, index: int, steps: decode.Step) -> Sample:
+    def _sample(self, row: Row, index: int, steps: decode.Step) -> Sample:
         emitted = np.asarray(steps.emitted)[:, index]
         tokens, entropy, movement = (np.asarray(part)[emitted, index, 0].tolist()
                                      for part in (steps.tokens, steps.entropy, steps.movement))
@@ -257,11 +284,26 @@ class Generator:
                                       jnp.zeros((batch,), jnp.int32), positions)
         return read(prediction, vocabulary, 1.0)[0]
 
-    def _trace_advance(self, params, vocabulary, state, tail, guided, read_tail, num_steps):
+    def _trace_advance(self, params, vocabulary, state, tail, guided, read_tail, num_steps, num_candidates):
         self._compilations += 1
         predict = cache.cached_predict(params, self._forward, tail, self._told_tail_length(tail), guided)
         return decode.run(state, predict, vocabulary, tail, self.config.table.radius, self.tokenizer.end_of_text,
-                          num_steps, read_tail)
+                          num_steps, read_tail, num_candidates)
+
+
+def make_batch(rows: Sequence[Row], max_new_tokens: int, seed: int, max_positions: int, fill: int) -> Batch:
+    """`rows` in their bucket: every length in it comes to the same shapes. Ids behind a prompt's end are `fill`."""
+    size = _bucket(len(rows), 1)
+    width = min(_bucket(max(len(row.ids) for row in rows), _SMALLEST_PROMPT), max_positions)
+    capacity = min(_bucket(width + max_new_tokens, _SMALLEST_HISTORY), max_positions)
+    ids = np.full((size, width), fill, np.int32)
+    lengths, budgets = np.ones(size, np.int32), np.zeros(size, np.int32)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.ids)] = row.ids
+        lengths[index], budgets[index] = len(row.ids), max_new_tokens
+    names = np.zeros((size, 3), np.uint32)
+    names[: len(rows)] = [(seed, zlib.crc32(np.asarray(row.ids, np.int32).tobytes()), row.number) for row in rows]
+    return Batch(ids, lengths, budgets, names, capacity)
 
 
 def sample_key(name: jax.Array) -> jax.Array:

@@ -1,14 +1,14 @@
 """Algorithm 1 as it reads, with nothing clever: the whole sequence is run again for every token.
 
 The oracle of `decode.py` and `cache.py`, and the other side of their benchmark. One row, no cache, Python loops; it
-shares with them the model, the vocabulary table and the noise of embryo number i.
+shares with them the model, the vocabulary table, and the noise of embryo number i and of position n.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokmat_jax.decode import Tail, embryos
+from tokmat_jax.decode import Tail, embryos, history_noise
 from tokmat_jax.guidance import history_mask
 from tokmat_jax.model import Forward, Params
 from tokmat_jax.table import Vocabulary
@@ -50,7 +50,8 @@ def generate_naively(
         trajectory.append(np.stack([np.asarray(slot) for slot in slots]))
         token = int(jnp.argmax(vocabulary.readout @ slots[0]))
         tokens.append(token)
-        history.append(table[token])
+        disturbance = history_noise(key[None], jnp.array([committed]), size, tail, radius)[0]
+        history.append(table[token] + disturbance)
         slots = [*slots[1:], embryo(length + len(tokens) - 1)]
         if token == end_of_text:
             break

@@ -56,6 +56,16 @@ def read(z: jax.Array, vocabulary: Vocabulary, temperature: jax.Array | float) -
     return jnp.argmax(inner, axis=-1).astype(jnp.int32), entropy_of(inner, z, vocabulary, temperature)
 
 
+def candidates(z: jax.Array, vocabulary: Vocabulary, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` nearest tokens [..., count] of vectors `z` [..., d] by ⟨z, e_i⟩, and their cosines [..., count]."""
+    if count == 0:
+        empty = (*z.shape[:-1], 0)
+        return jnp.zeros(empty, jnp.int32), jnp.zeros(empty)
+    inner, ids = jax.lax.top_k(scores(z, vocabulary.readout), count)
+    length = jnp.sqrt(jnp.sum(z * z, axis=-1, keepdims=True) + _TINY)
+    return ids, inner / (length * look_up(vocabulary.norm, ids))
+
+
 def entropy_of(
     inner: jax.Array, z: jax.Array, vocabulary: Vocabulary, temperature: jax.Array | float = 1.0
 ) -> jax.Array:

@@ -1,0 +1,48 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tokmat_jax.errors import UserError
+from tokmat_jax.generator import Generator
+from tokmat_jax.trajectory import Trajectory, load_trajectory
+
+
+def test_a_recording_is_the_same_sample_with_all_of_its_tail(runs_dir):
+    generator = Generator.from_workdir(runs_dir / "run")
+    settings = dataclasses.replace(generator.config.generation, tail_noise=1.0)
+    found = generator.record("the cat", settings, number=1, seed=3, num_candidates=5)
+    moments = list(generator.stream("the cat", settings, number=1, seed=3))
+    assert found.tokens[:, 0].tolist() == moments[-1].tokens
+    for moment, tokens, entropy, movement in zip(moments, found.tokens, found.entropy, found.movement, strict=True):
+        assert moment.tail == tokens[1:].tolist()
+        np.testing.assert_allclose(moment.entropy, entropy, rtol=1e-5)
+        np.testing.assert_allclose(moment.movement, movement, rtol=1e-4)
+    assert found.candidates.shape == (len(moments), 4, 5)
+    np.testing.assert_array_equal(found.candidates[..., 0], found.tokens)
+    assert (np.diff(found.cosines, axis=-1) <= 1e-6).all()
+    assert (np.abs(found.cosines) <= 1 + 1e-5).all()
+
+
+def made_by_hand():
+    # Token 10 n + j is what slot j says at step n.
+    tokens = np.array([[10 * n + j for j in range(3)] for n in range(4)])
+    return Trajectory(tokens, 0.1 * tokens, 0.2 * tokens, tokens[..., None], 1.0 * tokens[..., None])
+
+
+def test_a_token_is_followed_from_its_slot_of_birth_to_the_front():
+    found = made_by_hand()
+    assert found.tokens[found.of_token(3)].tolist() == [12, 21, 30]
+    assert found.tokens[found.of_token(1)].tolist() == [1, 10]
+    assert found.tokens[found.of_token(0)].tolist() == [0]
+
+
+def test_saved_and_read_again_it_is_the_same_and_damage_is_named(tmp_path):
+    made_by_hand().save(tmp_path / "t.npz")
+    for name, array in dataclasses.asdict(made_by_hand()).items():
+        np.testing.assert_array_equal(getattr(load_trajectory(tmp_path / "t.npz"), name), array)
+    whole = (tmp_path / "t.npz").read_bytes()
+    (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
+    for path in (tmp_path / "half.npz", tmp_path / "none.npz"):
+        with pytest.raises(UserError, match="is no trajectory"):
+            load_trajectory(path)
