@@ -10,3 +10,8 @@ class UserError(Exception):
 
 class ConfigError(UserError, ValueError):
     """A configuration value is out of its range or contradicts another one."""
+
+
+def one_line(error: Exception) -> str:
+    """What another library's `error` says, for a message of ours: line breaks become spaces, 300 characters at most."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -32,7 +32,7 @@ from tokmat_jax.config import (
     TokenizerConfig,
 )
 from tokmat_jax.data.tokenizer import Tokenizer, hugging_face, load_tokenizer
-from tokmat_jax.errors import UserError
+from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.hf import families
 from tokmat_jax.hf.families import Weight
 from tokmat_jax.hf.files import Safetensors, Stored, find_source, write_safetensors
@@ -133,19 +133,15 @@ def _open_folder(folder: Path, out: Path) -> _Source:
     try:
         settings: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder / 'config.json'} cannot be read: {reason}") from None
+        raise UserError(f"{folder / 'config.json'} cannot be read: {one_line(error)}") from None
     stored = Safetensors(folder)
     sidecar = _read_sidecar(folder / SIDECAR) if (folder / SIDECAR).is_dir() else None
     model, tied = families.read_settings(settings)
     if sidecar is not None:
         return _Source(stored, settings.model_type, dataclasses.replace(sidecar.config, workdir=str(out)),
                        sidecar.tokenizer, tied, (), sidecar)
-    ends = settings.eos_token_id
-    if (folder / "generation_config.json").is_file():
-        ends = read_json(folder / "generation_config.json").get("eos_token_id", ends)
     loaded = _folder_tokenizer(folder)
-    end, notes = _end_of_text(ends, loaded.end_of_text)
+    end, notes = _end_of_text(_ends(folder, settings.eos_token_id), loaded.end_of_text)
     tokenizer = _fit(loaded, end, _num_rows(stored, settings.model_type), folder)
     return _Source(stored, settings.model_type, _plain_config(model, tied, out), tokenizer, tied, notes, None)
 
@@ -171,6 +167,16 @@ def _folder_tokenizer(folder: Path) -> Tokenizer:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)")
     return hugging_face(str(folder))
+
+
+def _ends(folder: Path, of_config: Any) -> Any:
+    """`eos_token_id` of the checkpoint: an id, several, or None."""
+    generation = folder / "generation_config.json"
+    ends = read_json(generation).get("eos_token_id", of_config) if generation.is_file() else of_config
+    several = ends if isinstance(ends, list) else [ends]
+    if ends is not None and not all(isinstance(end, int) for end in several):
+        raise UserError(f"{generation} is damaged: eos_token_id = {ends!r} is no id")
+    return ends
 
 
 def _end_of_text(ends: Any, of_tokenizer: int) -> tuple[int, tuple[str, ...]]:
@@ -305,7 +311,7 @@ def _read_sidecar(folder: Path) -> _Sidecar:
         params = safetensors.numpy.load_file(folder / _WEIGHTS)
         derived = dict(run["derived"])
     except (KeyError, TypeError, ValueError, OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{folder} is damaged: {type(error).__name__} {error}") from None
+        raise UserError(f"{folder} is damaged: {type(error).__name__} {one_line(error)}") from None
     return _Sidecar(config, load_tokenizer(folder / TOKENIZER), params, derived)
 
 
@@ -354,6 +360,8 @@ def export_weights(
     if dtype is None:
         imported = workdir / IMPORTED
         dtype = str(read_json(imported).get("dtype")) if imported.is_file() else "float32"
+        if dtype not in DTYPES:
+            raise UserError(f"{imported} is damaged: dtype = {dtype}; say which to write with --dtype")
     stored, tied = _autoregressive_view(config, flat)
     weights = families.weights(model_type, config.model, tied)
     derived = {weight.name: weight.paths[0] for weight in weights if weight.paths[0] in stored}

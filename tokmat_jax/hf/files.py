@@ -13,7 +13,7 @@ import safetensors
 import safetensors.numpy
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 
-from tokmat_jax.errors import UserError
+from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.workdir import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -48,9 +48,8 @@ def find_source(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=_WANTED, ignore_patterns=["original/*", "onnx/*"]))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"SOURCE {source!r} is neither a file or folder here nor could it be had from the hub: "
-                        f"{reason}") from None
+                        f"{one_line(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,8 @@ class Safetensors:
         for file in _weight_files(folder):
             for name, place in _places(file).items():
                 if name in self._places:
-                    raise UserError(f"{file}: {name} is also in {self._places[name].file.name}")
+                    raise UserError(f"{file}: {name} is also in {self._places[name].file.name}; a weight belongs in "
+                                    f"one file")
                 self._places[name] = place
         if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
             self._check_index(folder / INDEX)
@@ -94,14 +94,14 @@ class Safetensors:
             with safetensors.safe_open(file, "np") as opened:
                 array = opened.get_tensor(name).astype(np.float32, copy=False)
         except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{file} is damaged at {name}: {error}") from None
+            raise UserError(f"{file} is damaged at {name}: {one_line(error)}; fetch it again") from None
         return check_finite(name, array, file)
 
 
 def check_finite(name: str, array: np.ndarray, file: Path) -> np.ndarray:
     """`array`; raises UserError where a number in it is infinite or NaN."""
     if not np.isfinite(array).all():
-        raise UserError(f"{file} is damaged: {name} has numbers that are not finite")
+        raise UserError(f"{file} is damaged: {name} has numbers that are not finite; fetch it again")
     return array
 
 
@@ -112,10 +112,13 @@ def _weight_files(folder: Path) -> list[Path]:
         listed = read_json(folder / INDEX).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
             raise UserError(f"{folder / INDEX} is damaged: it has no weight_map")
-        files = [folder / Path(file).name for file in sorted(set(listed.values()))]
+        for file in listed.values():
+            if file in ("", ".", "..") or Path(file).name != file:
+                raise UserError(f"{folder / INDEX} names {file!r}: a shard must lie in the folder itself")
+        files = [folder / file for file in sorted(set(listed.values()))]
         for file in files:
             if not file.is_file():
-                raise UserError(f"{folder / INDEX} lists {file.name}, which is not there")
+                raise UserError(f"{folder / INDEX} lists {file.name}, which is not there; fetch it too")
         return files
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
@@ -136,7 +139,7 @@ def _places(file: Path) -> dict[str, _Place]:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             places = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{file} is damaged: {error}; fetch it again") from None
+        raise UserError(f"{file} is damaged: {one_line(error)}; fetch it again") from None
     for name, (_, dtype) in places.items():
         if dtype not in _DTYPES and not re.search(r"\.attn\.(masked_)?bias$", name):
             raise UserError(f"{file}: {name} has type {dtype}; supported are {', '.join(_DTYPES)}")
@@ -149,7 +152,8 @@ def write_safetensors(
 ) -> None:
     """Writes the weights that `shapes` names into `folder`, one file, or shards of at most `max_shard_size` bytes.
 
-    `get` gives one weight; no more than one shard is in memory at a time.
+    `get` gives one weight; no more than one shard is in memory at a time. Raises UserError where a number does not fit
+    into `dtype`.
     """
     plan = split_state_dict_into_shards_factory(
         {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()},
@@ -157,8 +161,17 @@ def write_safetensors(
         max_shard_size=max_shard_size,
     )
     for file, names in plan.filename_to_tensors.items():
-        shard = {name: get(name).astype(dtype, copy=False) for name in names}
+        shard = {name: _narrow(name, get(name), dtype) for name in names}
         safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _narrow(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype, copy=False)
+    if not np.isfinite(narrow).all():
+        raise UserError(f"weight {name} does not fit into {dtype}, its largest number is {np.abs(array).max():.3g}: "
+                        f"choose a wider --dtype")
+    return narrow

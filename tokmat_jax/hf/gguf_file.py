@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tokmat_jax.data.tokenizer import Tokenizer
-from tokmat_jax.errors import UserError
+from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.hf.files import check_finite
 
 _EXTRA = "a GGUF file needs the package gguf: pip install -e '.[gguf]'"
@@ -53,8 +53,7 @@ class Gguf:
             self._facts = {name: field.contents() for name, field in reader.fields.items()}
             tensors = list(reader.tensors)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{file} is damaged: {reason}; fetch it again") from None
+            raise UserError(f"{file} is damaged: {one_line(error)}; fetch it again") from None
         self.architecture = str(self._facts.get("general.architecture"))
         if self.architecture not in _NAMES:
             raise UserError(f"{file}: architecture {self.architecture!r} is not supported; supported are "
@@ -93,7 +92,7 @@ class Gguf:
             array = np.asarray(self._dequantize(tensor.data, tensor.tensor_type), np.float32)
             array = array.reshape(tuple(int(size) for size in tensor.shape)[::-1])
         except Exception as error:
-            raise UserError(f"{self._file} is damaged at {tensor.name}: {error}") from None
+            raise UserError(f"{self._file} is damaged at {tensor.name}: {one_line(error)}; fetch it again") from None
         check_finite(tensor.name, array, self._file)
         if self._is_transposed(name):
             return array.T
@@ -159,7 +158,7 @@ class Gguf:
         try:
             fast, _ = convert_gguf_tokenizer(self.architecture, facts)
         except Exception as error:
-            raise UserError(f"{self._file}: its tokenizer cannot be built: {error}") from None
+            raise UserError(f"{self._file}: its tokenizer cannot be built: {one_line(error)}") from None
         begins = self._facts.get("tokenizer.ggml.add_bos_token", facts.get("tokenizer_type") == "llama")
         return Tokenizer(fast, int(facts["eos_token_id"]), [int(facts["bos_token_id"])] if begins else ())
 
