@@ -21,11 +21,18 @@ def prefill(
 
     Rows may be filled up with anything behind their end: what stands there is never read before it is rewritten.
     """
+    return read_prompts(params, forward, vectors, tail_length, capacity)[1]
+
+
+def read_prompts(
+    params: Params, forward: Forward, vectors: jax.Array, tail_length: jax.Array, capacity: int
+) -> tuple[jax.Array, History]:
+    """As `prefill`, with the predictions [B, P, d] before it."""
     batch, length, _ = vectors.shape
     positions = jnp.broadcast_to(jnp.arange(length)[None, :], (batch, length))
-    _, live = forward(params, vectors, jnp.ones((batch, length)), tail_length, positions)
+    prediction, live = forward(params, vectors, jnp.ones((batch, length)), tail_length, positions)
     room = ((0, 0), (0, 0), (0, capacity - length), (0, 0), (0, 0))
-    return jax.tree.map(lambda x: jnp.pad(x, room), live)
+    return prediction, jax.tree.map(lambda x: jnp.pad(x, room), live)
 
 
 def _queries(state: State, tail: Tail) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -37,8 +44,8 @@ def _queries(state: State, tail: Tail) -> tuple[jax.Array, jax.Array, jax.Array]
     return vectors, jnp.broadcast_to(maturity[None, :], (batch, length)), positions
 
 
-def _append(history: History, live: History, position: jax.Array) -> History:
-    """The history with the first query's keys and values written at `position` [B] of each row."""
+def append(history: History, live: History, position: jax.Array) -> History:
+    """The history with the first `live` query's keys and values written at `position` [B] of each row."""
     rows = jnp.arange(position.shape[0])
 
     def write(whole, new):
@@ -64,7 +71,7 @@ def cached_predict(params: Params, forward: Forward, tail: Tail, told_tail_lengt
         prediction, live = forward(
             params, vectors, maturity, told(state), positions, history=history, visible=visible
         )
-        return prediction, _append(history, live, state.num_committed - 1)
+        return prediction, append(history, live, state.num_committed - 1)
 
     def unconditional(state):
         vectors, maturity, positions = _queries(state, tail)

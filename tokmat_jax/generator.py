@@ -21,7 +21,7 @@ from tokmat_jax.config import Config, GenerationConfig
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokmat_jax.errors import UserError
 from tokmat_jax.model import Params, make_forward
-from tokmat_jax.table import look_up, read
+from tokmat_jax.table import Vocabulary, look_up, read
 from tokmat_jax.train_step import init_params
 from tokmat_jax.trajectory import Trajectory
 from tokmat_jax.workdir import TOKENIZER, load_config
@@ -121,8 +121,25 @@ class Generator:
 
     def set_params(self, params: Params) -> None:
         """Other parameters of the same shapes; what is compiled stays."""
+        self.params = params
         self._params = params["backbone"]
         self._vocabulary = objective.vocabulary(params, self.config)
+        self._logit_scale = objective.ar_logit_scale(params, self.config)
+
+    @property
+    def backbone(self) -> Params:
+        """Parameters of the backbone f_θ."""
+        return self._params
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What tokens are when they are read and written."""
+        return self._vocabulary
+
+    @property
+    def logit_scale(self) -> jax.Array:
+        """What multiplies ⟨ẑ, e_i⟩ in the logits of a baseline []."""
+        return self._logit_scale
 
     def compilations(self) -> int:
         """How many shapes have been compiled so far."""
@@ -186,7 +203,7 @@ class Generator:
 
         Committed vectors alone are read, as the baseline does; for a run with a tail that is K = 0.
         """
-        width = min(_bucket(len(ids), _SMALLEST_PROMPT), self.config.max_positions)
+        width = min(bucket(len(ids), _SMALLEST_PROMPT), self.config.max_positions)
         padded = np.full((1, width), self.tokenizer.end_of_text, np.int32)
         padded[0, : len(ids)] = ids
         return np.asarray(self._read(self._params, self._vocabulary, padded))[0, : len(ids)].tolist()
@@ -293,9 +310,9 @@ class Generator:
 
 def make_batch(rows: Sequence[Row], max_new_tokens: int, seed: int, max_positions: int, fill: int) -> Batch:
     """`rows` in their bucket: every length in it comes to the same shapes. Ids behind a prompt's end are `fill`."""
-    size = _bucket(len(rows), 1)
-    width = min(_bucket(max(len(row.ids) for row in rows), _SMALLEST_PROMPT), max_positions)
-    capacity = min(_bucket(width + max_new_tokens, _SMALLEST_HISTORY), max_positions)
+    size = bucket(len(rows), 1)
+    width = min(bucket(max(len(row.ids) for row in rows), _SMALLEST_PROMPT), max_positions)
+    capacity = min(bucket(width + max_new_tokens, _SMALLEST_HISTORY), max_positions)
     ids = np.full((size, width), fill, np.int32)
     lengths, budgets = np.ones(size, np.int32), np.zeros(size, np.int32)
     for index, row in enumerate(rows):
@@ -320,5 +337,6 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _bucket(length: int, smallest: int) -> int:
+def bucket(length: int, smallest: int) -> int:
+    """The next power of two from `length` on, at least `smallest`."""
     return max(smallest, 1 << (length - 1).bit_length())
