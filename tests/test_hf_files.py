@@ -12,62 +12,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from transformers import PreTrainedTokenizerFast
 
-from tokmat_jax.data.tokenizer import train_bpe
+import checkpoints
+from checkpoints import DOWN, QUERY, SHAPES, SINGLE, TABLE, configure, store, weights
 from tokmat_jax.errors import UserError
 from tokmat_jax.hf.__main__ import main
 from tokmat_jax.hf.convert import export_weights, import_weights, load_flat
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = {
-    "model_type": "llama", "vocab_size": 280, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True,
-    "bos_token_id": None, "eos_token_id": 0,
-}
-TABLE, QUERY, DOWN = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", \
-    "model.layers.0.mlp.down_proj.weight"
-SHAPES = {
-    TABLE: (280, 8), "model.norm.weight": (8,), "model.layers.0.input_layernorm.weight": (8,),
-    "model.layers.0.post_attention_layernorm.weight": (8,), QUERY: (8, 8),
-    "model.layers.0.self_attn.k_proj.weight": (4, 8), "model.layers.0.self_attn.v_proj.weight": (4, 8),
-    "model.layers.0.self_attn.o_proj.weight": (8, 8), "model.layers.0.mlp.gate_proj.weight": (12, 8),
-    "model.layers.0.mlp.up_proj.weight": (12, 8), DOWN: (8, 12),
-}
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-
-
-def weights() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
     """A checkpoint without fault."""
-    folder = tmp_path_factory.mktemp("good")
-    configure(folder)
-    safetensors.numpy.save_file(weights(), folder / SINGLE)
-    tokenizer = train_bpe(["the cat sat on the mat"], 270)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.fast, eos_token="<|endoftext|>").save_pretrained(folder)
-    return folder
+    return checkpoints.write(tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture
 def source(good, tmp_path) -> Path:
     """A copy of it, to be spoilt."""
     return shutil.copytree(good, tmp_path / "source")
-
-
-def configure(folder: Path, **fields) -> None:
-    (folder / "config.json").write_text(json.dumps(CONFIG | fields))
-
-
-def store(folder: Path, **changed: np.ndarray | None) -> None:
-    """Rewrites the weights; those that are None are left out."""
-    found = weights() | changed
-    safetensors.numpy.save_file({name: array for name, array in found.items() if array is not None}, folder / SINGLE)
 
 
 def split(folder: Path, **files: str) -> None:

@@ -16,7 +16,7 @@ import tyro
 from tokmat_jax.cli import parse, run_script
 from tokmat_jax.errors import UserError
 from tokmat_jax.hf.convert import export_weights, import_weights
-from tokmat_jax.hf.sphere import PROMPTS, changes, set_on_sphere
+from tokmat_jax.hf.sphere import PROMPTS, set_on_sphere
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ def run_sphere(flags: Sphere) -> None:
     """Converts, compares and prints."""
     if flags.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, found {flags.max_new_tokens}")
-    set_on_sphere(Path(flags.workdir), Path(flags.out))
-    found = changes(Path(flags.workdir), Path(flags.out), flags.prompt or PROMPTS, flags.max_new_tokens)
+    found = set_on_sphere(Path(flags.workdir), Path(flags.out), flags.prompt or PROMPTS, flags.max_new_tokens)
     width = max(len(change.prompt) for change in found)
     for change in found:
         print(f"{change.prompt:{width}}  {change.changed:3d} of {change.total} tokens change, "

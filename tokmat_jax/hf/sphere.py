@@ -46,8 +46,12 @@ def on_sphere(config: Config) -> Config:
     )
 
 
-def set_on_sphere(workdir: Path, out: Path) -> None:
-    """Makes the workdir `out` from the imported `workdir`: the same parameters, read as directions."""
+def set_on_sphere(workdir: Path, out: Path, prompts: Sequence[str], max_new_tokens: int) -> list[Change]:
+    """Makes the workdir `out` from the imported `workdir`: the same parameters, read as directions.
+
+    Returns what that changes in the greedy continuations of `prompts`. Raises UserError, and leaves nothing behind,
+    where `workdir` has no raw table or its positions do not suffice for them.
+    """
     config = on_sphere(load_config(workdir))
     with appears_whole(out) as unfinished:
         _, tokenizer, flat = load_flat(workdir)
@@ -56,6 +60,7 @@ def set_on_sphere(workdir: Path, out: Path) -> None:
         if (workdir / IMPORTED).is_file():
             write_json(unfinished / IMPORTED, read_json(workdir / IMPORTED))
         save_flat(unfinished, flat)
+        return changes(workdir, unfinished, prompts, max_new_tokens)
 
 
 def changes(workdir: Path, other: Path, prompts: Sequence[str], max_new_tokens: int) -> list[Change]:
