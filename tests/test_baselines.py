@@ -69,10 +69,23 @@ def log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+def logits_after(prediction):
+    """[n, V] of predictions [n, d]."""
+    generator, _ = shaken()
+    return float(generator.logit_scale) * prediction @ np.asarray(generator.vocabulary.readout).T
+
+
 def log_probs_after(prediction):
     """log p [n, V] that predictions [n, d] give, in nats."""
-    generator, _ = shaken()
-    return log_softmax(float(generator.logit_scale) * prediction @ np.asarray(generator.vocabulary.readout).T)
+    return log_softmax(logits_after(prediction))
+
+
+def penalised(ids, penalty):
+    """Logits [V] behind `ids`, with those of its own tokens penalised."""
+    logits = logits_after(outputs(ids)[-1])
+    for token in set(ids):
+        logits[token] *= penalty if logits[token] < 0 else 1 / penalty
+    return logits
 
 
 def naive_log_probs(prompt, tokens):
@@ -108,6 +121,17 @@ def test_greedy_is_what_the_generator_writes():
     for got, want in zip(decoder.sample(PROMPTS, NEW), samples, strict=True):
         assert got.tokens == want.tokens
         assert got.finished == want.finished
+
+
+@pytest.mark.parametrize("penalty", [1.2, 2.5])
+def test_the_penalty_counts_every_token_so_far_and_the_prompt(penalty):
+    _, decoder = shaken()
+    for prompt, got in zip(PROMPTS, decoder.sample(PROMPTS, NEW, repetition_penalty=penalty), strict=True):
+        ids = list(ids_of(prompt))
+        for token in got.tokens:
+            assert token == np.argmax(penalised(ids, penalty))
+            ids.append(token)
+        assert got.finished or len(got.tokens) == NEW
 
 
 HOW = {
@@ -199,12 +223,12 @@ def test_the_last_position_of_the_model_is_within_reach():
         decoder.sample([prompt], 56)
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (1.5, 0.5)])
-def test_first_tokens_are_drawn_from_the_distribution_they_should_be(temperature, top_p):
+@pytest.mark.parametrize(("temperature", "top_p", "penalty"), [(1.0, 1.0, 1.0), (0.7, 0.9, 1.0), (1.5, 0.6, 1.4)])
+def test_first_tokens_are_drawn_from_the_distribution_they_should_be(temperature, top_p, penalty):
     _, decoder = shaken()
-    total = 3000
-    found = decoder.sample(["the cat"], 1, temperature, top_p, num_samples=total, batch_size=1024)
-    share = np.exp(log_softmax(log_probs_after(outputs(ids_of("the cat"))[-1]) / temperature))
+    total = 1536
+    found = decoder.sample(["the cat"], 1, temperature, top_p, penalty, num_samples=total, batch_size=512)
+    share = np.exp(log_softmax(penalised(ids_of("the cat"), penalty) / temperature))
     order = np.argsort(-share)
     inside = order[: 1 + np.searchsorted(np.cumsum(share[order]), top_p)]
     expected = total * share[inside] / share[inside].sum()
