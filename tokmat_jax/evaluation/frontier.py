@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tokmat_jax.evaluation.metrics import bootstrap
+
 
 @dataclass(frozen=True)
 class Point:
@@ -73,6 +75,44 @@ def signed_area(baseline: Sequence[Point], ours: Sequence[Point]) -> Area:
     ahead = _log_perplexity(fronts[0], knots) - _log_perplexity(fronts[1], knots)
     area = float(np.trapezoid(ahead, knots))
     return Area(area, area / (high - low), low, high)
+
+
+def interval_of_area(
+    baseline: "Settings", ours: "Settings", resamples: int, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of `signed_area` over resampled prompts: each time both fronts are found anew."""
+    count = baseline.repetition.shape[1]
+    return bootstrap(lambda chosen: signed_area(baseline.points(chosen), ours.points(chosen)).area, count, resamples,
+                     seed)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one or several methods, on the same N prompts."""
+
+    labels: Sequence[str]
+    repetition: np.ndarray
+    """Of each setting's sample behind each prompt [M, N]; NaN where it does not count."""
+    nats: np.ndarray
+    """What each sample cost the judge [M, N]."""
+    judge_tokens: np.ndarray
+    """In how many of its tokens [M, N]."""
+
+    def points(self, chosen: np.ndarray | None = None) -> list[Point]:
+        """A Point per setting, over all prompts or those `chosen` [N]."""
+        index = np.arange(self.repetition.shape[1]) if chosen is None else chosen
+        drawn, tokens = self.repetition[:, index], self.judge_tokens[:, index].sum(1)
+        known = ~np.isnan(drawn)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            repetition = np.sum(drawn, axis=1, where=known) / known.sum(1)
+            perplexity = np.exp(self.nats[:, index].sum(1) / tokens)
+        return [Point(*one) for one in zip(self.labels, repetition.tolist(), perplexity.tolist(), strict=True)]
+
+    def only(self, indices: Sequence[int]) -> "Settings":
+        """Those settings alone."""
+        chosen = list(indices)
+        return Settings([self.labels[index] for index in chosen], self.repetition[chosen], self.nats[chosen],
+                        self.judge_tokens[chosen])
 
 
 def _log_perplexity(front: Sequence[Point], repetition: np.ndarray) -> np.ndarray:

@@ -39,6 +39,12 @@ def ends_in_a_cycle(tokens: Sequence[int], times: int = 3) -> bool:
     return False
 
 
+def pooled_counts(texts: Sequence[str], n: int) -> np.ndarray:
+    """Unique and total n-grams of words parted by white space, of each text by itself [N, 2]."""
+    ngrams = [_ngrams(text.split(), n) for text in texts]
+    return np.array([(len(set(of_text)), len(of_text)) for of_text in ngrams], np.int64).reshape(-1, 2)
+
+
 def pooled_repetition(texts: Sequence[str], n: int) -> float:
     """SimCTG's rep-n in [0, 1) over all `texts`: 1 − Σ unique / Σ total (Su et al. 2022, arXiv:2202.06417).
 
@@ -46,9 +52,8 @@ def pooled_repetition(texts: Sequence[str], n: int) -> float:
     texts count for more. The paper prints it in percent. Its authors' script leaves out the last n-gram of each
     text; this follows the paper's equation, which does not. NaN where no text has n words.
     """
-    ngrams = [_ngrams(text.split(), n) for text in texts]
-    total = sum(map(len, ngrams))
-    return 1.0 - sum(len(set(of_text)) for of_text in ngrams) / total if total else math.nan
+    unique, total = pooled_counts(texts, n).sum(0)
+    return float(1.0 - unique / total) if total else math.nan
 
 
 def diversity(texts: Sequence[str]) -> float:

@@ -1,0 +1,182 @@
+"""The report card: python -m tokmat_jax.evaluate --workdir RUN --baseline AR_RUN --output report/
+
+Writes report.md, report.json, report.html and plots/. The same command again goes on where it was interrupted.
+"""
+
+import dataclasses
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokmat_jax.cli import parse, run_script
+from tokmat_jax.data.prepare import prepare
+from tokmat_jax.errors import UserError
+from tokmat_jax.evaluation import report
+from tokmat_jax.evaluation.card import Card, Options, num_parameters
+from tokmat_jax.evaluation.frontier import Point
+from tokmat_jax.evaluation.judge import Judge
+from tokmat_jax.evaluation.pair import checkpoint_state, mismatches, prompts_of
+from tokmat_jax.evaluation.render import to_html, to_markdown
+from tokmat_jax.evaluation.store import Store
+from tokmat_jax.generator import Generator
+from tokmat_jax.view.progress import bar
+from tokmat_jax.workdir import CONFIG, make_workdir
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare a maturation run with its autoregressive baseline, and both with the human text."""
+
+    workdir: str
+    """Folder of the maturation run."""
+    baseline: str
+    """Folder of the baseline: the same data, backbone and budget with --objective.kind ar."""
+    output: str = "report"
+    """Folder of the report."""
+    judge: str | None = None
+    """Workdir, checkpoint folder, .gguf file or hub name of a language model that judges; left out, the baseline."""
+    num_prompts: int = 64
+    """Beginnings from held-out documents."""
+    prompt_tokens: int = 32
+    """Tokens of each."""
+    max_new_tokens: int = 128
+    """L, tokens that each method writes."""
+    prompt: str = "The meaning of life is"
+    """Beginning of the article's figures."""
+    num_seeds: int = 50
+    """Samples of it for the figures over seeds."""
+    seed: int = 0
+    """Decides noise and draws, 0..2³²−1."""
+    resamples: int = 1000
+    """Bootstrap resamples of each interval."""
+    batch_size: int = 64
+    """Samples that run together; changes the speed, not the report."""
+    allow_mismatch: bool = False
+    """Compare a pair that does not match; the report's first line then says in what."""
+
+
+def check(flags: Args) -> None:
+    """Raises UserError for a number out of its range, or a machine without the plots' library."""
+    for name, least in (("num_prompts", 2), ("prompt_tokens", 1), ("max_new_tokens", 8), ("num_seeds", 2),
+                        ("resamples", 1), ("batch_size", 1)):
+        if getattr(flags, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, found {getattr(flags, name)}")
+    if not 0 <= flags.seed < 2**32:
+        raise UserError(f"--seed must lie in 0..2³²−1, found {flags.seed}")
+    try:
+        import matplotlib as mpl  # noqa: F401
+    except ImportError:
+        raise UserError("the report's plots need matplotlib: pip install -e '.[report]'") from None
+
+
+def load_pair(flags: Args) -> tuple[Generator, Generator, list[str]]:
+    """Both models, and in what they do not match; raises UserError unless that is allowed."""
+    run, baseline = Generator.from_workdir(flags.workdir), Generator.from_workdir(flags.baseline)
+    if run.is_autoregressive:
+        raise UserError(f"--workdir: {flags.workdir} is an autoregressive baseline, not a maturation run")
+    if not baseline.is_autoregressive:
+        raise UserError(f"--baseline: {flags.baseline} is a maturation run; train one with --objective.kind ar")
+    found = mismatches(run, baseline, (Path(flags.workdir), Path(flags.baseline)))
+    if found and not flags.allow_mismatch:
+        raise UserError(f"{flags.baseline} is no fair baseline of {flags.workdir}: {'; '.join(found)}. Train one that "
+                        f"matches, or give --allow-mismatch")
+    return run, baseline, found
+
+
+def load_judge(flags: Args, baseline: Generator, output: Path) -> tuple[Judge, Path]:
+    """The judge that the flags name and its workdir; a checkpoint is imported once, into the report's folder."""
+    if flags.judge is None:
+        return Judge(baseline), Path(flags.baseline)
+    workdir = Path(flags.judge)
+    if not ((workdir / CONFIG).is_file() and (workdir / "checkpoints").is_dir()):
+        workdir = output / "judge" / re.sub(r"[^A-Za-z0-9.]+", "-", flags.judge).strip("-.")
+        if not workdir.is_dir():
+            from tokmat_jax.hf.convert import import_weights
+
+            import_weights(flags.judge, workdir)
+    return Judge(Generator.from_workdir(workdir)), workdir
+
+
+def describe(name: str, generator: Generator, step: int) -> dict[str, Any]:
+    """What the report's head says of a model."""
+    return {"name": name, "step": step, "num_parameters": num_parameters(generator)}
+
+
+def draw(data: dict[str, Any]) -> dict[str, str]:
+    """The report's plots as SVG by name."""
+    from tokmat_jax.evaluation import plots
+
+    found, curves = data["frontier"], {}
+    for point in found["points"]:
+        curves.setdefault(point["curve"], []).append(
+            Point(*(point[name] for name in ("label", "repetition", "perplexity"))))
+    baselines = sorted({point["curve"] for point in found["points"] if point["is_baseline"]})
+    figures = data["figures"]
+    drawn = {"frontier": plots.frontier(curves, Point(**found["human"]), baselines),
+             "entropy": plots.entropy(figures["maturing"], tuple(figures["temperatures"]))}
+    drawn |= {f"candidates_{index}": plots.candidates(token)
+              for index, token in enumerate(figures["maturing"]["tokens"][:3])}
+    return drawn | {"diversity": plots.diversity(figures["diversity"]), "gap": plots.gap(data["gap"])}
+
+
+def write(data: dict[str, Any], output: Path) -> None:
+    """The report's three forms and its plots."""
+    drawn = draw(data)
+    (output / "plots").mkdir(exist_ok=True)
+    for name, svg in drawn.items():
+        (output / "plots" / f"{name}.svg").write_text(svg, encoding="utf-8")
+    blocks = report.document(data)
+    (output / "report.json").write_text(report.to_json(data), encoding="utf-8")
+    (output / "report.md").write_text(to_markdown(blocks), encoding="utf-8")
+    (output / "report.html").write_text(to_html(data["title"], blocks, drawn), encoding="utf-8")
+
+
+def main(args: Sequence[str]) -> None:
+    """Makes the report that `args` ask for."""
+    begin = time.monotonic()
+    flags = parse(Args, args, prog="python -m tokmat_jax.evaluate")
+    check(flags)
+    run, baseline, found = load_pair(flags)
+    output = Path(flags.output)
+    make_workdir(output)
+    corpus = prepare(run.config)
+    prompts = prompts_of(corpus, run.config, flags.num_prompts, flags.prompt_tokens, flags.max_new_tokens)
+    judge, judges_workdir = load_judge(flags, baseline, output)
+    states = {name: checkpoint_state(Path(path)) for name, path in (
+        ("run", flags.workdir), ("baseline", flags.baseline), ("judge", judges_workdir))}
+    options = Options(flags.max_new_tokens, flags.seed, flags.resamples, flags.batch_size, flags.prompt,
+                      flags.num_seeds)
+    store = Store(output / "parts", {
+        "states": states, "configs": [dataclasses.asdict(one.config) for one in (run, baseline, judge.generator)],
+        "prompts": [prompts.ids, prompts.human], "new_tokens": flags.max_new_tokens, "seed": flags.seed,
+    })
+    for note in prompts.notes:
+        print(f"note: {note}")
+    card = Card(run, baseline, judge, prompts, store, options)
+    with bar("evaluating", card.num_parts()) as progress:
+        data = card.data(progress.update)
+    data |= {
+        "title": "Token Maturation against ordinary decoding", "mismatch": found, "seed": flags.seed,
+        "run": describe(flags.workdir, run, states["run"][0]), "temperature": 1.0,
+        "baseline": describe(flags.baseline, baseline, states["baseline"][0]),
+        "prompts": {"count": len(prompts.ids), "prompt_tokens": len(prompts.ids[0]),
+                    "new_tokens": flags.max_new_tokens, "notes": list(prompts.notes)},
+        "command": f"python -m tokmat_jax.evaluate {shlex.join(args)}", "seconds": time.monotonic() - begin,
+    }
+    write(data, output)
+    if store.reused:
+        print(f"{store.reused} parts were there already, in {output / 'parts'}")
+    if found:
+        print(f"MISMATCH: {'; '.join(found)}", file=sys.stderr)
+    for sentence in report.verdict(data):
+        print(sentence)
+    print(f"done: {output / 'report.html'}, report.md, report.json, plots/")
+
+
+if __name__ == "__main__":
+    run_script(main)

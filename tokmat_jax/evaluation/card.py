@@ -1,0 +1,302 @@
+"""The report card as data: every method behind the same prompts, judged, measured and drawn."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tokmat_jax import objective
+from tokmat_jax.config import GenerationConfig
+from tokmat_jax.evaluation import figures, frontier, metrics, scores
+from tokmat_jax.evaluation.gap import measure_gap
+from tokmat_jax.evaluation.judge import Judge
+from tokmat_jax.evaluation.methods import HUMAN, Method, Writer, Written, curve_methods, table_methods
+from tokmat_jax.evaluation.pair import Prompts
+from tokmat_jax.evaluation.store import Store
+from tokmat_jax.generator import Generator
+from tokmat_jax.train_step import init_params
+
+_BRIER = {"contexts": 4, "ahead": 4, "samples": 4}
+"""Beginnings per prompt, tokens behind each, and independent samples of them."""
+_SCALES = (1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line decides."""
+
+    max_new_tokens: int
+    seed: int
+    resamples: int
+    batch_size: int
+    prompt: str
+    """Beginning of the article's figures."""
+    num_seeds: int
+    """Samples of it for the figures over seeds."""
+
+
+def _nobody(done: int, name: str) -> None:
+    pass
+
+
+class Card:
+    """One evaluation."""
+
+    def __init__(
+        self, run: Generator, baseline: Generator, judge: Judge, prompts: Prompts, store: Store, options: Options,
+    ):
+        self.run, self.baseline, self.judge = run, baseline, judge
+        self.prompts, self.options = prompts, options
+        self._store = store
+        self._done, self._told = 0, _nobody
+        self._writer = Writer(run, baseline, options.max_new_tokens, options.seed, options.batch_size)
+        self._reader = Judge(baseline)
+        self._room = run.config.max_positions - len(prompts.ids[0]) - options.max_new_tokens
+        self.table = table_methods(run.config.generation, self._room)
+        self.curves = curve_methods(self._room)
+
+    def num_parts(self) -> int:
+        """How many parts there are."""
+        return 2 * len(self.table) + len(self.curves) + 7
+
+    def data(self, told: Callable[[int, str], None]) -> dict[str, Any]:
+        """All parts of the report; what an interrupted evaluation of the same left is taken from the store.
+
+        `told` hears how many parts are done, and the name of the latest.
+        """
+        self._done, self._told = 0, told
+        rows = [self._row(method) for method in self.table]
+        figure = self._figures()
+        return {
+            "rows": rows, "calibration": self._part("calibration", None, self._calibration),
+            "frontier": self._frontier(), "figures": figure, "gap": self._part("gap", None, self._gap),
+            "judge": {"name": self.judge.generator.config.workdir, "is_baseline": self.judge.generator is self.baseline,
+                      "num_parameters": num_parameters(self.judge.generator)},
+            "brier_note": _brier_note(len(self.prompts.ids), rows),
+            "log_vocabulary": float(np.log(self.run.tokenizer.vocab_size)),
+        }
+
+    def _part(self, name: str, settings: Any, make: Callable[[], Any]) -> Any:
+        found = self._store.get(name, settings, make)
+        self._done += 1
+        self._told(self._done, name)
+        return found
+
+    # What is written and how it is judged
+
+    def _written(self, method: Method) -> tuple[Written, np.ndarray, np.ndarray]:
+        """The samples, and nats and number of the judge's tokens of each [N]."""
+
+        def make():
+            written = self._writer.write(method, self.prompts)
+            if method.is_baseline:
+                pairs = list(zip(self.prompts.ids, written.tokens, strict=True))
+                entropy = [one.entropy for one in self._reader.read_ids(pairs)] if self._same(self.baseline) else []
+                written = dataclasses.replace(written, entropy=[
+                    float(one.mean()) if one.size else float("nan") for one in entropy] or None)
+            nats = [one.nats for one in self._judge_tokens(written.tokens)]
+            return {"written": dataclasses.asdict(written), "nats": [float(one.sum()) for one in nats],
+                    "judge_tokens": [one.size for one in nats]}
+
+        found = self._part(method.name, [method.kind, method.settings], make)
+        written = Written(**found["written"])
+        return written, np.array(found["nats"], np.float64), np.array(found["judge_tokens"])
+
+    def _same(self, other: Generator) -> bool:
+        return self.run.tokenizer.same_ids(other.tokenizer)
+
+    def _judge_tokens(self, tokens: Sequence[Sequence[int]]):
+        if self._same(self.judge.generator):
+            return self.judge.read_ids(list(zip(self.prompts.ids, tokens, strict=True)))
+        decode = self.run.tokenizer.decode
+        return self.judge.read_texts([(decode(p), decode(t)) for p, t in zip(self.prompts.ids, tokens, strict=True)])
+
+    def _row(self, method: Method) -> dict[str, Any]:
+        written, nats, judge_tokens = self._written(method)
+        options, decode = self.options, self.run.tokenizer.decode
+        texts = [decode(tokens) for tokens in written.tokens]
+        values = scores.values(written, texts, nats, judge_tokens, options.max_new_tokens, options.resamples)
+        sampled = self._part(f"{method.name}: repeated samples", [method.kind, method.settings, _BRIER],
+                             lambda: self._repeated(method, written))
+        per_context = np.array(sampled["brier"]) if sampled["brier"] else None
+        return {
+            "name": method.name, "kind": method.kind, "settings": method.settings,
+            "values": {name: dataclasses.asdict(value) for name, value in values.items()},
+            "full": sum(len(tokens) == options.max_new_tokens for tokens in written.tokens),
+            "brier": None if per_context is None else {
+                name: dataclasses.asdict(value) for name, value in
+                scores.brier_values(per_context, _BRIER["contexts"], options.resamples).items()},
+            "mauve": sampled["mauve"],
+            "samples": [(decode(ids), text) for ids, text in list(zip(self.prompts.ids, texts, strict=True))[:3]],
+        }
+
+    def _repeated(self, method: Method, written: Written) -> dict[str, Any]:
+        """Brier-n of every context, and MAUVE against the human text."""
+        if method == HUMAN:
+            return {"brier": None, "mauve": None}
+        contexts, after = self.prompts.contexts(_BRIER["contexts"], _BRIER["ahead"])
+        samples = self._writer.first_tokens(method, contexts, _BRIER["ahead"], _BRIER["samples"])
+        brier = [metrics.brier(one, truth).tolist() for one, truth in zip(samples, after, strict=True)]
+        human, other = (np.stack([one.ending for one in self._judge_tokens(tokens)])
+                        for tokens in (self.prompts.human, written.tokens))
+        return {"brier": brier, "mauve": scores.mauve(human, other)}
+
+    def _calibration(self) -> dict[str, float]:
+        """The judge's perplexity of the human text, and of the same with its sentences in another order."""
+        decode = self.run.tokenizer.decode
+        pairs = [(decode(p), decode(h)) for p, h in zip(self.prompts.ids, self.prompts.human, strict=True)]
+        shuffled = [(p, shuffle_sentences(h, seed)) for seed, (p, h) in enumerate(pairs)]
+        found = {name: np.concatenate([one.nats for one in self.judge.read_texts(texts)])
+                 for name, texts in (("human", pairs), ("shuffled", shuffled))}
+        return {name: float(np.exp(nats.mean())) for name, nats in found.items()}
+
+    # Repetition against perplexity
+
+    def _frontier(self) -> dict[str, Any]:
+        found = [self._written(method) for method in self.curves]
+        length, resamples = self.options.max_new_tokens, self.options.resamples
+        settings = frontier.Settings(
+            [method.name for method in self.curves],
+            np.array([scores.per_prompt(written, length)["rep_3"] for written, _, _ in found]),
+            np.array([nats for _, nats, _ in found]), np.array([tokens for _, _, tokens in found]))
+        baseline = settings.only([i for i, method in enumerate(self.curves) if method.is_baseline])
+        names = dict.fromkeys(method.curve for method in self.curves)
+        ours = {"all together": [i for i, method in enumerate(self.curves) if not method.is_baseline]}
+        ours |= {name: chosen for name in names if not self.curves[
+            (chosen := [i for i, method in enumerate(self.curves) if method.curve == name])[0]].is_baseline}
+        areas = []
+        for name, chosen in ours.items():
+            one = settings.only(chosen)
+            area = frontier.signed_area(baseline.points(), one.points())
+            areas.append({"curve": name, **dataclasses.asdict(area),
+                          "interval": frontier.interval_of_area(baseline, one, resamples)})
+        written, nats, tokens = self._written(HUMAN)
+        human = frontier.Settings(["human"], scores.per_prompt(written, length)["rep_3"][None], nats[None],
+                                  tokens[None]).points()[0]
+        fronts = {"baseline": frontier.front(baseline.points()),
+                  "maturation": frontier.front(settings.only(ours["all together"]).points())}
+        return {
+            "points": [{"curve": method.curve, "is_baseline": method.is_baseline, **dataclasses.asdict(point)}
+                       for method, point in zip(self.curves, settings.points(), strict=True)],
+            "areas": areas,
+            "at_human": {"repetition": human.repetition, "human": human.perplexity} | {
+                name: float(np.exp(frontier.log_perplexity_at(front, human.repetition))) if front else None
+                for name, front in fronts.items()},
+            "human": dataclasses.asdict(human),
+            "note": f"A front is what no setting of its family beats; each is chosen from the same prompts on which it "
+                    f"is measured ({len(baseline.labels)} settings of the baseline, {len(ours['all together'])} of "
+                    f"maturation), anew in every resample.",
+        }
+
+    # The article's figures
+
+    def _figures(self) -> dict[str, Any]:
+        options, run = self.options, self.run
+        piece, decode = run.tokenizer.piece, run.tokenizer.decode
+        kappa = float(run.logit_scale) * (run.config.table.radius**2)
+        temperatures = (1.0, 1.0 / kappa)
+        room = run.config.max_positions - len(run.rows([options.prompt], dataclasses.replace(
+            run.config.generation, tail_length=1, max_new_tokens=1))[0].ids)
+        length = min(options.max_new_tokens, 64, room // 2)
+        plain = dataclasses.replace(self._writer.settings(Method("plain", "maturation")), max_new_tokens=length)
+        plain = dataclasses.replace(plain, tail_length=min(plain.tail_length, room - length))
+        tails = [k for k in (1, 2, 4, 8, 16, 32) if k <= room - length]
+        trained = run.config.maturation.max_tail_length
+        whole = dataclasses.replace(plain, tail_length=max(k for k in tails if k <= max(trained, 1)))
+
+        def record(settings: GenerationConfig, prompt: str | Sequence[int] = options.prompt, temperature: float = 1.0):
+            settings = dataclasses.replace(settings, entropy_temperature=temperature)
+            return run.record(prompt, settings, seed=options.seed)
+
+        def maturing():
+            soft, sharp = (record(whole, temperature=temperature) for temperature in temperatures)
+            return figures.maturing(sharp, soft, piece)
+
+        def readouts():
+            return {f"{scale:g}": figures.readout(
+                record(dataclasses.replace(plain, guidance_scale=scale)), decode, piece) for scale in _SCALES}
+
+        def lookahead():
+            few = self.prompts.ids[:16]
+            settings = dataclasses.replace(self._writer.settings(Method("plain", "maturation")),
+                                           tail_length=plain.tail_length)
+            return {f"{scale:g}": figures.lookahead([record(dataclasses.replace(settings, guidance_scale=scale), ids)
+                                                     for ids in few]) for scale in _SCALES}
+
+        def attractors():
+            own = dataclasses.replace(run.config.generation, max_new_tokens=length)
+            own = dataclasses.replace(own, tail_length=min(own.tail_length, room - length))
+            samples = run.generate([options.prompt], own, options.num_seeds, options.seed, options.batch_size)
+            return figures.attractors([sample.tokens for sample in samples], piece)
+
+        asked = [options.prompt, length, options.num_seeds]
+        return {
+            "prompt": options.prompt, "temperatures": temperatures,
+            "maturing": self._part("tokens through maturation", asked, maturing),
+            "readout": self._part("the tail with and without guidance", asked, readouts),
+            "lookahead": self._part("what tails foresee", asked, lookahead),
+            "diversity": self._part("K against diversity", asked, lambda: figures.diversity_by_tail(
+                run, options.prompt, plain, tails, options.num_seeds, options.batch_size)),
+            "attractors": self._part("template attractors", asked, attractors),
+            "geometry": self._part("geometry of the tables", None, self._geometry),
+        }
+
+    def _geometry(self) -> dict[str, Any]:
+        found = {}
+        for name, one in (("maturation", self.run), ("baseline", self.baseline)):
+            before = starting_table(one)
+            if before is not None:
+                found[name] = figures.table_geometry(before, np.asarray(one.vocabulary.table))
+        return found
+
+    def _gap(self) -> dict[str, Any]:
+        ids = np.array([[*p, *h] for p, h in zip(self.prompts.ids, self.prompts.human, strict=True)])
+        k_max = self.run.config.maturation.max_tail_length
+        tail_length = min(k_max, self.options.max_new_tokens // 2 - 1)
+        gap = measure_gap(self.run.params, self.run.config, ids, len(self.prompts.ids[0]), tail_length)
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value
+                for name, value in dataclasses.asdict(gap).items()}
+
+
+def starting_table(generator: Generator) -> np.ndarray | None:
+    """The table [V, d] that a run began with; None where the model it started from is no longer there."""
+    config = generator.config
+    if config.init_from is not None:
+        there = Path(config.init_from)
+        return np.asarray(Generator.from_workdir(there).vocabulary.table) if there.is_dir() else None
+    if config.table.initial is not None:
+        there = Path(config.table.initial)
+        return np.load(there, allow_pickle=False) if there.is_file() else None
+
+    @jax.jit
+    def table():
+        return init_params(jax.random.key(config.train.seed), config, generator.tokenizer.vocab_size)["table"]
+
+    return np.asarray(objective.vocabulary({"table": table()}, config).table)
+
+
+def num_parameters(generator: Generator) -> int:
+    """Numbers in the model."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(generator.params))
+
+
+def shuffle_sentences(text: str, seed: int) -> str:
+    """`text` with its sentences in another order; what does not end like one stays with its neighbour."""
+    parts = re.split(r"(?<=[.!?])\s+", text)
+    order = np.random.default_rng(seed).permutation(len(parts))
+    return " ".join(parts[index].strip() for index in order)
+
+
+def _brier_note(count: int, rows: Sequence[dict[str, Any]]) -> str:
+    note = (f"Brier-n and BrierLM (CALM, arXiv:2510.27688), {_BRIER['samples']} samples at {_BRIER['contexts']} places "
+            f"of each prompt's text; a decoder that always says the same has a Brier-1 of 2 · accuracy − 1, and no "
+            f"BrierLM where that is not positive.")
+    if any(row["mauve"] is not None for row in rows):
+        return note + (f" MAUVE of {count} texts, mean ± spread of five k-means seeds, from the judge's own vectors: "
+                       f"with so few texts it only tells large differences.")
+    return note + " MAUVE is left out: pip install -e '.[mauve]'."

@@ -1,0 +1,91 @@
+"""Train–inference gap: the loss on simulated tails against that on the tails that the decoder really has.
+
+History is the true text on both sides, and a position, a slot, its maturity and its target are the same; only what the
+slots hold differs: α e + (1 − α) noise in training, the model's own refinements of embryos when it writes.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokmat_jax import cache, decode, losses, maturation, objective
+from tokmat_jax.config import Config
+from tokmat_jax.model import Params, make_forward
+from tokmat_jax.table import look_up, scores
+
+
+@dataclass(frozen=True)
+class Gap:
+    """By slot, front first; arrays [K]."""
+
+    maturity: np.ndarray
+    simulated_loss: np.ndarray
+    """InfoNCE against all of V on simulated tails, nats."""
+    real_loss: np.ndarray
+    """The same on real tails."""
+    simulated_top1: np.ndarray
+    """Share of predictions that are nearest to their target, on simulated tails."""
+    real_top1: np.ndarray
+    count: int
+    """Predictions per slot."""
+
+
+def measure_gap(
+    params: Params, config: Config, ids: np.ndarray, prompt_tokens: int, tail_length: int, seed: int = 0
+) -> Gap:
+    """Rolls the tail along the true text of windows `ids` [B, T], from behind `prompt_tokens` ids on.
+
+    Each step measures the K predictions on both tails and then commits the true token. Maturities, rates and noise are
+    those of training. The first K steps, in which the tail still fills up, do not count. T must leave some behind them.
+    """
+    batch, length = ids.shape
+    num_steps = length - prompt_tokens - tail_length + 1
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(batch))
+    sums = _sums(params, jnp.asarray(ids), keys, config, prompt_tokens, tail_length, num_steps)
+    kept = np.asarray(sums)[tail_length:].sum(0) / (batch * (num_steps - tail_length))
+    settings = config.maturation
+    maturity = decode.make_tail(tail_length, settings.profile, settings.max_maturity).maturity
+    return Gap(np.asarray(maturity), *kept, count=batch * (num_steps - tail_length))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "prompt_tokens", "tail_length", "num_steps"))
+def _sums(params, ids, keys, config: Config, prompt_tokens: int, tail_length: int, num_steps: int) -> jax.Array:
+    """Sums over rows by step [num_steps, 4, K]: loss simulated, loss real, hits simulated, hits real."""
+    settings, radius = config.maturation, config.table.radius
+    forward, vocabulary = make_forward(config), objective.vocabulary(params, config)
+    tail = decode.make_tail(tail_length, settings.profile, settings.max_maturity, settings.tail_noise)
+    predict = cache.cached_predict(params["backbone"], forward, tail, tail_length, guided=False)
+    scale = objective.logit_scale(params, config)
+    batch, length = ids.shape
+    vectors = look_up(vocabulary.table, ids)
+    rows = jnp.full((batch,), tail_length, jnp.int32)
+    memory = cache.prefill(params["backbone"], forward, vectors[:, :prompt_tokens], rows, length)
+    at = jnp.full((batch,), prompt_tokens, jnp.int32)
+    state = decode.start(keys, vectors[:, prompt_tokens - 1], at, jnp.full((batch,), length), memory, tail, radius)
+
+    def body(state, _):
+        slots = state.num_committed[:, None] + jnp.arange(tail_length)[None, :]
+        targets = jnp.take_along_axis(ids, slots, axis=1)
+        prediction, memory = predict(state)
+        # Numbers that no embryo of this rollout has.
+        noise = decode.embryos(state.key, state.num_born + length, tail_length, vectors.shape[-1], tail.noise, radius)
+        told = jnp.broadcast_to(tail.maturity[None, :], targets.shape)
+        simulated = state.replace(tail=maturation.corrupt(look_up(vocabulary.table, targets), noise, told))
+        pair = (predict(simulated)[0], prediction)
+        measured = [jnp.sum(part(one, targets), axis=0) for part in (loss, hit) for one in pair]
+        refined = maturation.contract(state.tail, prediction, tail.rate)
+        following = decode.commit(state, refined, memory, targets[:, 0], vocabulary, tail, radius, end_of_text=-1)
+        return following, jnp.stack(measured)
+
+    def loss(prediction, targets):
+        everything = jnp.arange(vocabulary.table.shape[0])
+        return losses.info_nce(prediction, targets, vocabulary.table, everything, scale)
+
+    def hit(prediction, targets):
+        nearest = jnp.argmax(scores(prediction, vocabulary.readout), axis=-1)
+        return (nearest == targets).astype(jnp.float32)
+
+    return jax.lax.scan(body, state, length=num_steps)[1]

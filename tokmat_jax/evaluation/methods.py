@@ -1,0 +1,167 @@
+"""The rows of the report: ways to write a continuation, and the settings that each one's curve runs through."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from tokmat_jax.baselines import Baselines
+from tokmat_jax.config import GenerationConfig
+from tokmat_jax.evaluation.pair import Prompts
+from tokmat_jax.generator import Generator
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to write."""
+
+    name: str
+    kind: Literal["human", "sampling", "contrastive", "best_of", "maturation"]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the decoder: those of `Baselines`' methods, or fields of GenerationConfig over its defaults."""
+    curve: str = ""
+    """Which curve of the frontier it lies on; empty for a row of the table alone."""
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the autoregressive model writes."""
+        return self.kind in ("sampling", "contrastive", "best_of")
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether every sample of one prompt is the same."""
+        greedy = self.kind == "sampling" and self.settings.get("temperature", 0.0) == 0.0
+        return greedy or self.kind in ("human", "contrastive")
+
+
+HUMAN = Method("human", "human")
+PLAIN: dict[str, Any] = dataclasses.asdict(GenerationConfig())
+"""The plain algorithm: the defaults of GenerationConfig (METHOD §3)."""
+_STRONG = {"tail_noise": 1.0, "max_maturity": 0.5}
+"""Strong embryos and a low rate."""
+
+
+def _maturation(name: str, curve: str = "", **settings: Any) -> Method:
+    return Method(name, "maturation", settings, curve)
+
+
+def table_methods(own: GenerationConfig, room: int) -> list[Method]:
+    """The rows of the table; tails longer than `room` positions are left out. `own` is the run's own setting."""
+    own_settings = {name: value for name, value in dataclasses.asdict(own).items() if PLAIN[name] != value}
+    for name in ("max_new_tokens", "entropy_temperature"):
+        own_settings.pop(name, None)
+    plain = GenerationConfig().tail_length
+    rows = [
+        HUMAN,
+        Method("greedy", "sampling", {}),
+        Method("greedy, penalty 1.2", "sampling", {"repetition_penalty": 1.2}),
+        Method("temperature 1", "sampling", {"temperature": 1.0}),
+        Method("nucleus 0.95", "sampling", {"temperature": 1.0, "top_p": 0.95}),
+        Method("contrastive search", "contrastive", {"top_k": 5, "alpha": 0.6}),
+        Method("best of 16", "best_of", {"count": 16}),
+        _maturation("maturation, the run's setting", **own_settings),
+        _maturation(f"maturation, plain (K {plain})"),
+        _maturation("plain, guidance 2", guidance_scale=2.0),
+        *(_maturation(f"plain, K {length}", tail_length=length) for length in (1, 4, 16, 64)),
+    ]
+    return [row for row in rows if _tail_length(row) <= room]
+
+
+def curve_methods(room: int) -> list[Method]:
+    """The settings of the frontier's curves; tails longer than `room` positions are left out."""
+    baseline = [Method(f"temperature {t:g}", "sampling", {"temperature": t}, "temperature")
+                for t in (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
+    baseline += [Method(f"nucleus {p:g}", "sampling", {"temperature": 1.0, "top_p": p}, "nucleus")
+                 for p in (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95)]
+    ours = [_maturation(f"guidance {s:g}", "guidance", guidance_scale=s) for s in (1.0, 1.5, 2.0, 2.5, 3.0)]
+    ours += [_maturation(f"tail noise {n:g}", "tail noise", tail_length=2, tail_noise=n, max_maturity=0.5)
+             for n in (0.3, 0.5, 0.7, 0.85, 1.0)]
+    ours += [_maturation(f"history noise {n:g}", "history noise", history_noise=n) for n in (0.0, 0.25, 0.5, 0.75)]
+    ours += [_maturation(f"rate {r:g}", "rate", tail_length=2, tail_noise=1.0, rate=r) for r in (0.4, 0.5, 0.6, 0.8)]
+    for length in (1, 2, 4):
+        ours += [_maturation(f"K {length}, α_max {a:g}", f"σ 1, K {length}, by α_max", tail_length=length,
+                             **(_STRONG | {"max_maturity": a})) for a in (0.9, 0.7, 0.6, 0.55, 0.5)]
+    return [method for method in baseline + ours if _tail_length(method) <= room]
+
+
+def _tail_length(method: Method) -> int:
+    return method.settings.get("tail_length", PLAIN["tail_length"]) if method.kind == "maturation" else 1
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a method wrote behind N prompts."""
+
+    tokens: list[list[int]]
+    """Ids of the run's tokenizer, at most L per prompt, without end-of-text."""
+    finished: list[bool]
+    """Whether the text ended by itself."""
+    entropy: list[float] | None
+    """Mean entropy at commit in nats, per prompt; None where the decoder has none to tell."""
+
+
+class Writer:
+    """Writes with every method behind the same prompts."""
+
+    def __init__(self, run: Generator, baseline: Generator, max_new_tokens: int, seed: int, batch_size: int):
+        self.run, self.baseline = run, baseline
+        self._decoder = Baselines(baseline)
+        self._same_ids = run.tokenizer.same_ids(baseline.tokenizer)
+        self._new, self._seed, self._batch_size = max_new_tokens, seed, batch_size
+
+    def settings(self, method: Method, max_new_tokens: int | None = None) -> GenerationConfig:
+        """How the tail of a maturation `method` is run."""
+        fields: dict[str, Any] = PLAIN | method.settings | {"max_new_tokens": max_new_tokens or self._new}
+        return GenerationConfig(**fields)
+
+    def write(self, method: Method, prompts: Prompts) -> Written:
+        """One continuation per prompt."""
+        if method.kind == "human":
+            return Written(prompts.human, [False] * len(prompts.human), None)
+        if method.kind == "maturation":
+            found = self.run.generate(prompts.ids, self.settings(method), seed=self._seed, batch_size=self._batch_size)
+            tokens = [one.tokens[:-1] if one.finished else one.tokens for one in found]
+            return Written(tokens, [one.finished for one in found], [float(np.mean(one.entropy)) for one in found])
+        tokens, finished = self._baseline(method, prompts.ids, self._new, self._seed, 1)
+        return Written(tokens, finished, None)
+
+    def first_tokens(self, method: Method, contexts: Sequence[Sequence[int]], ahead: int, samples: int) -> np.ndarray:
+        """The first `ahead` ids of `samples` independent continuations of each context [C, samples, ahead].
+
+        What stands behind end-of-text is −1. A deterministic method writes once and is repeated.
+        """
+        once = method.is_deterministic
+        if method.kind == "maturation":
+            settings = self.settings(method, ahead)
+            rows = [one.tokens for one in self.run.generate(contexts, settings, samples, self._seed, self._batch_size)]
+        elif method.kind == "best_of":  # every sample is the best of candidates of its own
+            several = [self._baseline(method, contexts, ahead, self._seed + number, 1)[0] for number in range(samples)]
+            rows = [tokens for together in zip(*several, strict=True) for tokens in together]
+        else:
+            rows, _ = self._baseline(method, contexts, ahead, self._seed, 1 if once else samples)
+        padded = np.full((len(rows), ahead), -1)
+        for index, tokens in enumerate(rows):
+            padded[index, : len(tokens)] = tokens[:ahead]
+        grouped = padded.reshape(len(contexts), -1, ahead)
+        return np.repeat(grouped, samples, axis=1) if once else grouped
+
+    def _baseline(
+        self, method: Method, prompts: Sequence[Sequence[int]], length: int, seed: int, samples: int
+    ) -> tuple[list[list[int]], list[bool]]:
+        ours = self.run.tokenizer
+        given = prompts if self._same_ids else [ours.decode(ids) for ids in prompts]
+        size = self._batch_size
+        match method.kind:
+            case "contrastive":
+                found = self._decoder.contrastive(given, length, batch_size=size, **method.settings)
+            case "best_of":
+                found = self._decoder.best_of(given, length, seed=seed, batch_size=size, **method.settings)
+            case _:
+                found = self._decoder.sample(given, length, num_samples=samples, seed=seed, batch_size=size,
+                                             **method.settings)
+        tokens = [one.tokens[:-1] if one.finished else one.tokens for one in found]
+        if not self._same_ids:
+            tokens = [ours.encode(self.baseline.tokenizer.decode(ids))[:length] for ids in tokens]
+        return tokens, [one.finished for one in found]

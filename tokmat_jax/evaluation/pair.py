@@ -1,0 +1,105 @@
+"""What is compared: a maturation run and its baseline, and held-out text that both continue."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tokmat_jax.config import Config
+from tokmat_jax.data.prepare import Corpus
+from tokmat_jax.errors import UserError
+from tokmat_jax.generator import Generator
+from tokmat_jax.workdir import CHECKPOINTS, CORPUS, differences, read_json
+
+_BUDGET = ("init_from", "data", "tokenizer", "model", "optimizer", "train.num_steps", "train.batch_size")
+"""Settings in which a run and its baseline must agree for the comparison to be one of methods."""
+_FREE = ("data.prepared_dir", "model.head_init", "tokenizer.training_characters")
+
+
+def mismatches(run: Generator, baseline: Generator, workdirs: tuple[Path, Path]) -> list[str]:
+    """In what the two differ that ought to be the same: tokenizer, data, backbone, optimiser, budget, steps trained."""
+    found = []
+    if not run.tokenizer.same_ids(baseline.tokenizer):
+        found.append("the tokenizers differ")
+    for name, (ours, theirs) in differences(run.config, baseline.config).items():
+        if any(name == one or name.startswith(one + ".") for one in _BUDGET) and name not in _FREE:
+            found.append(f"{name} is {ours!r}, the baseline has {theirs!r}")
+    facts = [read_json(workdir / CORPUS).get("fingerprint") if (workdir / CORPUS).is_file() else None
+             for workdir in workdirs]
+    if facts[0] != facts[1]:
+        found.append(f"the corpus has the fingerprint {facts[0]}, the baseline's {facts[1]}")
+    steps = [checkpoint_state(workdir)[0] for workdir in workdirs]
+    if steps[0] != steps[1]:
+        found.append(f"the newest checkpoint is step {steps[0]}, the baseline's {steps[1]}")
+    return found
+
+
+def checkpoint_state(workdir: Path) -> tuple[int, int]:
+    """The newest step of a workdir, and when it was written (ns): together they tell one state of it from another."""
+    steps = [path for path in (workdir / CHECKPOINTS).glob("*") if path.name.isdigit()]
+    if not steps:
+        raise UserError(f"{workdir} has no checkpoint yet: train it with train.py --workdir {workdir}")
+    newest = max(steps, key=lambda path: int(path.name))
+    return int(newest.name), newest.stat().st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Beginnings from held-out documents and what a human wrote after them."""
+
+    ids: list[list[int]]
+    """N prompts of P ids each."""
+    human: list[list[int]]
+    """The L ids that follow each."""
+    notes: tuple[str, ...]
+    """In what this is less than was asked for."""
+
+    def contexts(self, count: int, ahead: int) -> tuple[list[list[int]], np.ndarray]:
+        """`count` beginnings of P ids along the text of each prompt, and the `ahead` ids behind each [·, ahead]."""
+        prompts, after = [], []
+        for prompt, human in zip(self.ids, self.human, strict=True):
+            whole = [*prompt, *human]
+            for offset in np.linspace(0, len(human) - ahead, count).astype(int):
+                begin, end = int(offset), int(offset) + len(prompt)
+                prompts.append(whole[begin:end])
+                after.append(whole[end : end + ahead])
+        return prompts, np.array(after)
+
+
+def held_out_prompts(
+    windows: Sequence[dict], end_of_text: int, num_prompts: int, prompt_tokens: int, new_tokens: int
+) -> Prompts:
+    """`num_prompts` stretches of `prompt_tokens` + `new_tokens` ids of held-out `windows`, each inside one document.
+
+    They do not overlap and are spread over the documents: the first stretch of each, then the second of each, … .
+    Raises UserError where no document is long enough.
+    """
+    stream = np.concatenate([windows[index]["tokens"] for index in range(len(windows))])
+    length = prompt_tokens + new_tokens
+    documents = [part[part != end_of_text] for part in np.split(stream, np.flatnonzero(stream == end_of_text))]
+    rounds = max((len(document) // length for document in documents), default=0)
+    stretches = [document[turn * length : (turn + 1) * length].tolist() for turn in range(rounds)
+                 for document in documents if len(document) >= (turn + 1) * length]
+    if not stretches:
+        raise UserError(f"no held-out document has {prompt_tokens} + {new_tokens} tokens, the longest has "
+                        f"{max(map(len, documents))}: lower --prompt-tokens or --max-new-tokens")
+    notes = ()
+    if len(stretches) < num_prompts:
+        notes = (f"{num_prompts} prompts were asked for, the held-out text has {len(stretches)}",)
+    taken = stretches[:num_prompts]
+    return Prompts([one[:prompt_tokens] for one in taken], [one[prompt_tokens:] for one in taken], notes)
+
+
+def prompts_of(corpus: Corpus, config: Config, num_prompts: int, prompt_tokens: int, new_tokens: int) -> Prompts:
+    """Prompts for a run with `config`; shorter ones, with a note, where its positions do not hold those asked for."""
+    room = config.max_positions - new_tokens - 1
+    if room < 1:
+        raise UserError(f"--max-new-tokens {new_tokens} leaves no room for a prompt: the model has "
+                        f"{config.max_positions} positions")
+    found = held_out_prompts(corpus.windows("validation"), corpus.tokenizer.end_of_text, num_prompts,
+                             min(prompt_tokens, room), new_tokens)
+    if room >= prompt_tokens:
+        return found
+    short = f"prompts of {prompt_tokens} tokens were asked for, the model's positions leave {room}"
+    return Prompts(found.ids, found.human, (short, *found.notes))

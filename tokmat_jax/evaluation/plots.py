@@ -1,0 +1,140 @@
+"""The report's plots as SVG text; each takes data of the report and knows nothing else."""
+
+import functools
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from tokmat_jax.evaluation.frontier import Point, front
+
+_STYLE: Any = {
+    "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.alpha": 0.25, "svg.fonttype": "none", "svg.hashsalt": "tokmat", "legend.frameon": False,
+}
+_COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8e5ea2", "#c98a00", "#3aa7a3", "#7a5c3e", "#555555")
+_MARKS = "os^Dv<>P"
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Any]]:
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def _svg(figure: Figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., str]:
+    """`draw` as SVG under the report's style, whatever else the process has set."""
+
+    @functools.wraps(draw)
+    def wrapped(*args: Any, **kwargs: Any) -> str:
+        with mpl.rc_context(_STYLE):
+            return _svg(draw(*args, **kwargs))
+
+    return wrapped
+
+
+def plain(piece: str) -> str:
+    """A token as a plot can show it: quoted, ASCII, and no mathematics."""
+    return repr(piece).encode("ascii", "backslashreplace").decode().replace("$", r"\$")
+
+
+@styled
+def frontier(curves: dict[str, list[Point]], human: Point, baselines: Sequence[str]) -> Figure:
+    """Rep-3 against judge perplexity: a curve per method, the fronts of both families, human as a point."""
+    figure, axes = _figure(11, 5, 2)
+    finite = [p for points in curves.values() for p in points if math.isfinite(p.repetition + p.perplexity)]
+    for axis, near in zip(axes, (False, True), strict=True):
+        for index, (name, points) in enumerate(curves.items()):
+            ours = name not in baselines
+            axis.plot([p.repetition for p in points], [p.perplexity for p in points], _MARKS[index % 8],
+                      linestyle="-" if ours else "--", color=_COLOURS[index % 8], markersize=4.5, linewidth=1.3,
+                      label=name if ours else f"{name} (baseline)")
+        for ours, colour in ((False, "#000000"), (True, "#d1495b")):
+            best = front([p for name, points in curves.items() if (name not in baselines) == ours for p in points])
+            axis.plot([p.repetition for p in best], [p.perplexity for p in best], color=colour, linewidth=6, alpha=0.16,
+                      label=f"best of {'maturation' if ours else 'the baseline'}")
+        axis.plot(human.repetition, human.perplexity, "*", color="#000000", markersize=15, label="human")
+        axis.set(xlabel="repetition (Rep-3)", ylabel="judge perplexity", yscale="log")
+        axis.set_title("around the human text" if near else "everything")
+        if near:
+            axis.set_xlim(-0.02, max(0.3, 3 * human.repetition))
+            inside = [p.perplexity for p in [*finite, human] if p.repetition <= max(0.3, 3 * human.repetition)]
+            axis.set_ylim(0.85 * min(inside), 1.15 * min(max(inside), 6 * human.perplexity))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+@styled
+def entropy(data: dict[str, Any], temperatures: tuple[float, float]) -> Figure:
+    """Entropy of chosen tokens from birth to commit, at the paper's temperature and at a sharper one."""
+    figure, axes = _figure(10, 3.8, 2)
+    for axis, name, temperature in zip(axes, ("entropy", "sharp_entropy"), temperatures, strict=True):
+        for index, token in enumerate(data["tokens"]):
+            axis.plot(range(1, len(token[name]) + 1), token[name], marker="o", markersize=3, linewidth=1.2,
+                      color=_COLOURS[index % 8], label=plain(token["token"]))
+        mean, std = data[name]["mean"], data[name]["std"]
+        steps = range(1, len(mean) + 1)
+        axis.plot(steps, mean, color="#000000", linewidth=2.2, label="mean of all tokens")
+        axis.fill_between(steps, [m - s for m, s in zip(mean, std, strict=True)],
+                          [m + s for m, s in zip(mean, std, strict=True)], color="#000000", alpha=0.12, linewidth=0)
+        axis.set(xlabel="refinement (the last one is the commit)", ylabel="entropy, nats", title=f"τ = {temperature:g}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+@styled
+def candidates(token: dict[str, Any], shown: int = 5) -> Figure:
+    """The nearest tokens of one slot at each step: what it would say, and how near that is."""
+    steps = len(token["candidates"])
+    figure, [axis] = _figure(max(6.0, 0.75 * steps), 2.6)
+    cosines = [row[:shown] for row in token["cosines"]]
+    image = axis.imshow(list(map(list, zip(*cosines, strict=True))), aspect="auto", cmap="Blues", vmin=0.0,
+                        vmax=max(0.6, max(map(max, cosines)) * 1.15))
+    for step, row in enumerate(token["candidates"]):
+        for rank, piece in enumerate(row[:shown]):
+            axis.text(step, rank, plain(piece)[:11], ha="center", va="center", fontsize=7,
+                      color="white" if cosines[step][rank] > 0.55 else "black")
+    axis.set(xticks=range(steps), xticklabels=range(1, steps + 1), yticks=range(shown),
+             yticklabels=range(1, shown + 1), xlabel="refinement", ylabel="nearest")
+    axis.grid(False)
+    figure.colorbar(image, label="cosine", pad=0.01)
+    return figure
+
+
+@styled
+def diversity(rows: Sequence[dict[str, float]]) -> Figure:
+    """K against diversity over seeds."""
+    figure, [axis] = _figure(6, 3.6)
+    names = {"within": "Dist-2 within a sample", "between": "Dist-2 over all samples together",
+             "different": "share of samples that differ"}
+    for index, (name, label) in enumerate(names.items()):
+        axis.plot([row["tail_length"] for row in rows], [row[name] for row in rows], marker=_MARKS[index],
+                  color=_COLOURS[index], label=label)
+    axis.set(xlabel="tail length K", xscale="log", ylim=(0, 1.05))
+    axis.set_xticks([row["tail_length"] for row in rows], [str(int(row["tail_length"])) for row in rows])
+    axis.minorticks_off()
+    axis.legend(fontsize=8)
+    return figure
+
+
+@styled
+def gap(data: dict[str, Any]) -> Figure:
+    """Loss and accuracy by maturity, on simulated and on real tails."""
+    figure, axes = _figure(9, 3.6, 2)
+    for axis, name, label in zip(axes, ("loss", "top1"), ("InfoNCE over all of V, nats", "top-1"), strict=True):
+        for index, kind in enumerate(("simulated", "real")):
+            axis.plot(data["maturity"], data[f"{kind}_{name}"], marker=_MARKS[index], color=_COLOURS[index],
+                      label=f"{kind} tail")
+        axis.set(xlabel="maturity of the slot", ylabel=label)
+        axis.legend(fontsize=8)
+    return figure

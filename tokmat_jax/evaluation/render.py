@@ -1,0 +1,168 @@
+"""A report as blocks, and the two forms they take: Markdown and one self-contained HTML page.
+
+Everything in a block is text: whatever a model or a user wrote is escaped here, on its way into the page.
+"""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Plots = dict[str, str]
+"""SVG by name."""
+
+
+class Block(Protocol):
+    """A piece of a report."""
+
+    def markdown(self) -> str:
+        """As Markdown; a plot is the file `plots/NAME.svg`."""
+        ...
+
+    def html(self, plots: Plots) -> str:
+        """As HTML, with the plots inside."""
+        ...
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A section begins."""
+
+    text: str
+    level: int = 2
+
+    def markdown(self) -> str:
+        return f"{'#' * self.level} {self.text}"
+
+    def html(self, plots: Plots) -> str:  # noqa: ARG002
+        return f"<h{self.level}>{html.escape(self.text)}</h{self.level}>"
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Sentences; a warning stands out."""
+
+    text: str
+    is_warning: bool = False
+
+    def markdown(self) -> str:
+        return f"**{self.text}**" if self.is_warning else self.text
+
+    def html(self, plots: Plots) -> str:  # noqa: ARG002
+        return f"<p{' class=warning' if self.is_warning else ''}>{html.escape(self.text)}</p>"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of as many cells as the header has; the first one names the row."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+    def html(self, plots: Plots) -> str:  # noqa: ARG002
+        head = "".join(f"<th scope=col>{html.escape(cell)}</th>" for cell in self.header)
+        body = "".join(f"<tr><th scope=row>{html.escape(row[0])}</th>"
+                       + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:]) + "</tr>" for row in self.rows)
+        return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """The plot called `name`."""
+
+    name: str
+
+    def markdown(self) -> str:
+        return f"![{self.name}](plots/{self.name}.svg)"
+
+    def html(self, plots: Plots) -> str:
+        return f"<figure role=img aria-label='{html.escape(self.name)}'>{plots[self.name]}</figure>"
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list."""
+
+    items: Sequence[str]
+
+    def markdown(self) -> str:
+        return "\n".join(f"- {item}" for item in self.items)
+
+    def html(self, plots: Plots) -> str:  # noqa: ARG002
+        return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in self.items) + "</ul>"
+
+
+@dataclass(frozen=True)
+class Quote:
+    """Model text in spans (text, kind): `prompt`, `new`, `tail`, or `mark` for what stands out."""
+
+    spans: Sequence[tuple[str, str]]
+
+    def markdown(self) -> str:
+        marks = {"prompt": "{}", "new": "{}", "tail": " {}", "mark": "[{}]"}
+        return f"> {_code(''.join(marks[kind].format(text) for text, kind in self.spans))}"
+
+    def html(self, plots: Plots) -> str:  # noqa: ARG002
+        tags = {"prompt": "b", "new": "span", "tail": "i", "mark": "mark"}
+        return "<div class=text>" + "".join(
+            f"<{tags[kind]}>{html.escape(text)}</{tags[kind]}>" for text, kind in self.spans) + "</div>"
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Blocks behind a title; HTML opens them on demand."""
+
+    title: str
+    blocks: Sequence[Block]
+
+    def markdown(self) -> str:
+        return "\n\n".join([f"**{self.title}**", *(block.markdown() for block in self.blocks)])
+
+    def html(self, plots: Plots) -> str:
+        held = "".join(block.html(plots) for block in self.blocks)
+        return f"<details><summary>{html.escape(self.title)}</summary>{held}</details>"
+
+
+def _code(text: str) -> str:
+    """Text as a code span on one line, whatever back-ticks are in it."""
+    longest = max(map(len, "".join(c if c == "`" else " " for c in text).split()), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {' '.join(text.split())} {fence}"
+
+
+def to_markdown(blocks: Sequence[Block]) -> str:
+    """`blocks` as Markdown."""
+    return "\n\n".join(block.markdown() for block in blocks) + "\n"
+
+
+def to_html(title: str, blocks: Sequence[Block], plots: Plots) -> str:
+    """`blocks` as a page that needs nothing else."""
+    return ("<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+            "<meta name=viewport content='width=device-width, initial-scale=1'><link rel=icon href='data:,'>"
+            f"<title>{html.escape(title)}</title><style>{_CSS}</style></head><body>\n"
+            + "\n".join(block.html(plots) for block in blocks) + "\n</body></html>\n")
+
+
+_CSS = """
+:root { color-scheme: light dark; --ink: #1c1c1e; --paper: #fdfdfb; --soft: #6b6b70; --line: #d9d9d4; --mark: #ffe9a8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e6; --paper: #17181a; --soft: #a0a0a6; --line: #3a3b3f; --mark: #5c4a12; } }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 70rem;
+  margin: 0 auto; padding: 1.5rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.5rem; font-size: 1.25rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+thead th { vertical-align: bottom; color: var(--soft); font-weight: 600; }
+tbody th { text-align: left; position: sticky; left: 0; background: var(--paper); font-weight: 500; }
+figure { margin: 1rem 0; padding: .6rem; background: #fff; border: 1px solid var(--line); border-radius: .5rem;
+  overflow-x: auto; } figure svg { max-width: 100%; height: auto; }
+.warning { border-left: .3rem solid #d1495b; padding: .4rem .8rem; font-weight: 600; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; border-left: .2rem solid var(--line); padding-left: .8rem;
+  margin: .6rem 0; } .text b { font-weight: 650; } .text i { color: var(--soft); font-style: normal; }
+mark { background: var(--mark); color: inherit; }
+details { margin: .4rem 0; } summary { cursor: pointer; }
+"""

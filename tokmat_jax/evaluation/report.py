@@ -1,0 +1,235 @@
+"""The report: from its data to blocks of text, tables and plots."""
+
+import json
+import math
+from typing import Any
+
+from tokmat_jax.evaluation.render import Block, Bullets, Folded, Heading, Paragraph, Plot, Quote, Table
+from tokmat_jax.evaluation.scores import COLUMNS
+
+Data = dict[str, Any]
+"""What `report.json` holds."""
+
+
+def to_json(data: Data) -> str:
+    """`data` as JSON; a number that is missing becomes null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: clean(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(clean(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def number(value: float | None, percent: bool = False, signed: bool = False) -> str:
+    """Three digits that matter; a dash where there is nothing."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    sign = "+" if signed else ""
+    if percent:
+        return f"{100 * value:{sign}.0f} %"
+    places = next((places for least, places in ((1000, 0), (10, 1), (2, 2)) if abs(value) >= least), 3)
+    return f"{value:{sign},.{places}f}".replace("-", "−")
+
+
+def interval(value: Data, percent: bool = False) -> str:
+    """`0.412 (0.380–0.440)`."""
+    shown = number(value["value"], percent)
+    low, high = number(value["low"], percent), number(value["high"], percent)
+    between = " to " if "−" in low else "–"
+    return shown if "–" in (shown, low, high) else f"{shown} ({low}{between}{high})"
+
+
+def _scores(data: Data, distance: bool = False) -> Table:
+    """The main table, or the signed distance of each number to the human row's."""
+    human = data["rows"][0]["values"]
+    rows = []
+    for row in data["rows"][1 if distance else 0 :]:
+        cells = []
+        for column in COLUMNS:
+            value = row["values"][column.key]
+            cells.append(number(value["value"] - human[column.key]["value"], column.percent, signed=True) if distance
+                         else interval(value, column.percent))
+        rows.append([row["name"], *cells])
+    return Table(["", *(column.title for column in COLUMNS)], rows)
+
+
+def _without_likelihood(data: Data) -> Table:
+    header = ["", "Brier-1", "Brier-2", "Brier-3", "Brier-4", "BrierLM"]
+    with_mauve = any(row["mauve"] is not None for row in data["rows"])
+    rows = []
+    for row in data["rows"]:
+        found = row["brier"]
+        cells = [interval(found[f"brier_{n}"]) for n in (1, 2, 3, 4)] + [interval(found["brier_lm"])] if found else \
+            ["–"] * 5
+        if with_mauve:
+            cells.append(f"{number(row['mauve'][0])} ± {number(row['mauve'][1])}" if row["mauve"] else "–")
+        rows.append([row["name"], *cells])
+    return Table(header + (["MAUVE"] if with_mauve else []), rows)
+
+
+def _areas(data: Data) -> Table:
+    header = ["maturation's curve", "signed area, nats × Rep-3", "95 % interval", "mean gain, nats per token",
+              "Rep-3 from", "to"]
+    rows = [[area["curve"], number(area["area"], signed=True),
+             _area_interval(area),
+             number(area["mean_gain"], signed=True), number(area["low"]), number(area["high"])]
+            for area in data["frontier"]["areas"]]
+    return Table(header, rows)
+
+
+def _area_interval(area: Data) -> str:
+    low, high = (number(end, signed=True) for end in area["interval"])
+    return f"{low} to {high}" if number(area["area"]) != "–" else "–"
+
+
+def verdict(data: Data) -> list[str]:
+    """What the numbers say, in sentences."""
+    said = []
+    for area in data["frontier"]["areas"][:1]:
+        low, high = area["interval"]
+        if area["area"] is None or not math.isfinite(area["area"]):
+            said.append("The two fronts share no stretch of repetition, so that no area lies between them.")
+            continue
+        sure = low > 0 or high < 0
+        ahead = "maturation is ahead of" if area["area"] > 0 else "maturation is behind"
+        said.append(
+            f"Between the two fronts lies a signed area of {number(area['area'], signed=True)} nats × Rep-3 (95 % "
+            f"interval {number(low, signed=True)} to {number(high, signed=True)}): {ahead} the baseline's sampling"
+            + ("." if sure else ", but chance over prompts can explain it."))
+    at = data["frontier"]["at_human"]
+    if at["baseline"] is not None or at["maturation"] is not None:
+        said.append(f"At the human text's repetition (Rep-3 {number(at['repetition'])}) the judge gives the baseline's "
+                    f"best {number(at['baseline'])}, maturation's best {number(at['maturation'])} and the human text "
+                    f"{number(at['human'])}.")
+    rows = {row["name"]: row["values"] for row in data["rows"]}
+    greedy, plain = rows["greedy"], next(values for name, values in rows.items() if "maturation, plain" in name)
+    said.append(f"Periodic loops: human {number(rows['human']['periodic_loop']['value'], True)}, greedy "
+                f"{number(greedy['periodic_loop']['value'], True)}, plain maturation "
+                f"{number(plain['periodic_loop']['value'], True)}.")
+    return said
+
+
+def _judge_sentences(data: Data) -> str:
+    """Who judges, whom that favours, and what the judge makes of human text and of its sentences shuffled."""
+    judge, calibration = data["judge"], data["calibration"]
+    bias = " It is the baseline itself, so it favours the baseline's text." if judge["is_baseline"] else ""
+    return (f"Judge: {judge['name']}, {judge['num_parameters']:,} parameters, perplexity per token of its own.{bias} "
+            f"Calibration: human text {number(calibration['human'])}, the same with its sentences shuffled "
+            f"{number(calibration['shuffled'])}.")
+
+
+def _facts(data: Data) -> list[str]:
+    """What was compared, on what, and who judged."""
+    prompts, lines = data["prompts"], []
+    lines.append(f"{data['run']['name']} (step {data['run']['step']:,}, {data['run']['num_parameters']:,} parameters) "
+                 f"against {data['baseline']['name']} (step {data['baseline']['step']:,}, "
+                 f"{data['baseline']['num_parameters']:,} parameters).")
+    lines.append(f"{prompts['count']} held-out prompts of {prompts['prompt_tokens']} tokens, L = "
+                 f"{prompts['new_tokens']} new tokens, seed {data['seed']}. Intervals: 95 %, bootstrap over prompts. "
+                 f"Entropy at τ = {data['temperature']:g}.")
+    lines += [f"Note: {note}." for note in prompts["notes"]]
+    short = [f"{row['name']} {row['full']}" for row in data["rows"] if row["full"] < prompts["count"]]
+    if short:
+        lines.append(f"Repetition and loops count samples of exactly L tokens; of {prompts['count']} these had fewer: "
+                     f"{', '.join(short)}.")
+    lines.append(_judge_sentences(data))
+    return lines
+
+
+def _settings(row: Data) -> str:
+    """The settings of a method in words."""
+    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in row["settings"].items()) or "defaults"
+
+
+def _gap_sentence(gap: Data) -> str:
+    """The train–inference gap in one sentence."""
+    front = gap["real_loss"][0] - gap["simulated_loss"][0]
+    mean = sum(gap["real_loss"]) / len(gap["real_loss"]) - sum(gap["simulated_loss"]) / len(gap["simulated_loss"])
+    return (f"On real tails the loss is {number(mean, signed=True)} nats above that on simulated ones, mean over "
+            f"{len(gap['maturity'])} slots ({number(front, signed=True)} at the front); top-1 at the front is "
+            f"{number(gap['real_top1'][0])} against {number(gap['simulated_top1'][0])}.")
+
+
+def _geometry(data: Data) -> Table:
+    names = ("mean_cosine", "partition_ratio", "effective_dimensions", "skewness", "largest_hub", "antihubs")
+    titles = ("mean cosine", "partition ratio", "effective dimensions", "hubness (skewness of N₁₀)", "largest hub / 10",
+              "antihubs")
+    rows = []
+    for run, found in data["figures"]["geometry"].items():
+        rows += [[f"{run}, {when}", *(number(found[when][name]) for name in names)] for when in ("before", "after")]
+    return Table(["table", *titles], rows)
+
+
+def _geometry_sentences(data: Data) -> list[str]:
+    """How far training moved each table."""
+    return [f"{run}: rows turned by {number(found['drift_degrees']['mean'])}° on average "
+            f"({number(found['drift_degrees']['p10'])}° to {number(found['drift_degrees']['p90'])}° for the middle "
+            f"80 %); {number(found['nearest_changed'], True)} of the tokens have another nearest neighbour."
+            for run, found in data["figures"]["geometry"].items()]
+
+
+def _lookahead_sentence(figures: Data) -> str:
+    """Whether tails foresee, with and without guidance."""
+    parts = [f"s = {scale}: {number(found['share'], True)} (chance {number(found['chance'], True)})"
+             for scale, found in figures["lookahead"].items()]
+    return "Tail tokens that are committed within the next 32: " + ", ".join(parts) + "."
+
+
+def _entropy_sentence(data: Data) -> str:
+    found = data["figures"]["maturing"]
+    if not found["entropy"]["mean"]:
+        return "No sample was long enough for a token to go through the whole tail."
+    paper, sharp = found["entropy"]["mean"], found["sharp_entropy"]["mean"]
+    taus = data["figures"]["temperatures"]
+    return (f"Entropy from birth to commit, mean of {found['num_tokens']} tokens with K = {found['tail_length']}: "
+            f"{number(paper[0])} → {number(paper[-1])} nats at τ = {taus[0]:g} (log V = "
+            f"{number(data['log_vocabulary'])}), {number(sharp[0])} → {number(sharp[-1])} at τ = {taus[1]:.3g} = 1/κ. "
+            f"The nearest token changes {number(found['mean_changes'])} times on the way.")
+
+
+def _attractor_sentence(found: Data) -> str:
+    return (f"{found['num_samples']} samples of one prompt, aligned; what at least half of them share in place is "
+            f"marked. {number(found['stability'], True)} of all tokens are, {number(found['chance'], True)} when the "
+            f"tokens of each sample are shuffled.")
+
+
+def document(data: Data) -> list[Block]:
+    """The whole report; where the pair does not compare like with like, its first line says so."""
+    figures = data["figures"]
+    blocks: list[Block] = []
+    if data["mismatch"]:
+        blocks.append(Paragraph(f"MISMATCH: this pair does not compare like with like: {'; '.join(data['mismatch'])}.",
+                                is_warning=True))
+    blocks += [Heading(data["title"], 1), *map(Paragraph, _facts(data)), *map(Paragraph, verdict(data))]
+    blocks += [Heading("The frontier"), Plot("frontier"), _areas(data), Paragraph(data["frontier"]["note"])]
+    blocks += [Heading("Scores"), _scores(data), Heading("Distance to the human row"), _scores(data, distance=True),
+               Paragraph("More distinct than human is not better: 0 is the aim of every column but the perplexity of a "
+                         "judge.")]
+    blocks += [Heading("Without a likelihood"), _without_likelihood(data), Paragraph(data["brier_note"])]
+    blocks += [Heading("Through maturation"), Plot("entropy"), Paragraph(_entropy_sentence(data)),
+               *(Plot(f"candidates_{index}") for index in range(len(figures["maturing"]["tokens"][:3])))]
+    blocks += [Heading("The tail, with and without guidance")]
+    for scale, moments in figures["readout"].items():
+        blocks += [Heading(f"s = {scale}", 3), *(_moment(moment, figures["prompt"]) for moment in moments)]
+    blocks += [Paragraph(_lookahead_sentence(figures)), Heading("K against diversity"), Plot("diversity")]
+    blocks += [Heading("Template attractors"), Paragraph(_attractor_sentence(figures["attractors"])), *(
+        Quote([(piece, "mark" if stays else "new") for piece, stays in row]) for row in figures["attractors"]["rows"])]
+    blocks += [Heading("The table"), _geometry(data), *map(Paragraph, _geometry_sentences(data))]
+    blocks += [Heading("Train–inference gap"), Plot("gap"), Paragraph(_gap_sentence(data["gap"]))]
+    blocks += [Heading("Samples"), *map(_samples, data["rows"])]
+    blocks += [Heading("Definitions"), Bullets([f"{column.title}: {column.meaning}." for column in COLUMNS])]
+    return [*blocks, Heading("Made with"), Paragraph(data["command"]), Paragraph(f"{data['seconds']:.0f} s")]
+
+
+def _samples(row: Data) -> Folded:
+    quotes = [Quote([(prompt, "prompt"), (text, "new")]) for prompt, text in row["samples"]]
+    return Folded(f"{row['name']} ({_settings(row)})", quotes)
+
+
+def _moment(moment: Data, prompt: str) -> Quote:
+    return Quote([(prompt, "prompt"), (moment["text"], "new"), ("│" + "│".join(moment["tail"]) + "│", "tail")])

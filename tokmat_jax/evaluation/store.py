@@ -1,0 +1,42 @@
+"""Finished parts of an evaluation, so that one that was interrupted goes on where it stopped."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokmat_jax.errors import UserError
+from tokmat_jax.workdir import make_workdir, read_json, write_json
+
+
+class Store:
+    """A folder of JSON files, each with the fingerprint of what it was made from."""
+
+    def __init__(self, folder: Path, made_from: dict[str, Any]):
+        make_workdir(folder)
+        self._folder, self._made_from = folder, made_from
+        self.reused = 0
+
+    def get(self, name: str, settings: Any, make: Callable[[], Any]) -> Any:
+        """The part called `name` under `settings`: what an earlier evaluation of the same left, or what `make` returns.
+
+        Both are plain JSON data.
+        """
+        key = hashlib.sha256(json.dumps([self._made_from, name, settings], sort_keys=True).encode()).hexdigest()[:16]
+        path = self._folder / f"{_file_name(name)}-{key}.json"
+        if path.is_file():
+            try:
+                found = read_json(path)["part"]
+            except (UserError, KeyError):
+                path.unlink()
+            else:
+                self.reused += 1
+                return found
+        part = make()
+        write_json(path, {"name": name, "settings": settings, "part": part})
+        return json.loads(json.dumps(part))
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in name).strip("-")[:60]
