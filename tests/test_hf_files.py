@@ -228,6 +228,12 @@ def test_a_source_that_is_neither_here_nor_on_the_hub(tmp_path):
     assert "is a file but no .gguf" in refusal(tmp_path / "weights.safetensors", tmp_path / "out")
 
 
+def test_a_gguf_file_asks_for_its_extra(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "pip install -e '.[gguf]'" in refusal(tmp_path / "model.gguf", tmp_path / "out")
+
+
 def test_what_exists_already_is_not_touched(good, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -97,50 +97,75 @@ class Gguf:
         if self._is_transposed(name):
             return array.T
         if self.architecture == "llama" and (part := re.search(r"self_attn\.([qk])_proj", name)):
-            heads = self._fact("attention.head_count")
-            return _unpermute(array, self._fact("attention.head_count_kv", heads) if part[1] == "k" else heads)
+            heads = self._fact("attention.head_count", int)
+            return _unpermute(array, self._fact("attention.head_count_kv", int, heads) if part[1] == "k" else heads)
         return array
 
-    def _fact(self, name: str, default: Any = None) -> Any:
+    def _fact(self, name: str, kind: type, default: Any = None) -> Any:
+        """What the metadata say of the architecture; raises UserError unless it is a `kind`."""
         found = self._facts.get(f"{self.architecture}.{name}", default)
-        if found is None:
-            raise UserError(f"{self._file}: {self.architecture}.{name} is missing")
-        return found
+        if type(found) is not kind:
+            what = "missing" if found is None else repr(found)
+            raise UserError(f"{self._file}: {self.architecture}.{name} is {what}, it must be one {kind.__name__}")
+        return _short(found) if kind is float else found
 
     def settings(self) -> Any:
         """The config object of `transformers` that the metadata describe."""
         from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
-        tied = "lm_head.weight" not in self._tensors
-        ends = self._facts.get("tokenizer.ggml.eos_token_id")
-        shared = {"tie_word_embeddings": tied, "eos_token_id": ends}
-        if self.architecture == "gpt2":
-            return GPT2Config(
-                **shared, vocab_size=self.shapes["transformer.wte.weight"][0], n_embd=self._fact("embedding_length"),
-                n_layer=self._fact("block_count"), n_head=self._fact("attention.head_count"),
-                n_inner=self._fact("feed_forward_length"), n_positions=self._fact("context_length"),
-                layer_norm_epsilon=_short(self._fact("attention.layer_norm_epsilon")),
-            )
-        heads, size = self._fact("attention.head_count"), self._fact("embedding_length")
-        fields = shared | {
-            "vocab_size": self.shapes["model.embed_tokens.weight"][0], "hidden_size": size,
-            "intermediate_size": self._fact("feed_forward_length"), "num_hidden_layers": self._fact("block_count"),
-            "num_attention_heads": heads, "num_key_value_heads": self._fact("attention.head_count_kv", heads),
-            "head_dim": self._fact("attention.key_length", size // heads),
-            "rms_norm_eps": _short(self._fact("attention.layer_norm_rms_epsilon")),
-            "max_position_embeddings": self._fact("context_length"), "rope_parameters": self._rope(),
+        kind, fields = {"gpt2": (GPT2Config, self._gpt2_fields), "llama": (LlamaConfig, self._llama_fields),
+                        "qwen2": (Qwen2Config, self._llama_fields)}[self.architecture]
+        shared = {"tie_word_embeddings": "lm_head.weight" not in self._tensors}
+        try:
+            return kind(**shared, **fields())
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{self._file}: its metadata describe no model: {one_line(error)}") from None
+
+    def _rows(self, name: str) -> int:
+        if name not in self.shapes:
+            raise UserError(f"{self._file}: weight {name} is missing")
+        return self.shapes[name][0]
+
+    def _gpt2_fields(self) -> dict[str, Any]:
+        return {
+            "vocab_size": self._rows("transformer.wte.weight"), "n_embd": self._fact("embedding_length", int),
+            "n_layer": self._fact("block_count", int), "n_head": self._fact("attention.head_count", int),
+            "n_inner": self._fact("feed_forward_length", int), "n_positions": self._fact("context_length", int),
+            "layer_norm_epsilon": self._fact("attention.layer_norm_epsilon", float),
         }
-        return Qwen2Config(**fields) if self.architecture == "qwen2" else LlamaConfig(**fields)
+
+    def _llama_fields(self) -> dict[str, Any]:
+        heads, size = self._fact("attention.head_count", int), self._fact("embedding_length", int)
+        head_dim = self._fact("attention.key_length", int, size // max(heads, 1))
+        turned = self._fact("rope.dimension_count", int, head_dim)
+        if turned != head_dim:
+            raise UserError(f"{self._file}: {self.architecture}.rope.dimension_count = {turned} is not supported; it "
+                            f"must be the size of a head, {head_dim}")
+        fields = {
+            "vocab_size": self._rows("model.embed_tokens.weight"), "hidden_size": size,
+            "intermediate_size": self._fact("feed_forward_length", int),
+            "num_hidden_layers": self._fact("block_count", int), "num_attention_heads": heads,
+            "num_key_value_heads": self._fact("attention.head_count_kv", int, heads),
+            "head_dim": None if head_dim * heads == size else head_dim,  # as a config.json has it
+            "rms_norm_eps": self._fact("attention.layer_norm_rms_epsilon", float),
+            "max_position_embeddings": self._fact("context_length", int), "rope_parameters": self._rope(),
+        }
+        if self.architecture == "llama":
+            fields |= {"attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._tensors,
+                       "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self._tensors}
+        return fields
 
     def _rope(self) -> dict[str, Any]:
-        kind = self._fact("rope.scaling.type", "none")
+        kind = self._fact("rope.scaling.type", str, "none")
         if kind not in ("none", "linear"):
             raise UserError(f"{self._file}: rotary scaling {kind!r} is not supported in a GGUF file; import the "
                             f"safetensors it was made from")
-        theta = {"rope_theta": _short(self._fact("rope.freq_base", 10_000.0))}
+        theta = {"rope_theta": self._fact("rope.freq_base", float, 10_000.0)}
         if kind == "none":
             return theta | {"rope_type": "default"}
-        return theta | {"rope_type": "linear", "factor": _short(self._fact("rope.scaling.factor"))}
+        return theta | {"rope_type": "linear", "factor": self._fact("rope.scaling.factor", float)}
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in the metadata; raises UserError where there is none that can be built."""
@@ -153,14 +178,17 @@ class Gguf:
             raise UserError(f"the installed transformers cannot build the tokenizer of a GGUF file; {_EXTRA}") from None
         names = {f"tokenizer.{key}": name for key, name in GGUF_TOKENIZER_MAPPING["tokenizer"].items()}
         facts = {name: self._facts[key] for key, name in names.items() if key in self._facts}
-        if "tokens" not in facts or "eos_token_id" not in facts:
+        begins = self._facts.get("tokenizer.ggml.add_bos_token", facts.get("tokenizer_type") == "llama")
+        if begins and not isinstance(facts.get("bos_token_id"), int):
+            raise UserError(f"{self._file}: its texts begin with a token that it does not name "
+                            f"(tokenizer.ggml.bos_token_id)")
+        if "tokens" not in facts or not isinstance(facts.get("eos_token_id"), int):
             raise UserError(f"{self._file} has no tokenizer with an end-of-text (tokenizer.ggml.tokens, eos_token_id)")
         try:
             fast, _ = convert_gguf_tokenizer(self.architecture, facts)
         except Exception as error:
             raise UserError(f"{self._file}: its tokenizer cannot be built: {one_line(error)}") from None
-        begins = self._facts.get("tokenizer.ggml.add_bos_token", facts.get("tokenizer_type") == "llama")
-        return Tokenizer(fast, int(facts["eos_token_id"]), [int(facts["bos_token_id"])] if begins else ())
+        return Tokenizer(fast, facts["eos_token_id"], [facts["bos_token_id"]] if begins else ())
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
