@@ -53,7 +53,9 @@ class Judge:
             if len(new) >= limit:
                 raise UserError(f"the judge has {limit} positions, a continuation has {len(new)} of its tokens: lower "
                                 f"--max-new-tokens")
-            before = [*self.tokenizer.prefix, *prompt] or [self.tokenizer.end_of_text]
+            prefix = list(self.tokenizer.prefix)  # the beginning of a document has it already
+            prefix = [] if list(prompt[: len(prefix)]) == prefix else prefix
+            before = [*prefix, *prompt] or [self.tokenizer.end_of_text]
             rows.append((before[-(limit - len(new)) :], list(new)))
         lengths = [len(before) + len(new) for before, new in rows]
         order = sorted(range(len(rows)), key=lengths.__getitem__)
