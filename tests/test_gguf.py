@@ -192,7 +192,7 @@ REFUSED = {
     "a table of rotary frequencies": (
         lambda w: w.add_tensor("rope_freqs.weight", np.ones(4, np.float32)), ["rope_freqs.weight", "safetensors"]),
     "unknown weight": (lambda w: w.add_tensor("blk.0.ffn_gate_inp.weight", np.ones((2, 32), np.float32)),
-                       ["unknown weight blk.0.ffn_gate_inp.weight"]),
+                       ["unknown weight 'blk.0.ffn_gate_inp.weight'"]),
     "wrong shape": (lambda w: w.add_feed_forward_length(48), ["mlp.gate_proj.weight has shape (64, 32)", "(48, 32)"]),
     "missing layer": (lambda w: w.add_block_count(3), ["model.layers.2.", "is missing"]),
     "yarn": (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), ["'yarn'", "safetensors"]),

@@ -125,6 +125,8 @@ WEIGHTS = {
                                       [INDEX, "model.extra", SHARDS[0]]),
     "index without a map": (lambda folder: (split(folder), (folder / INDEX).write_text("{}")), [INDEX, "weight_map"]),
     "index is no json": (lambda folder: (split(folder), (folder / INDEX).write_text("{")), [INDEX, "is damaged"]),
+    "a name of two lines": (lambda folder: store(folder, **{"two\nlines": weights()[DOWN]}),
+                            [SINGLE, "is damaged", "'two\\nlines'"]),
     "no weights": (lambda folder: (folder / SINGLE).unlink(), ["has no model.safetensors"]),
 }
 
@@ -151,8 +153,12 @@ SETTINGS = {
              ["rope_parameters", "'longrope'"]),
     "rope half said": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
                        ["rope_parameters", "low_freq_factor"]),
+    "rope of words": ({"rope_parameters": {"rope_type": "default", "rope_theta": "fast"}}, ["config.json", "'fast'"]),
+    "rope shrunk to nothing": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 0.0}},
+                               ["factor", "0.0"]),
+    "another number of rows": ({"vocab_size": 281}, [TABLE, "has shape (280, 8)", "asks for (281, 8)"]),
     "short": ({"max_position_embeddings": 2}, ["2 positions"]),
-    "end of text beyond the table": ({"eos_token_id": 5000}, ["5000", "280 rows"]),
+    "end of text beyond the table": ({"eos_token_id": 5000}, ["text ends at the id 5000", "280 rows"]),
     "end of text no number": ({"eos_token_id": "end"}, ["config.json", "eos_token_id", "str"]),
     "larger tokenizer": ({"vocab_size": 265}, [TABLE]),
 }

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tokmat_jax.config import TokenizerConfig
-from tokmat_jax.errors import UserError
+from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.workdir import TOKENIZER
 
 END_OF_TEXT = "<|endoftext|>"
@@ -68,7 +68,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         fast = FastTokenizer.from_file(str(folder / _FILE))
         return Tokenizer(fast, int(meta["end_of_text"]), meta["prefix"], int(meta["vocab_size"]))
     except Exception as error:
-        raise UserError(f"no usable tokenizer in {folder}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"no usable tokenizer in {folder}: {one_line(error)}") from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -96,8 +96,7 @@ def hugging_face(name: str) -> Tokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load the tokenizer {name!r}: {reason}") from None
+        raise UserError(f"cannot load the tokenizer {name!r}: {one_line(error)}") from None
     fast = getattr(loaded, "backend_tokenizer", None)
     if fast is None:
         raise UserError(f"the tokenizer {name!r} has no fast form (tokenizer.json); convert it first")

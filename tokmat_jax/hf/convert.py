@@ -132,17 +132,19 @@ def _open_folder(folder: Path, out: Path) -> _Source:
     _check_model_type(facts.get("model_type"), folder / "config.json")
     try:
         settings: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model, tied = families.read_settings(settings)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{folder / 'config.json'} cannot be read: {one_line(error)}") from None
     stored = Safetensors(folder)
     sidecar = _read_sidecar(folder / SIDECAR) if (folder / SIDECAR).is_dir() else None
-    model, tied = families.read_settings(settings)
     if sidecar is not None:
         return _Source(stored, settings.model_type, dataclasses.replace(sidecar.config, workdir=str(out)),
                        sidecar.tokenizer, tied, (), sidecar)
     loaded = _folder_tokenizer(folder)
     end, notes = _end_of_text(_ends(folder, settings.eos_token_id), loaded.end_of_text)
-    tokenizer = _fit(loaded, end, _num_rows(stored, settings.model_type), folder)
+    tokenizer = _fit(loaded, end, settings.vocab_size, folder)
     return _Source(stored, settings.model_type, _plain_config(model, tied, out), tokenizer, tied, notes, None)
 
 
@@ -152,7 +154,7 @@ def _open_gguf(file: Path, out: Path) -> _Source:
     stored = Gguf(file)
     settings, loaded = stored.settings(), stored.tokenizer()
     model, tied = families.read_settings(settings)
-    tokenizer = _fit(loaded, loaded.end_of_text, _num_rows(stored, stored.architecture), file)
+    tokenizer = _fit(loaded, loaded.end_of_text, settings.vocab_size, file)
     return _Source(stored, stored.architecture, _plain_config(model, tied, out), tokenizer, tied, (), None)
 
 
@@ -188,19 +190,12 @@ def _end_of_text(ends: Any, of_tokenizer: int) -> tuple[int, tuple[str, ...]]:
     return end, (f"the checkpoint also stops at the ids {others}; here text ends at {end} alone",) if others else ()
 
 
-def _num_rows(stored: Stored, model_type: str) -> int:
-    table = families.weights(model_type, ModelConfig(), tied=True)[0].name
-    shape = stored.shapes.get(table) or stored.shapes.get(table.removeprefix(families.PREFIX[model_type]))
-    if shape is None or len(shape) != 2:
-        raise UserError(f"weight {table} is {'missing' if shape is None else f'of shape {shape}'}")
-    return shape[0]
-
-
 def _fit(loaded: Tokenizer, end_of_text: int, num_rows: int, where: Path) -> Tokenizer:
     """The tokenizer with V = `num_rows` ids."""
-    if not 0 <= end_of_text < num_rows or loaded.vocab_size > num_rows:
-        raise UserError(f"{where}: the tokenizer has ids up to {max(loaded.vocab_size - 1, end_of_text)}, the table "
-                        f"has {num_rows} rows")
+    if not 0 <= end_of_text < num_rows:
+        raise UserError(f"{where}: text ends at the id {end_of_text}, the table has {num_rows} rows")
+    if loaded.vocab_size > num_rows:
+        raise UserError(f"{where}: the tokenizer has ids up to {loaded.vocab_size - 1}, the table has {num_rows} rows")
     return Tokenizer(loaded.fast, end_of_text, loaded.prefix, num_rows)
 
 

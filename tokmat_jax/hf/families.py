@@ -158,7 +158,9 @@ def _read_rope(stored: dict[str, Any], max_positions: int) -> RopeConfig:
     partial = stored.get("partial_rotary_factor", 1.0)
     _require(partial == 1.0, "rope_parameters.partial_rotary_factor", partial, "1")
     original = stored.get("original_max_position_embeddings") or max_positions
-    factor = stored.get("factor") or (max_positions / original if kind == "yarn" else 1.0)
+    factor = stored.get("factor")
+    if factor is None:
+        factor = max_positions / original if kind == "yarn" else 1.0
     rope = RopeConfig(theta=float(stored["rope_theta"]), scaling="none" if kind == "default" else kind,
                       factor=float(factor), original_positions=int(original))
     if kind == "llama3":

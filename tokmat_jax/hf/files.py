@@ -83,10 +83,10 @@ class Safetensors:
         listed = read_json(index)["weight_map"]
         for name, file in listed.items():
             if name not in self._places or self._places[name].file.name != file:
-                raise UserError(f"{index}: {name} is not in {file}")
+                raise UserError(f"{index}: {name!r} is not in {file}; fetch both again")
         for name, place in self._places.items():
             if name not in listed:
-                raise UserError(f"{place.file}: {name} is not in {index.name}")
+                raise UserError(f"{place.file}: {name} is not in {index.name}; fetch both again")
 
     def read(self, name: str) -> np.ndarray:
         file = self._places[name].file
@@ -141,6 +141,8 @@ def _places(file: Path) -> dict[str, _Place]:
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{file} is damaged: {one_line(error)}; fetch it again") from None
     for name, (_, dtype) in places.items():
+        if not name.isprintable():
+            raise UserError(f"{file} is damaged: a weight is called {name!r}; fetch it again")
         if dtype not in _DTYPES and not re.search(r"\.attn\.(masked_)?bias$", name):
             raise UserError(f"{file}: {name} has type {dtype}; supported are {', '.join(_DTYPES)}")
     return {name: _Place(file, shape, _DTYPES.get(dtype, "float32")) for name, (shape, dtype) in places.items()}

@@ -75,7 +75,7 @@ class Gguf:
             raise UserError(f"{self._file}: its rotary frequencies are scaled by a table (rope_freqs.weight); import "
                             f"the safetensors it was made from")
         if known is None:
-            raise UserError(f"{self._file}: unknown weight {name}")
+            raise UserError(f"{self._file}: unknown weight {name!r}")
         return f"{known.format(layer=layer[1]) if layer else known}.{part}"
 
     def _is_transposed(self, name: str) -> bool:
