@@ -137,15 +137,24 @@ class Writer:
             settings = self.settings(method, ahead)
             rows = [one.tokens for one in self.run.generate(contexts, settings, samples, self._seed, self._batch_size)]
         elif method.kind == "best_of":  # every sample is the best of candidates of its own
-            several = [self._baseline(method, contexts, ahead, self._seed + number, 1)[0] for number in range(samples)]
+            several = [self._first(method, contexts, ahead, (self._seed + number) % 2**32, 1)
+                       for number in range(samples)]
             rows = [tokens for together in zip(*several, strict=True) for tokens in together]
         else:
-            rows, _ = self._baseline(method, contexts, ahead, self._seed, 1 if once else samples)
+            rows = self._first(method, contexts, ahead, self._seed, 1 if once else samples)
         padded = np.full((len(rows), ahead), -1)
         for index, tokens in enumerate(rows):
             padded[index, : len(tokens)] = tokens[:ahead]
         grouped = padded.reshape(len(contexts), -1, ahead)
         return np.repeat(grouped, samples, axis=1) if once else grouped
+
+    def _first(
+        self, method: Method, contexts: Sequence[Sequence[int]], ahead: int, seed: int, samples: int
+    ) -> list[list[int]]:
+        """What the baseline writes, with end-of-text where it ends."""
+        end = [self.run.tokenizer.end_of_text]
+        written = zip(*self._baseline(method, contexts, ahead, seed, samples), strict=True)
+        return [[*tokens, *end] if finished else tokens for tokens, finished in written]
 
     def _baseline(
         self, method: Method, prompts: Sequence[Sequence[int]], length: int, seed: int, samples: int
