@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,8 @@ def mauve(human: np.ndarray, other: np.ndarray, seeds: int = 5) -> tuple[float, 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the clustering library writes past Python: it wants 39 texts per cluster, MAUVE gives it ten."""
+    sys.stdout.flush()
+    sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
     try:
         with Path(os.devnull).open("w") as nowhere:
