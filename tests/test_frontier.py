@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokmat_jax.evaluation.frontier import Point, front, log_perplexity_at, signed_area
+from tokmat_jax.evaluation.frontier import (
+    Point,
+    Settings,
+    front,
+    interval_of_area,
+    log_perplexity_at,
+    signed_area,
+)
 
 E = math.e
 points = st.lists(
@@ -121,3 +128,82 @@ def test_halving_the_perplexity_everywhere_gains_log_two(cloud, factor):
         assert gain == pytest.approx(-math.log(factor))
     else:
         assert math.isnan(gain)
+
+
+# Settings of one family on the same prompts. Two settings, three prompts; a sample that ended early has no repetition.
+NAN = math.nan
+FAMILY = Settings(
+    ["a", "b"], np.array([[0.2, 0.4, NAN], [0.9, 0.5, 0.1]]), np.array([[2.0, 4.0, 6.0], [3.0, 3.0, 3.0]]),
+    np.array([[1, 2, 1], [3, 1, 2]]))
+
+
+def test_the_points_of_settings_by_hand():
+    # a: repetition of the two that are known; 12 nats of 4 tokens, the unknown one's included. b: 9 nats of 6.
+    a, b = FAMILY.points()
+    assert (a.label, b.label) == ("a", "b")
+    assert dataclasses.astuple(a)[1:] == pytest.approx((0.3, E**3))
+    assert dataclasses.astuple(b)[1:] == pytest.approx((0.5, E**1.5))
+
+
+def test_points_over_chosen_prompts_count_each_as_often_as_it_was_drawn():
+    a, b = FAMILY.points(np.array([0, 0, 1]))
+    # a: (0.2 + 0.2 + 0.4) / 3 and 8 nats of 4 tokens; b: (0.9 + 0.9 + 0.5) / 3 and 9 nats of 7.
+    assert dataclasses.astuple(a)[1:] == pytest.approx((0.8 / 3, E**2))
+    assert dataclasses.astuple(b)[1:] == pytest.approx((2.3 / 3, math.exp(9 / 7)))
+
+
+def test_a_setting_of_which_nothing_is_known_is_not_on_the_front():
+    alone = FAMILY.points(np.array([2, 2, 2]))
+    assert math.isnan(alone[0].repetition)
+    assert front(alone) == [alone[1]]
+    silent = Settings(["a"], np.array([[0.5]]), np.array([[0.0]]), np.array([[0]]))
+    assert math.isnan(silent.points()[0].perplexity)
+    assert front(silent.points()) == []
+
+
+def test_only_keeps_the_settings_named_in_their_order():
+    one = FAMILY.only([1])
+    assert one.points() == FAMILY.points()[1:]
+    assert [point.label for point in FAMILY.only([1, 0]).points()] == ["b", "a"]
+    assert FAMILY.only([1, 0]).points()[1] == FAMILY.points()[0]
+
+
+def family(shift, prompts=40, seed=0):
+    """Three settings from (0.1, 3 nats) to (0.9, 2 nats) a token, noise in every sample, `shift` nats up."""
+    rng = np.random.default_rng(seed)
+    repetition = np.array([0.1, 0.5, 0.9])[:, None] + rng.normal(0, 0.05, (3, prompts))
+    nats = np.array([3.0, 2.5, 2.0])[:, None] + shift + rng.normal(0, 0.3, (3, prompts))
+    return Settings(["x", "y", "z"], repetition, 10 * nats, np.full((3, prompts), 10))
+
+
+def test_the_same_family_on_both_sides_has_no_area_in_any_resample():
+    assert interval_of_area(family(0.0), family(0.0), resamples=50) == (0.0, 0.0)
+
+
+def test_families_that_differ_by_chance_alone_may_be_equal():
+    low, high = interval_of_area(family(0.0, seed=1), family(0.0, seed=2), resamples=200)
+    assert low < 0 < high
+
+
+def test_families_that_are_apart_are_told_apart_with_their_sign():
+    # A nat per token over a stretch of about 0.8; the error of a point's mean is 0.3/√40 ≈ 0.05 nats.
+    better, worse = family(0.0, seed=1), family(1.0, seed=2)
+    low, high = interval_of_area(worse, better, resamples=200)
+    assert 0.6 < low < signed_area(worse.points(), better.points()).area < high < 1.0
+    assert interval_of_area(better, worse, resamples=200) == pytest.approx((-high, -low))
+
+
+def test_prompts_are_resampled_for_both_sides_together():
+    # Each prompt is as much harder for the one as for the other: pairing takes that out, and the area is certain.
+    hardness = np.random.default_rng(5).normal(0, 1.0, 40)
+    one, other = family(0.0), family(1.0)
+    one = dataclasses.replace(one, nats=one.nats + 10 * hardness)
+    other = dataclasses.replace(other, nats=other.nats + 10 * hardness)
+    low, high = interval_of_area(other, one, resamples=200)
+    assert high - low < 0.1
+
+
+def test_the_intervals_seed_decides_it():
+    one, other = family(0.0, seed=1), family(0.2, seed=2)
+    assert interval_of_area(one, other, 50, seed=4) == interval_of_area(one, other, 50, seed=4)
+    assert interval_of_area(one, other, 50, seed=4) != interval_of_area(one, other, 50, seed=5)

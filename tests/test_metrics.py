@@ -81,6 +81,17 @@ def test_a_planted_cycle_is_found_and_so_is_its_end(sample, cycle, times):
 TEXTS = ["the cat saw\nthe cat  saw ", "the cat sat"]
 
 
+@pytest.mark.parametrize(
+    ("n", "counts"), [(1, [[3, 6], [3, 3]]), (2, [[3, 5], [2, 2]]), (3, [[3, 4], [1, 1]]), (4, [[3, 3], [0, 0]])])
+def test_pooled_counts_by_hand(n, counts):
+    assert metrics.pooled_counts(TEXTS, n).tolist() == counts
+
+
+def test_no_text_has_no_counts():
+    assert metrics.pooled_counts([], 2).shape == (0, 2)
+    assert metrics.pooled_counts(["", " \n"], 1).tolist() == [[0, 0], [0, 0]]
+
+
 @pytest.mark.parametrize(("n", "rep"), [(2, 2 / 7), (3, 1 / 5), (4, 0.0)])
 def test_pooled_repetition_by_hand(n, rep):
     assert metrics.pooled_repetition(TEXTS, n) == pytest.approx(rep)
