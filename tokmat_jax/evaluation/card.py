@@ -4,14 +4,15 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tokmat_jax import objective
 from tokmat_jax.config import GenerationConfig
+from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import figures, frontier, metrics, scores
 from tokmat_jax.evaluation.gap import measure_gap
 from tokmat_jax.evaluation.judge import Judge
@@ -264,20 +265,18 @@ class Card:
 
 
 def starting_table(generator: Generator) -> np.ndarray | None:
-    """The table [V, d] that a run began with; None where the model it started from is no longer there."""
-    config = generator.config
-    if config.init_from is not None:
-        there = Path(config.init_from)
-        return np.asarray(Generator.from_workdir(there).vocabulary.table) if there.is_dir() else None
-    if config.table.initial is not None:
-        there = Path(config.table.initial)
-        return np.load(there, allow_pickle=False) if there.is_file() else None
-
-    @jax.jit
-    def table():
-        return init_params(jax.random.key(config.train.seed), config, generator.tokenizer.vocab_size)["table"]
-
-    return np.asarray(objective.vocabulary({"table": table()}, config).table)
+    """The table [V, d] that a run began with; None where what it started from is no longer there."""
+    config, shape = generator.config, generator.vocabulary.table.shape
+    try:
+        if config.init_from is not None:
+            rows = Generator.from_workdir(config.init_from).params["table"]
+        elif config.table.initial is not None:
+            rows = jnp.asarray(np.load(config.table.initial, allow_pickle=False).astype(np.float32))
+        else:
+            rows = jax.jit(lambda: init_params(jax.random.key(config.train.seed), config, shape[0])["table"])()
+    except (UserError, OSError, ValueError, EOFError):
+        return None
+    return np.asarray(objective.vocabulary({"table": rows}, config).table) if rows.shape == shape else None
 
 
 def num_parameters(generator: Generator) -> int:
@@ -286,10 +285,16 @@ def num_parameters(generator: Generator) -> int:
 
 
 def shuffle_sentences(text: str, seed: int) -> str:
-    """`text` with its sentences in another order; what does not end like one stays with its neighbour."""
-    parts = re.split(r"(?<=[.!?])\s+", text)
-    order = np.random.default_rng(seed).permutation(len(parts))
-    return " ".join(parts[index].strip() for index in order)
+    """`text` with its sentences in another order; what does not end like one stays with its neighbour.
+
+    The white space between them stays where it is: what follows a prompt follows it as before.
+    """
+    inner = text.strip()
+    begin, _, end = text.partition(inner) if inner else (text, "", "")
+    parts = re.split(r"((?<=[.!?])\s+)", inner)
+    sentences, between = parts[::2], [*parts[1::2], end]
+    order = np.random.default_rng(seed).permutation(len(sentences))
+    return begin + "".join(sentences[index] + space for index, space in zip(order, between, strict=True))
 
 
 def _brier_note(count: int, rows: Sequence[dict[str, Any]]) -> str:

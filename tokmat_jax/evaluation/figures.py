@@ -9,6 +9,7 @@ import numpy as np
 
 from tokmat_jax.config import GenerationConfig
 from tokmat_jax.evaluation import geometry, metrics, templates
+from tokmat_jax.evaluation.scores import nan_mean
 from tokmat_jax.generator import Generator
 from tokmat_jax.trajectory import Trajectory
 
@@ -69,7 +70,7 @@ def lookahead(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Share of the tail's tokens that are committed within the next 32, and what that share is by chance.
 
     Chance: the same tails beside the texts of the next sample in the list, so that frequent words count there too.
-    Steps with fewer than 32 tokens behind them are left out.
+    Steps with fewer than 32 tokens behind them are left out; NaN where that leaves no slot.
     """
 
     def share(shift: int) -> float:
@@ -78,7 +79,8 @@ def lookahead(trajectories: Sequence[Trajectory]) -> dict[str, float]:
             text = trajectories[(index + shift) % len(trajectories)].tokens[:, 0]
             steps = range(min(len(trajectory.tokens), len(text)) - _AHEAD)
             hits += [np.isin(trajectory.tokens[step, 1:], text[step + 1 : step + 1 + _AHEAD]) for step in steps]
-        return float(np.mean(np.concatenate(hits))) if hits else float("nan")
+        together = np.concatenate(hits) if hits else np.zeros(0)
+        return float(np.mean(together)) if together.size else float("nan")
 
     return {"share": share(0), "chance": share(1)}
 
@@ -96,7 +98,7 @@ def diversity_by_tail(
         bigrams = [pair for one in tokens for pair in itertools.pairwise(one)]
         found.append({
             "tail_length": length,
-            "within": float(np.nanmean([metrics.distinct(one, 2) for one in tokens])),
+            "within": nan_mean(np.array([metrics.distinct(one, 2) for one in tokens])),
             "between": len(set(bigrams)) / max(len(bigrams), 1),
             "different": len({tuple(one) for one in tokens}) / len(tokens),
         })
