@@ -63,7 +63,7 @@ class Card:
 
     def num_parts(self) -> int:
         """How many parts there are."""
-        return 2 * len(self.table) + len(self.curves) + 7
+        return 2 * len(self.table) + len(self.curves) + 9
 
     def data(self, told: Callable[[int, str], None]) -> dict[str, Any]:
         """All parts of the report; what an interrupted evaluation of the same left is taken from the store.
