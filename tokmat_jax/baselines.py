@@ -22,11 +22,9 @@ from flax import struct
 from tokmat_jax import cache
 from tokmat_jax.attention import History
 from tokmat_jax.errors import UserError
-from tokmat_jax.generator import Batch, Generator, Row, make_batch, sample_key
+from tokmat_jax.generator import Batch, Generator, Row, chunk, make_batch, sample_key
 from tokmat_jax.model import Forward, Params, make_forward
 from tokmat_jax.table import Vocabulary, look_up, scores, unit
-
-_CHUNK = 16
 
 
 @struct.dataclass
@@ -102,15 +100,15 @@ def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> 
 def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
     """`logits` [B, V], −∞ outside the smallest set of likeliest tokens whose mass reaches `top_p` in (0, 1].
 
-    Holtzman et al. 2020 (arXiv:1904.09751, §3.1). At least one token stays; of equal ones the lower id comes first.
+    Holtzman et al. 2020 (arXiv:1904.09751, §3.1). At least one token stays, and all that are as likely as the last one.
     """
 
     def cut():
-        order = jnp.argsort(-logits, axis=-1)
-        share = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+        ordered = -jnp.sort(-logits, axis=-1)
+        share = jax.nn.softmax(ordered, axis=-1)
         mass_before = jnp.cumsum(share, axis=-1) - share
-        kept = jnp.take_along_axis(mass_before < top_p, jnp.argsort(order, axis=-1), axis=-1)
-        return jnp.where(kept, logits, -jnp.inf)
+        least = jnp.min(jnp.where(mass_before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(logits >= least, logits, -jnp.inf)
 
     # Rounding in the sum must not cut anything off where the nucleus is everything.
     return jax.lax.cond(jnp.asarray(top_p) < 1.0, cut, lambda: logits)
@@ -265,8 +263,9 @@ class Baselines:
         self.generator = generator
         self._compilations = 0
         self._start = jax.jit(self._trace_start, static_argnames="capacity")
-        self._sample = jax.jit(self._trace_sample, donate_argnames="state")
-        self._contrast = jax.jit(self._trace_contrast, static_argnames="top_k", donate_argnames="state")
+        self._sample = jax.jit(self._trace_sample, static_argnames="num_steps", donate_argnames="state")
+        self._contrast = jax.jit(
+            self._trace_contrast, static_argnames=("top_k", "num_steps"), donate_argnames="state")
 
     def compilations(self) -> int:
         """How many shapes have been compiled so far."""
@@ -287,7 +286,7 @@ class Baselines:
                  f"repetition_penalty must be a number from 1 (off) on, found {repetition_penalty}")
         sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p), jnp.float32(repetition_penalty))
         return self._write(prompts, max_new_tokens, num_samples, seed, batch_size,
-                           lambda model, state: self._sample(model, state, sampling))
+                           lambda model, state, steps: self._sample(model, state, sampling, num_steps=steps))
 
     def contrastive(
         self, prompts: Sequence[str | Sequence[int]], max_new_tokens: int, top_k: int = 5, alpha: float = 0.6,
@@ -300,7 +299,8 @@ class Baselines:
         _require(top_k >= 1, f"top_k must be at least 1, found {top_k}")
         _require(0 <= alpha <= 1, f"alpha must lie in [0, 1], found {alpha}")
         return self._write(prompts, max_new_tokens, 1, 0, batch_size,
-                           lambda model, state: self._contrast(model, state, jnp.float32(alpha), top_k=top_k))
+                           lambda model, state, steps: self._contrast(model, state, jnp.float32(alpha), top_k=top_k,
+                                                                      num_steps=steps))
 
     def best_of(
         self, prompts: Sequence[str | Sequence[int]], max_new_tokens: int, count: int = 16, temperature: float = 1.0,
@@ -319,7 +319,7 @@ class Baselines:
 
     def _write(
         self, prompts: Sequence[str | Sequence[int]], max_new_tokens: int, num_samples: int, seed: int,
-        batch_size: int, advance: Callable[[LanguageModel, State], tuple[State, Step]],
+        batch_size: int, advance: Callable[[LanguageModel, State, int], tuple[State, Step]],
     ) -> list[Continuation]:
         _require(num_samples >= 1, f"num_samples must be at least 1, found {num_samples}")
         _require(batch_size >= 1, f"batch_size must be at least 1, found {batch_size}")
@@ -341,13 +341,13 @@ class Baselines:
 
     def _finish(
         self, model: LanguageModel, batch: Batch, count: int,
-        advance: Callable[[LanguageModel, State], tuple[State, Step]],
+        advance: Callable[[LanguageModel, State, int], tuple[State, Step]],
     ) -> list[Continuation]:
         """The first `count` rows of `batch`, written to their end."""
         state = self._start(model, batch.ids, batch.lengths, batch.budgets, batch.names, capacity=batch.capacity)
-        steps = []
+        steps, at_once = [], chunk(int(batch.budgets.max()))
         while not bool(jnp.all(state.done)):
-            state, step = advance(model, state)
+            state, step = advance(model, state, at_once)
             steps.append(jax.tree.map(np.asarray, step))
         whole: Step = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
         return [self._continuation(whole, row) for row in range(count)]
@@ -365,15 +365,15 @@ class Baselines:
         self._compilations += 1
         return start(model, self._forward, ids, lengths, budgets, jax.vmap(sample_key)(names), capacity)
 
-    def _trace_sample(self, model, state, sampling):
+    def _trace_sample(self, model, state, sampling, num_steps):
         self._compilations += 1
         end = self.generator.tokenizer.end_of_text
-        return run(state, lambda now: sampling_step(now, model, self._forward, sampling, end), _CHUNK)
+        return run(state, lambda now: sampling_step(now, model, self._forward, sampling, end), num_steps)
 
-    def _trace_contrast(self, model, state, alpha, top_k):
+    def _trace_contrast(self, model, state, alpha, top_k, num_steps):
         self._compilations += 1
         end = self.generator.tokenizer.end_of_text
-        return run(state, lambda now: contrastive_step(now, model, self._forward, alpha, top_k, end), _CHUNK)
+        return run(state, lambda now: contrastive_step(now, model, self._forward, alpha, top_k, end), num_steps)
 
 
 def _require(condition: bool, message: str) -> None:

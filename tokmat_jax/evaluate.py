@@ -170,7 +170,7 @@ def main(args: Sequence[str]) -> None:
     }
     write(data, output)
     if store.reused:
-        print(f"{store.reused} parts were there already, in {output / 'parts'}")
+        print(f"{len(store.reused)} parts were there already, in {output / 'parts'}")
     if found:
         print(f"MISMATCH: {'; '.join(found)}", file=sys.stderr)
     for sentence in report.verdict(data):

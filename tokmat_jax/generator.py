@@ -26,7 +26,7 @@ from tokmat_jax.train_step import init_params
 from tokmat_jax.trajectory import Trajectory
 from tokmat_jax.workdir import TOKENIZER, load_config
 
-_CHUNK = 16
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 16
 _SMALLEST_PROMPT, _SMALLEST_HISTORY = 16, 64
 
 
@@ -189,9 +189,9 @@ class Generator:
         settings = self.config.generation if settings is None else settings
         row = dataclasses.replace(self.rows([prompt], settings)[0], number=number)
         state, tail = self._start([row], settings, seed)
-        steps = []
+        steps, count = [], chunk(settings.max_new_tokens)
         while not bool(state.done[0]):
-            state, step = self._steps(state, tail, settings, _CHUNK, read_tail=True, num_candidates=num_candidates)
+            state, step = self._steps(state, tail, settings, count, read_tail=True, num_candidates=num_candidates)
             steps.append(jax.tree.map(np.asarray, step))
         whole = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
         alive = np.asarray(whole.emitted)[:, 0]
@@ -258,9 +258,9 @@ class Generator:
     def _run(self, rows: list[Row], batch: list[int], settings: GenerationConfig, seed: int) -> list[Sample]:
         chosen = [rows[index] for index in batch]
         state, tail = self._start(chosen, settings, seed)
-        steps = []
+        steps, count = [], chunk(settings.max_new_tokens)
         while not bool(jnp.all(state.done)):
-            state, step = self._steps(state, tail, settings, _CHUNK, read_tail=False)
+            state, step = self._steps(state, tail, settings, count, read_tail=False)
             steps.append(jax.tree.map(np.asarray, step))
         whole = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
         return [self._sample(row, index, whole) for index, row in enumerate(chosen)]
@@ -335,6 +335,11 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def chunk(max_new_tokens: int) -> int:
+    """Steps of one scan: a power of two, so that few budgets compile anew, and none runs far beyond its end."""
+    return min(bucket(max_new_tokens, _SMALLEST_CHUNK), _LARGEST_CHUNK)
 
 
 def bucket(length: int, smallest: int) -> int:

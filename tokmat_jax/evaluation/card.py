@@ -1,6 +1,7 @@
 """The report card as data: every method behind the same prompts, judged, measured and drawn."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,16 +75,18 @@ class Card:
         rows = [self._row(method) for method in self.table]
         figure = self._figures()
         return {
-            "rows": rows, "calibration": self._part("calibration", None, self._calibration),
-            "frontier": self._frontier(), "figures": figure, "gap": self._part("gap", None, self._gap),
+            "rows": rows, "calibration": self._part("calibration", "calibration", None,
+                                                                  self._calibration),
+            "frontier": self._frontier(), "figures": figure, "gap": self._part("gap", "gap", None, self._gap),
             "judge": {"name": self.judge.generator.config.workdir, "is_baseline": self.judge.generator is self.baseline,
                       "num_parameters": num_parameters(self.judge.generator)},
             "brier_note": _brier_note(len(self.prompts.ids), rows),
             "log_vocabulary": float(np.log(self.run.tokenizer.vocab_size)),
         }
 
-    def _part(self, name: str, settings: Any, make: Callable[[], Any]) -> Any:
-        found = self._store.get(name, settings, make)
+    def _part(self, name: str, kind: str, settings: Any, make: Callable[[], Any]) -> Any:
+        """The part of a `kind` under `settings`; `name` is what is shown."""
+        found = self._store.get(kind, settings, make)
         self._done += 1
         self._told(self._done, name)
         return found
@@ -104,7 +107,7 @@ class Card:
             return {"written": dataclasses.asdict(written), "nats": [float(one.sum()) for one in nats],
                     "judge_tokens": [one.size for one in nats]}
 
-        found = self._part(method.name, [method.kind, method.settings], make)
+        found = self._part(method.name, "written", method.identity, make)
         written = Written(**found["written"])
         return written, np.array(found["nats"], np.float64), np.array(found["judge_tokens"])
 
@@ -122,8 +125,8 @@ class Card:
         options, decode = self.options, self.run.tokenizer.decode
         texts = [decode(tokens) for tokens in written.tokens]
         values = scores.values(written, texts, nats, judge_tokens, options.max_new_tokens, options.resamples)
-        sampled = self._part(f"{method.name}: repeated samples", [method.kind, method.settings, _BRIER],
-                             lambda: self._repeated(method, written))
+        sampled = self._part(f"{method.name}: repeated samples", "repeated", [*method.identity, _BRIER],
+                             lambda: self._repeated(method))
         per_context = np.array(sampled["brier"]) if sampled["brier"] else None
         return {
             "name": method.name, "kind": method.kind, "settings": method.settings,
@@ -132,20 +135,30 @@ class Card:
             "brier": None if per_context is None else {
                 name: dataclasses.asdict(value) for name, value in
                 scores.brier_values(per_context, _BRIER["contexts"], options.resamples).items()},
-            "mauve": sampled["mauve"],
+            "mauve": self._store.get("mauve", method.identity, lambda: self._mauve(written))
+            if scores.has_mauve() and method != HUMAN else None,
             "samples": [(decode(ids), text) for ids, text in list(zip(self.prompts.ids, texts, strict=True))[:3]],
         }
 
-    def _repeated(self, method: Method, written: Written) -> dict[str, Any]:
-        """Brier-n of every context, and MAUVE against the human text."""
+    def _repeated(self, method: Method) -> dict[str, Any]:
+        """Brier-n of every context."""
         if method == HUMAN:
-            return {"brier": None, "mauve": None}
+            return {"brier": None}
         contexts, after = self.prompts.contexts(_BRIER["contexts"], _BRIER["ahead"])
         samples = self._writer.first_tokens(method, contexts, _BRIER["ahead"], _BRIER["samples"])
         brier = [metrics.brier(one, truth).tolist() for one, truth in zip(samples, after, strict=True)]
-        human, other = (np.stack([one.ending for one in self._judge_tokens(tokens)])
-                        for tokens in (self.prompts.human, written.tokens))
-        return {"brier": brier, "mauve": scores.mauve(human, other)}
+        return {"brier": brier}
+
+    def _mauve(self, written: Written) -> tuple[float, float]:
+        return scores.mauve(self._human_endings, self._endings(written.tokens))
+
+    @functools.cached_property
+    def _human_endings(self) -> np.ndarray:
+        return self._endings(self.prompts.human)
+
+    def _endings(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
+        """What stands for each text [N, d]: the judge's prediction behind it."""
+        return np.stack([one.ending for one in self._judge_tokens(tokens)])
 
     def _calibration(self) -> dict[str, float]:
         """The judge's perplexity of the human text, and of the same with its sentences in another order."""
@@ -208,7 +221,8 @@ class Card:
         plain = dataclasses.replace(plain, tail_length=min(plain.tail_length, room - length))
         tails = [k for k in (1, 2, 4, 8, 16, 32) if k <= room - length]
         trained = run.config.maturation.max_tail_length
-        whole = dataclasses.replace(plain, tail_length=max(k for k in tails if k <= max(trained, 1)))
+        # Some tokens must go through the whole tail.
+        whole = dataclasses.replace(plain, tail_length=max(k for k in tails if k <= min(trained, length // 2)))
 
         def record(settings: GenerationConfig, prompt: str | Sequence[int] = options.prompt, temperature: float = 1.0):
             settings = dataclasses.replace(settings, entropy_temperature=temperature)
@@ -238,13 +252,13 @@ class Card:
         asked = [options.prompt, length, options.num_seeds]
         return {
             "prompt": options.prompt, "temperatures": temperatures,
-            "maturing": self._part("tokens through maturation", asked, maturing),
-            "readout": self._part("the tail with and without guidance", asked, readouts),
-            "lookahead": self._part("what tails foresee", asked, lookahead),
-            "diversity": self._part("K against diversity", asked, lambda: figures.diversity_by_tail(
+            "maturing": self._part("tokens through maturation", "maturing", asked, maturing),
+            "readout": self._part("the tail with and without guidance", "readout", asked, readouts),
+            "lookahead": self._part("what tails foresee", "lookahead", asked, lookahead),
+            "diversity": self._part("K against diversity", "diversity", asked, lambda: figures.diversity_by_tail(
                 run, options.prompt, plain, tails, options.num_seeds, options.batch_size)),
-            "attractors": self._part("template attractors", asked, attractors),
-            "geometry": self._part("geometry of the tables", None, self._geometry),
+            "attractors": self._part("template attractors", "attractors", asked, attractors),
+            "geometry": self._part("geometry of the tables", "geometry", None, self._geometry),
         }
 
     def _geometry(self) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from tokmat_jax.config import GenerationConfig
 from tokmat_jax.evaluation.pair import Prompts
 from tokmat_jax.generator import Generator
 
+PLAIN: dict[str, Any] = dataclasses.asdict(GenerationConfig())
+"""The plain algorithm: the defaults of GenerationConfig (METHOD §3)."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -23,6 +26,12 @@ class Method:
     """Arguments of the decoder: those of `Baselines`' methods, or fields of GenerationConfig over its defaults."""
     curve: str = ""
     """Which curve of the frontier it lies on; empty for a row of the table alone."""
+
+    @property
+    def identity(self) -> list[Any]:
+        """What it does, whatever it is called: two methods with one identity write the same."""
+        neutral = {"sampling": {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0}, "maturation": PLAIN}
+        return [self.kind, neutral.get(self.kind, {}) | self.settings]
 
     @property
     def is_baseline(self) -> bool:
@@ -37,8 +46,6 @@ class Method:
 
 
 HUMAN = Method("human", "human")
-PLAIN: dict[str, Any] = dataclasses.asdict(GenerationConfig())
-"""The plain algorithm: the defaults of GenerationConfig (METHOD §3)."""
 _STRONG = {"tail_noise": 1.0, "max_maturity": 0.5}
 """Strong embryos and a low rate."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from tokmat_jax.evaluation.frontier import Point, front
 
@@ -15,8 +16,9 @@ _STYLE: Any = {
     "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "svg.fonttype": "none", "svg.hashsalt": "tokmat", "legend.frameon": False,
 }
-_COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8e5ea2", "#c98a00", "#3aa7a3", "#7a5c3e", "#555555")
-_MARKS = "os^Dv<>P"
+_COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8e5ea2", "#c98a00", "#3aa7a3", "#7a5c3e", "#555555", "#e377c2",
+            "#9aa81c")
+_MARKS = "os^Dv<>PXh"
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Any]]:
@@ -56,8 +58,8 @@ def frontier(curves: dict[str, list[Point]], human: Point, baselines: Sequence[s
     for axis, near in zip(axes, (False, True), strict=True):
         for index, (name, points) in enumerate(curves.items()):
             ours = name not in baselines
-            axis.plot([p.repetition for p in points], [p.perplexity for p in points], _MARKS[index % 8],
-                      linestyle="-" if ours else "--", color=_COLOURS[index % 8], markersize=4.5, linewidth=1.3,
+            axis.plot([p.repetition for p in points], [p.perplexity for p in points], _MARKS[index % 10],
+                      linestyle="-" if ours else "--", color=_COLOURS[index % 10], markersize=4.5, linewidth=1.3,
                       label=name if ours else f"{name} (baseline)")
         for ours, colour in ((False, "#000000"), (True, "#d1495b")):
             best = front([p for name, points in curves.items() if (name not in baselines) == ours for p in points])
@@ -66,10 +68,12 @@ def frontier(curves: dict[str, list[Point]], human: Point, baselines: Sequence[s
         axis.plot(human.repetition, human.perplexity, "*", color="#000000", markersize=15, label="human")
         axis.set(xlabel="repetition (Rep-3)", ylabel="judge perplexity", yscale="log")
         axis.set_title("around the human text" if near else "everything")
-        if near:
-            axis.set_xlim(-0.02, max(0.3, 3 * human.repetition))
-            inside = [p.perplexity for p in [*finite, human] if p.repetition <= max(0.3, 3 * human.repetition)]
-            axis.set_ylim(0.85 * min(inside), 1.15 * min(max(inside), 6 * human.perplexity))
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
+        right = max(0.3, 3 * human.repetition)
+        inside = [p.perplexity for p in [*finite, human] if p.repetition <= right]
+        if near and inside:
+            axis.set(xlim=(-0.02, right), ylim=(0.85 * min(inside), 1.15 * min(max(inside), 6 * human.perplexity)))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
@@ -81,13 +85,15 @@ def entropy(data: dict[str, Any], temperatures: tuple[float, float]) -> Figure:
     for axis, name, temperature in zip(axes, ("entropy", "sharp_entropy"), temperatures, strict=True):
         for index, token in enumerate(data["tokens"]):
             axis.plot(range(1, len(token[name]) + 1), token[name], marker="o", markersize=3, linewidth=1.2,
-                      color=_COLOURS[index % 8], label=plain(token["token"]))
+                      color=_COLOURS[index % 10], label=plain(token["token"]))
         mean, std = data[name]["mean"], data[name]["std"]
         steps = range(1, len(mean) + 1)
         axis.plot(steps, mean, color="#000000", linewidth=2.2, label="mean of all tokens")
         axis.fill_between(steps, [m - s for m, s in zip(mean, std, strict=True)],
                           [m + s for m, s in zip(mean, std, strict=True)], color="#000000", alpha=0.12, linewidth=0)
-        axis.set(xlabel="refinement (the last one is the commit)", ylabel="entropy, nats", title=f"τ = {temperature:g}")
+        axis.set(xlabel="refinement (the last one is the commit)", ylabel="entropy, nats",
+                 title=f"τ = {temperature:.3g}")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
@@ -103,7 +109,7 @@ def candidates(token: dict[str, Any], shown: int = 5) -> Figure:
     for step, row in enumerate(token["candidates"]):
         for rank, piece in enumerate(row[:shown]):
             axis.text(step, rank, plain(piece)[:11], ha="center", va="center", fontsize=7,
-                      color="white" if cosines[step][rank] > 0.55 else "black")
+                      color="white" if cosines[step][rank] > 0.65 * image.get_clim()[1] else "black")
     axis.set(xticks=range(steps), xticklabels=range(1, steps + 1), yticks=range(shown),
              yticklabels=range(1, shown + 1), xlabel="refinement", ylabel="nearest")
     axis.grid(False)

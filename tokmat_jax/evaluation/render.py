@@ -141,7 +141,9 @@ def to_markdown(blocks: Sequence[Block]) -> str:
 
 def to_html(title: str, blocks: Sequence[Block], plots: Plots) -> str:
     """`blocks` as a page that needs nothing else."""
-    return ("<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+    # The policy lets a browser fetch and run nothing, whatever stands in the page.
+    return ("<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta http-equiv=Content-Security-Policy "
+            "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
             "<meta name=viewport content='width=device-width, initial-scale=1'><link rel=icon href='data:,'>"
             f"<title>{html.escape(title)}</title><style>{_CSS}</style></head><body>\n"
             + "\n".join(block.html(plots) for block in blocks) + "\n</body></html>\n")

@@ -132,10 +132,10 @@ def _facts(data: Data) -> list[str]:
                  f"{prompts['new_tokens']} new tokens, seed {data['seed']}. Intervals: 95 %, bootstrap over prompts. "
                  f"Entropy at τ = {data['temperature']:g}.")
     lines += [f"Note: {note}." for note in prompts["notes"]]
-    short = [f"{row['name']} {row['full']}" for row in data["rows"] if row["full"] < prompts["count"]]
+    short = [f"{row['name']}: {row['full']}" for row in data["rows"] if row["full"] < prompts["count"]]
     if short:
-        lines.append(f"Repetition and loops count samples of exactly L tokens; of {prompts['count']} these had fewer: "
-                     f"{', '.join(short)}.")
+        lines.append(f"Repetition and loops count samples of exactly L tokens; of {prompts['count']} these had fewer. "
+                     f"{'; '.join(short)}.")
     lines.append(_judge_sentences(data))
     return lines
 
@@ -143,7 +143,7 @@ def _facts(data: Data) -> list[str]:
 def _settings(row: Data) -> str:
     """The settings of a method in words."""
     return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-                     for name, value in row["settings"].items()) or "defaults"
+                     for name, value in row["settings"].items())
 
 
 def _gap_sentence(gap: Data) -> str:
@@ -228,7 +228,7 @@ def document(data: Data) -> list[Block]:
 
 def _samples(row: Data) -> Folded:
     quotes = [Quote([(prompt, "prompt"), (text, "new")]) for prompt, text in row["samples"]]
-    return Folded(f"{row['name']} ({_settings(row)})", quotes)
+    return Folded(f"{row['name']} ({_settings(row)})" if row["settings"] else row["name"], quotes)
 
 
 def _moment(moment: Data, prompt: str) -> Quote:

@@ -1,6 +1,7 @@
 """From what a method wrote to the columns of the report, each with its interval over prompts (METHOD §5)."""
 
 import contextlib
+import importlib.util
 import math
 import os
 import sys
@@ -126,15 +127,18 @@ def brier_values(per_context: np.ndarray, contexts_per_prompt: int, resamples: i
     return found
 
 
-def mauve(human: np.ndarray, other: np.ndarray, seeds: int = 5) -> tuple[float, float] | None:
+def has_mauve() -> bool:
+    """Whether the package of the extra `mauve` is installed."""
+    return importlib.util.find_spec("mauve") is not None
+
+
+def mauve(human: np.ndarray, other: np.ndarray, seeds: int = 5) -> tuple[float, float]:
     """MAUVE (Pillutla et al. 2021) between endings [N, d] of human and other texts, mean and spread over k-means seeds.
 
-    None where the package is not installed.
+    Needs the package, see `has_mauve`.
     """
-    try:
-        import mauve as package
-    except ImportError:
-        return None
+    import mauve as package
+
     with _quiet():
         found = [package.compute_mauve(p_features=human, q_features=other, seed=seed, verbose=False).mauve
                  for seed in range(seeds)]

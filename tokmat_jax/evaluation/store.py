@@ -16,27 +16,26 @@ class Store:
     def __init__(self, folder: Path, made_from: dict[str, Any]):
         make_workdir(folder)
         self._folder, self._made_from = folder, made_from
-        self.reused = 0
+        self._found = {path.name for path in folder.glob("*.json")}
+        self.reused: set[str] = set()
+        """Parts that an earlier evaluation left and this one took."""
 
-    def get(self, name: str, settings: Any, make: Callable[[], Any]) -> Any:
-        """The part called `name` under `settings`: what an earlier evaluation of the same left, or what `make` returns.
+    def get(self, kind: str, settings: Any, make: Callable[[], Any]) -> Any:
+        """The part of a `kind` under `settings`: what an evaluation of the same left, or what `make` returns.
 
-        Both are plain JSON data.
+        Both are plain JSON data; `kind` is a word.
         """
-        key = hashlib.sha256(json.dumps([self._made_from, name, settings], sort_keys=True).encode()).hexdigest()[:16]
-        path = self._folder / f"{_file_name(name)}-{key}.json"
+        key = hashlib.sha256(json.dumps([self._made_from, kind, settings], sort_keys=True).encode()).hexdigest()[:16]
+        path = self._folder / f"{kind}-{key}.json"
         if path.is_file():
             try:
                 found = read_json(path)["part"]
             except (UserError, KeyError):
                 path.unlink()
             else:
-                self.reused += 1
+                self.reused |= {path.name} & self._found
                 return found
         part = make()
-        write_json(path, {"name": name, "settings": settings, "part": part})
+        write_json(path, {"kind": kind, "settings": settings, "part": part})
         return json.loads(json.dumps(part))
 
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in name).strip("-")[:60]
