@@ -122,6 +122,7 @@ def test_a_mismatch_that_is_allowed_stands_in_the_first_line(runs_dir, tmp_path)
     ({"prompt-tokens": 30, "max-new-tokens": 300}, "leaves no room for a prompt"),
     ({"seed": -1}, "--seed must lie in 0..2³²−1"),
     ({"workdir": "/nowhere"}, "/nowhere is no run"),
+    ({"prompt": "\u20ac" * 14}, "--prompt has 42 tokens, which leaves 6 of the model's 48 positions"),
     ({"judge": "/nowhere/judge"}, "SOURCE '/nowhere/judge' does not exist"),
 ])
 def test_a_mistake_is_one_line(runs_dir, tmp_path, changed, says):

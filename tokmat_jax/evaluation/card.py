@@ -59,6 +59,11 @@ class Card:
         self._writer = Writer(run, baseline, options.max_new_tokens, options.seed, options.batch_size)
         self._reader = Judge(baseline)
         self._room = run.config.max_positions - len(prompts.ids[0]) - options.max_new_tokens
+        one_step = dataclasses.replace(run.config.generation, tail_length=1, max_new_tokens=1)
+        self._figure_room = run.config.max_positions - len(run.rows([options.prompt], one_step)[0].ids)
+        if self._figure_room < 8:
+            raise UserError(f"--prompt has {run.config.max_positions - self._figure_room} tokens, which leaves "
+                            f"{self._figure_room} of the model's {run.config.max_positions} positions: shorten it")
         self.table = table_methods(run.config.generation, self._room)
         self.curves = curve_methods(self._room)
 
@@ -214,8 +219,7 @@ class Card:
         piece, decode = run.tokenizer.piece, run.tokenizer.decode
         kappa = float(run.logit_scale) * (run.config.table.radius**2)
         temperatures = (1.0, 1.0 / kappa)
-        room = run.config.max_positions - len(run.rows([options.prompt], dataclasses.replace(
-            run.config.generation, tail_length=1, max_new_tokens=1))[0].ids)
+        room = self._figure_room
         length = min(options.max_new_tokens, 64, room // 2)
         plain = dataclasses.replace(self._writer.settings(Method("plain", "maturation")), max_new_tokens=length)
         plain = dataclasses.replace(plain, tail_length=min(plain.tail_length, room - length))
