@@ -12,6 +12,7 @@ from tokmat_jax.data.tokenizer import load_tokenizer
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation.pair import Prompts, checkpoint_state, held_out_prompts, mismatches, prompts_of
 from tokmat_jax.generator import Generator
+from tokmat_jax.init_from import adopt
 from tokmat_jax.workdir import load_config
 
 END = 0
@@ -139,6 +140,7 @@ def changed(generator, **sections):
         ({"optimizer": {"learning_rate": 0.5}}, ["optimizer.learning_rate is 0.002, the baseline has 0.5"]),
         ({"data": {"seq_len": 40}}, ["data.seq_len is 48, the baseline has 40"]),
         ({"model": {"mlp_dim": 64}}, ["model.mlp_dim is None, the baseline has 64"]),
+        ({"table": {"initial": "rows.npy"}}, ["table.initial is None, the baseline has 'rows.npy'"]),
         ({"init_from": "elsewhere"}, ["init_from is None, the baseline has 'elsewhere'"]),
         ({"model": {"dtype": "bfloat16"}, "train": {"num_steps": 3}},
          ["model.dtype is 'float32', the baseline has 'bfloat16'", "train.num_steps is 6, the baseline has 3"]),
@@ -151,6 +153,18 @@ def changed(generator, **sections):
 def test_differences_in_data_model_and_budget_are_named(pair, runs_dir, sections, words):
     run, baseline = pair
     assert mismatches(run, changed(baseline, **sections), (runs_dir / "run", runs_dir / "ar")) == words
+
+
+def test_a_pair_that_starts_from_imported_weights_matches(pair, runs_dir):
+    # Such a baseline keeps the raw table and has no head; maturation needs the sphere and a head.
+    plain = pair[1].config
+    source = dataclasses.replace(plain, model=dataclasses.replace(plain.model, head="identity"),
+                                 table=dataclasses.replace(plain.table, geometry="raw"))
+    adopted = [Generator(adopt(one.config, source, "imported", one.config.objective.kind), one.params, one.tokenizer)
+               for one in pair]
+    assert [one.config.model.head for one in adopted] == ["linear", "identity"]
+    run, baseline = adopted
+    assert mismatches(run, baseline, (runs_dir / "run", runs_dir / "ar")) == []
 
 
 def test_another_tokenizer_is_named(pair, runs_dir):

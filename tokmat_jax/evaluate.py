@@ -4,6 +4,8 @@ Writes report.md, report.json, report.html and plots/. The same command again go
 """
 
 import dataclasses
+import hashlib
+import json
 import re
 import shlex
 import sys
@@ -94,12 +96,21 @@ def load_judge(flags: Args, baseline: Generator, output: Path) -> tuple[Judge, P
         return Judge(baseline), Path(flags.baseline)
     workdir = Path(flags.judge)
     if not ((workdir / CONFIG).is_file() and (workdir / "checkpoints").is_dir()):
-        workdir = output / "judge" / re.sub(r"[^A-Za-z0-9.]+", "-", flags.judge).strip("-.")
+        workdir = output / "judge" / imported_name(flags.judge)
         if not workdir.is_dir():
             from tokmat_jax.hf.convert import import_weights
 
             import_weights(flags.judge, workdir)
     return Judge(Generator.from_workdir(workdir)), workdir
+
+
+def imported_name(source: str) -> str:
+    """Folder of an imported judge: what it is called, and a fingerprint, so that a changed one is imported anew."""
+    path = Path(source)
+    files = [one for one in (sorted(path.iterdir()) if path.is_dir() else [path]) if one.is_file()]
+    state = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files]
+    digest = hashlib.sha256(json.dumps([source, state]).encode()).hexdigest()[:12]
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', path.name).strip('-.')}-{digest}"
 
 
 def describe(name: str, generator: Generator, step: int) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from tokmat_jax.errors import UserError
 from tokmat_jax.generator import Generator
 from tokmat_jax.workdir import CHECKPOINTS, CORPUS, differences, read_json
 
-_BUDGET = ("init_from", "data", "tokenizer", "model", "optimizer", "train.num_steps", "train.batch_size")
+_BUDGET = ("init_from", "data", "tokenizer", "model", "table.initial", "optimizer", "train.num_steps",
+           "train.batch_size")
 """Settings in which a run and its baseline must agree for the comparison to be one of methods."""
-_FREE = ("data.prepared_dir", "model.head_init", "tokenizer.training_characters")
+_FREE = ("data.prepared_dir", "model.head", "model.head_init", "tokenizer.training_characters")
+"""Of these, what belongs to the machine or the method: imported weights go on without a head, maturation has one."""
 
 
 def mismatches(run: Generator, baseline: Generator, workdirs: tuple[Path, Path]) -> list[str]:
