@@ -116,6 +116,16 @@ def test_a_mismatch_that_is_allowed_stands_in_the_first_line(runs_dir, tmp_path)
     assert "<p class=warning>MISMATCH" in (tmp_path / "yes" / "report.html").read_text()
 
 
+@pytest.mark.slow
+def test_where_positions_are_scarce_long_tails_are_left_out(runs_dir, tmp_path):
+    changed = {"prompt-tokens": 33, "num-prompts": 2, "resamples": 5, "num-seeds": 2}
+    with jax.numpy_dtype_promotion("standard"):
+        evaluate.main(arguments(runs_dir, tmp_path, **changed))
+    data = read(tmp_path)
+    assert [row["name"] for row in data["rows"] if row["kind"] == "maturation"] == ["plain, K 1"]
+    assert "Periodic loops: human" in (tmp_path / "report.md").read_text()
+
+
 @pytest.mark.parametrize(("changed", "says"), [
     ({"num-prompts": 1}, "--num-prompts must be at least 2, found 1"),
     ({"max-new-tokens": 47}, "--max-new-tokens 47 leaves no room for a prompt: the model has 48 positions"),

@@ -154,7 +154,7 @@ def main(args: Sequence[str]) -> None:
     check(flags)
     run, baseline, found = load_pair(flags)
     output = Path(flags.output)
-    make_workdir(output)
+    make_workdir(output, "--output")
     corpus = prepare(run.config)
     prompts = prompts_of(corpus, run.config, flags.num_prompts, flags.prompt_tokens, flags.max_new_tokens)
     judge, judges_workdir = load_judge(flags, baseline, output)
@@ -171,6 +171,7 @@ def main(args: Sequence[str]) -> None:
     card = Card(run, baseline, judge, prompts, store, options)
     with bar("evaluating", card.num_parts()) as progress:
         data = card.data(progress.update)
+    data["judge"]["name"] = flags.judge or flags.baseline
     data |= {
         "title": "Token Maturation against ordinary decoding", "mismatch": found, "seed": flags.seed,
         "run": describe(flags.workdir, run, states["run"][0]), "temperature": 1.0,

@@ -59,14 +59,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def make_workdir(workdir: Path) -> None:
-    """Creates the folder; raises UserError where that, or writing into it, is not possible."""
+def make_workdir(workdir: Path, flag: str = "--workdir") -> None:
+    """Creates the folder that `flag` names; raises UserError where that, or writing into it, is not possible."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
             pass
     except OSError as error:
-        raise UserError(f"workdir: cannot write into {workdir}: {error.strerror}; choose another --workdir") from None
+        raise UserError(f"{flag}: cannot write into {workdir}: {error.strerror}; choose another {flag}") from None
 
 
 @contextlib.contextmanager

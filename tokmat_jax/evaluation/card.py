@@ -16,7 +16,7 @@ from tokmat_jax.config import GenerationConfig
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import figures, frontier, metrics, scores
 from tokmat_jax.evaluation.gap import measure_gap
-from tokmat_jax.evaluation.judge import Judge
+from tokmat_jax.evaluation.judge import Judge, perplexity
 from tokmat_jax.evaluation.methods import HUMAN, Method, Writer, Written, curve_methods, table_methods
 from tokmat_jax.evaluation.pair import Prompts
 from tokmat_jax.evaluation.store import Store
@@ -83,7 +83,7 @@ class Card:
             "rows": rows, "calibration": self._part("calibration", "calibration", None,
                                                                   self._calibration),
             "frontier": self._frontier(), "figures": figure, "gap": self._part("gap", "gap", None, self._gap),
-            "judge": {"name": self.judge.generator.config.workdir, "is_baseline": self.judge.generator is self.baseline,
+            "judge": {"is_baseline": self.judge.generator is self.baseline,
                       "num_parameters": num_parameters(self.judge.generator)},
             "brier_note": _brier_note(len(self.prompts.ids), rows),
             "log_vocabulary": float(np.log(self.run.tokenizer.vocab_size)),
@@ -141,7 +141,7 @@ class Card:
                 name: dataclasses.asdict(value) for name, value in
                 scores.brier_values(per_context, _BRIER["contexts"], options.resamples).items()},
             "mauve": self._store.get("mauve", method.identity, lambda: self._mauve(written))
-            if scores.has_mauve() and method != HUMAN else None,
+            if scores.has_mauve() and method != HUMAN and len(written.tokens) >= scores.FEWEST_FOR_MAUVE else None,
             "samples": [(decode(ids), text) for ids, text in list(zip(self.prompts.ids, texts, strict=True))[:3]],
         }
 
@@ -170,9 +170,8 @@ class Card:
         decode = self.run.tokenizer.decode
         pairs = [(decode(p), decode(h)) for p, h in zip(self.prompts.ids, self.prompts.human, strict=True)]
         shuffled = [(p, shuffle_sentences(h, seed)) for seed, (p, h) in enumerate(pairs)]
-        found = {name: np.concatenate([one.nats for one in self.judge.read_texts(texts)])
-                 for name, texts in (("human", pairs), ("shuffled", shuffled))}
-        return {name: float(np.exp(nats.mean())) for name, nats in found.items()}
+        return {name: perplexity(self.judge.read_texts(texts))
+                for name, texts in (("human", pairs), ("shuffled", shuffled))}
 
     # Repetition against perplexity
 
@@ -243,7 +242,7 @@ class Card:
         def lookahead():
             few = self.prompts.ids[:16]
             settings = dataclasses.replace(self._writer.settings(Method("plain", "maturation")),
-                                           tail_length=plain.tail_length)
+                                           tail_length=min(plain.tail_length, self._room))
             return {f"{scale:g}": figures.lookahead([record(dataclasses.replace(settings, guidance_scale=scale), ids)
                                                      for ids in few]) for scale in _SCALES}
 
@@ -260,7 +259,7 @@ class Card:
             "readout": self._part("the tail with and without guidance", "readout", asked, readouts),
             "lookahead": self._part("what tails foresee", "lookahead", asked, lookahead),
             "diversity": self._part("K against diversity", "diversity", asked, lambda: figures.diversity_by_tail(
-                run, options.prompt, plain, tails, options.num_seeds, options.batch_size)),
+                run, options.prompt, plain, tails, options.num_seeds, options.seed, options.batch_size)),
             "attractors": self._part("template attractors", "attractors", asked, attractors),
             "geometry": self._part("geometry of the tables", "geometry", None, self._geometry),
         }
@@ -277,7 +276,8 @@ class Card:
         ids = np.array([[*p, *h] for p, h in zip(self.prompts.ids, self.prompts.human, strict=True)])
         k_max = self.run.config.maturation.max_tail_length
         tail_length = min(k_max, self.options.max_new_tokens // 2 - 1)
-        gap = measure_gap(self.run.params, self.run.config, ids, len(self.prompts.ids[0]), tail_length)
+        gap = measure_gap(self.run.params, self.run.config, ids, len(self.prompts.ids[0]), tail_length,
+                          self.options.seed)
         return {name: value.tolist() if isinstance(value, np.ndarray) else value
                 for name, value in dataclasses.asdict(gap).items()}
 
@@ -322,4 +322,5 @@ def _brier_note(count: int, rows: Sequence[dict[str, Any]]) -> str:
     if any(row["mauve"] is not None for row in rows):
         return note + (f" MAUVE of {count} texts, mean ± spread of five k-means seeds, from the judge's own vectors: "
                        f"with so few texts it only tells large differences.")
-    return note + " MAUVE is left out: pip install -e '.[mauve]'."
+    why = f"fewer than {scores.FEWEST_FOR_MAUVE} texts" if scores.has_mauve() else "pip install -e '.[mauve]'"
+    return f"{note} MAUVE is left out: {why}."

@@ -87,13 +87,16 @@ def lookahead(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 def diversity_by_tail(
     generator: Generator, prompt: str, settings: GenerationConfig, lengths: Sequence[int], num_seeds: int,
-    batch_size: int,
+    seed: int, batch_size: int,
 ) -> list[dict[str, float]]:
-    """For each K of `lengths`: how varied `num_seeds` samples of one prompt are, by themselves and among themselves."""
+    """For each K of `lengths`: how varied `num_seeds` samples of one prompt are, by themselves and among themselves.
+
+    They are the samples of `seed` numbered from 0.
+    """
     found = []
     for length in lengths:
         samples = generator.generate([prompt], dataclasses.replace(settings, tail_length=length), num_seeds,
-                                     batch_size=batch_size)
+                                     seed, batch_size)
         tokens = [sample.tokens for sample in samples]
         bigrams = [pair for one in tokens for pair in itertools.pairwise(one)]
         found.append({

@@ -50,7 +50,7 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def log_perplexity_at(front: Sequence[Point], repetition: float) -> float:
-    """Log of the lowest perplexity that a `front` reaches with at most this `repetition`, in nats.
+    """Log perplexity of a `front` at this `repetition`, interpolated between its settings, in nats.
 
     Linear in (repetition, log perplexity) between neighbouring points of the front, constant to the right of its
     last one, NaN to the left of its first.

@@ -122,7 +122,7 @@ def diversity(rows: Sequence[dict[str, float]]) -> Figure:
     """K against diversity over seeds."""
     figure, [axis] = _figure(6, 3.6)
     names = {"within": "Dist-2 within a sample", "between": "Dist-2 over all samples together",
-             "different": "share of samples that differ"}
+             "different": "distinct samples / samples"}
     for index, (name, label) in enumerate(names.items()):
         axis.plot([row["tail_length"] for row in rows], [row[name] for row in rows], marker=_MARKS[index],
                   color=_COLOURS[index], label=label)

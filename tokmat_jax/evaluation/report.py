@@ -30,7 +30,7 @@ def number(value: float | None, percent: bool = False, signed: bool = False) -> 
         return "–"
     sign = "+" if signed else ""
     if percent:
-        return f"{100 * value:{sign}.0f} %"
+        return f"{100 * value:{sign}.0f} %".replace("-", "−")
     places = next((places for least, places in ((1000, 0), (10, 1), (2, 2)) if abs(value) >= least), 3)
     return f"{value:{sign},.{places}f}".replace("-", "−")
 
@@ -102,15 +102,14 @@ def verdict(data: Data) -> list[str]:
             + ("." if sure else ", but chance over prompts can explain it."))
     at = data["frontier"]["at_human"]
     if at["baseline"] is not None or at["maturation"] is not None:
-        said.append(f"At the human text's repetition (Rep-3 {number(at['repetition'])}) the judge gives the baseline's "
-                    f"best {number(at['baseline'])}, maturation's best {number(at['maturation'])} and the human text "
+        said.append(f"At the human text's repetition (Rep-3 {number(at['repetition'])}), interpolated between "
+                    f"settings, the judge gives the baseline {number(at['baseline'])}, maturation "
+                    f"{number(at['maturation'])} and the human text "
                     f"{number(at['human'])}.")
     rows = {row["name"]: row["values"] for row in data["rows"]}
-    greedy, plain = rows["greedy"], next(values for name, values in rows.items() if "maturation, plain" in name)
-    said.append(f"Periodic loops: human {number(rows['human']['periodic_loop']['value'], True)}, greedy "
-                f"{number(greedy['periodic_loop']['value'], True)}, plain maturation "
-                f"{number(plain['periodic_loop']['value'], True)}.")
-    return said
+    loops = [f"{name} {number(values['periodic_loop']['value'], True)}" for name, values in rows.items()
+             if name in ("human", "greedy") or name.startswith("maturation")]
+    return [*said, f"Periodic loops: {'; '.join(loops)}."]
 
 
 def _judge_sentences(data: Data) -> str:

@@ -127,6 +127,10 @@ def brier_values(per_context: np.ndarray, contexts_per_prompt: int, resamples: i
     return found
 
 
+FEWEST_FOR_MAUVE = 40
+"""Texts below which nothing is said: MAUVE clusters a tenth of them, and with less than four clusters tells nothing."""
+
+
 def has_mauve() -> bool:
     """Whether the package of the extra `mauve` is installed."""
     return importlib.util.find_spec("mauve") is not None
