@@ -29,6 +29,9 @@ from tokmat_jax.generator import Generator
 from tokmat_jax.view.progress import bar
 from tokmat_jax.workdir import CONFIG, make_workdir
 
+_FORMAT = 1
+"""Of the stored parts; another number whenever what a part holds is computed in another way."""
+
 
 @dataclass(frozen=True)
 class Args:
@@ -163,7 +166,8 @@ def main(args: Sequence[str]) -> None:
     options = Options(flags.max_new_tokens, flags.seed, flags.resamples, flags.batch_size, flags.prompt,
                       flags.num_seeds)
     store = Store(output / "parts", {
-        "states": states, "configs": [dataclasses.asdict(one.config) for one in (run, baseline, judge.generator)],
+        "format": _FORMAT, "states": states,
+        "configs": [dataclasses.asdict(one.config) for one in (run, baseline, judge.generator)],
         "prompts": [prompts.ids, prompts.human], "new_tokens": flags.max_new_tokens, "seed": flags.seed,
     })
     for note in prompts.notes:
