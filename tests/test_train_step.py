@@ -20,6 +20,13 @@ UNIGRAM = np.full(tiny.VOCAB, 1 / tiny.VOCAB, np.float32)
 ONE = MeshConfig(data=1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _empty_caches():
+    """These tests count compilations in a cache that the tests of a whole session would fill."""
+    jax.clear_caches()
+
+
+
 def with_train(config=tiny.CONFIG, **fields):
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
 

@@ -38,7 +38,7 @@ class Trajectory:
 def load_trajectory(path: Path) -> Trajectory:
     """What `save` wrote; raises UserError where the file is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return Trajectory(**{field.name: stored[field.name] for field in dataclasses.fields(Trajectory)})
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no trajectory: {error}") from None
