@@ -13,6 +13,8 @@ import runs
 from tokmat_jax import evaluate
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation.methods import PLAIN
+from tokmat_jax.evaluation.pair import Prompts
+from tokmat_jax.generator import Generator
 
 pytest.importorskip("matplotlib", reason="the report's plots need matplotlib: pip install -e '.[report]'")
 
@@ -89,10 +91,22 @@ def test_an_interrupted_report_goes_on_and_is_the_same(reported, runs_dir, tmp_p
     assert one == two
 
 
-def test_another_seed_takes_nothing_from_an_earlier_report(reported, runs_dir, tmp_path):
-    first = evaluate.Store(tmp_path, {"seed": 0})
-    first.get("x", None, lambda: 1)
-    assert evaluate.Store(tmp_path, {"seed": 1}).get("x", None, lambda: 2) == 2
+def test_another_seed_length_prompt_or_checkpoint_takes_nothing_from_an_earlier_report(runs_dir, tmp_path):
+    models = [Generator.from_workdir(runs_dir / name) for name in ("run", "ar")]
+    flags, states = evaluate.Args("run", "ar"), {"run": (6, 1), "baseline": (6, 1)}
+    prompts = Prompts([[1, 2]], [[3, 4]], ())
+    origins = [
+        evaluate.origin(flags, states, models, prompts),
+        evaluate.origin(dataclasses.replace(flags, seed=1), states, models, prompts),
+        evaluate.origin(dataclasses.replace(flags, max_new_tokens=64), states, models, prompts),
+        evaluate.origin(flags, states | {"run": (6, 2)}, models, prompts),
+        evaluate.origin(flags, states, models[::-1], prompts),
+        evaluate.origin(flags, states, models, dataclasses.replace(prompts, human=[[3, 5]])),
+    ]
+    for number, made_from in enumerate(origins):
+        assert evaluate.Store(tmp_path, made_from).get("x", None, lambda number=number: number) == number
+    for number, made_from in enumerate(origins):
+        assert evaluate.Store(tmp_path, made_from).get("x", None, lambda: None) == number
 
 
 def test_a_pair_that_does_not_match_is_refused(runs_dir, tmp_path):
@@ -190,4 +204,3 @@ def test_the_report_is_strict_json(reported):
 
     json.loads((reported / "report.json").read_text(), parse_constant=refuse)
     assert np.isfinite(read(reported)["log_vocabulary"])
-    assert dataclasses.is_dataclass(evaluate.Args)

@@ -22,7 +22,7 @@ from tokmat_jax.evaluation import report
 from tokmat_jax.evaluation.card import Card, Options, num_parameters
 from tokmat_jax.evaluation.frontier import Point
 from tokmat_jax.evaluation.judge import Judge
-from tokmat_jax.evaluation.pair import checkpoint_state, mismatches, prompts_of
+from tokmat_jax.evaluation.pair import Prompts, checkpoint_state, mismatches, prompts_of
 from tokmat_jax.evaluation.render import to_html, to_markdown
 from tokmat_jax.evaluation.store import Store
 from tokmat_jax.generator import Generator
@@ -116,6 +116,14 @@ def imported_name(source: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', path.name).strip('-.')}-{digest}"
 
 
+def origin(
+    flags: Args, states: dict[str, tuple[int, int]], models: Sequence[Generator], prompts: Prompts
+) -> dict[str, Any]:
+    """What every stored part was made from; `states` are the checkpoints of `models`. Other origins share nothing."""
+    return {"format": _FORMAT, "states": states, "configs": [dataclasses.asdict(one.config) for one in models],
+            "prompts": [prompts.ids, prompts.human], "new_tokens": flags.max_new_tokens, "seed": flags.seed}
+
+
 def describe(name: str, generator: Generator, step: int) -> dict[str, Any]:
     """What the report's head says of a model."""
     return {"name": name, "step": step, "num_parameters": num_parameters(generator)}
@@ -165,11 +173,7 @@ def main(args: Sequence[str]) -> None:
         ("run", flags.workdir), ("baseline", flags.baseline), ("judge", judges_workdir))}
     options = Options(flags.max_new_tokens, flags.seed, flags.resamples, flags.batch_size, flags.prompt,
                       flags.num_seeds)
-    store = Store(output / "parts", {
-        "format": _FORMAT, "states": states,
-        "configs": [dataclasses.asdict(one.config) for one in (run, baseline, judge.generator)],
-        "prompts": [prompts.ids, prompts.human], "new_tokens": flags.max_new_tokens, "seed": flags.seed,
-    })
+    store = Store(output / "parts", origin(flags, states, (run, baseline, judge.generator), prompts))
     for note in prompts.notes:
         print(f"note: {note}")
     card = Card(run, baseline, judge, prompts, store, options)

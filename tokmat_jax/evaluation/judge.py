@@ -26,7 +26,7 @@ class Reading:
     nats: np.ndarray
     """−log p [M] of each token behind everything before it."""
     entropy: np.ndarray
-    """[M] nats of softmax(cos(ẑ, E)/τ) where each token was chosen."""
+    """[M] nats of softmax(cos(ẑ, E)), τ = 1, where each token was chosen."""
     ending: np.ndarray
     """Prediction ẑ [d] behind the whole text: what stands for it in MAUVE."""
 
@@ -34,13 +34,12 @@ class Reading:
 class Judge:
     """An autoregressive model of ours, trained or imported."""
 
-    def __init__(self, generator: Generator, temperature: float = 1.0):
+    def __init__(self, generator: Generator):
         if not generator.is_autoregressive:
             raise UserError(f"{generator.config.workdir} cannot judge: it is a maturation run, a judge is a language "
                             f"model (an autoregressive baseline or an import)")
         self.generator = generator
         self.tokenizer = generator.tokenizer
-        self._temperature = temperature
         self._forward = make_forward(generator.config)
         self._read = jax.jit(self._trace_read)
 
@@ -94,7 +93,7 @@ class Judge:
         prediction, _ = self._forward(params, vectors, jnp.ones(ids.shape), told, positions)
         nats = losses.cross_entropy(prediction[:, :-1], ids[:, 1:], vocabulary.readout, scale)
         inner = scores(prediction[:, :-1], vocabulary.readout)
-        entropy = entropy_of(inner, prediction[:, :-1], vocabulary, self._temperature)
+        entropy = entropy_of(inner, prediction[:, :-1], vocabulary)
         return nats, entropy, prediction[jnp.arange(batch), lengths - 1]
 
 

@@ -45,20 +45,20 @@ def pooled_counts(texts: Sequence[str], n: int) -> np.ndarray:
     return np.array([(len(set(of_text)), len(of_text)) for of_text in ngrams], np.int64).reshape(-1, 2)
 
 
-def pooled_repetition(texts: Sequence[str], n: int) -> float:
-    """SimCTG's rep-n in [0, 1) over all `texts`: 1 − Σ unique / Σ total (Su et al. 2022, arXiv:2202.06417).
+def pooled_repetition(counts: np.ndarray) -> float:
+    """SimCTG's rep-n in [0, 1) over texts: 1 − Σ unique / Σ total (Su et al. 2022, arXiv:2202.06417).
 
-    N-grams of words parted by white space, unique within their own text; the sums go over the texts, so that long
-    texts count for more. The paper prints it in percent. Its authors' script leaves out the last n-gram of each
-    text; this follows the paper's equation, which does not. NaN where no text has n words.
+    `counts` [N, 2] are their `pooled_counts`: n-grams are unique within their own text, and the sums go over the texts,
+    so that long ones count for more. The paper prints it in percent. Its authors' script leaves out the last n-gram of
+    each text; this follows the paper's equation, which does not. NaN where no text has n words.
     """
-    unique, total = pooled_counts(texts, n).sum(0)
+    unique, total = counts.sum(0)
     return float(1.0 - unique / total) if total else math.nan
 
 
-def diversity(texts: Sequence[str]) -> float:
-    """SimCTG's diversity in (0, 1]: Π (1 − rep-n) over n = 2, 3, 4 of `pooled_repetition`."""
-    return math.prod(1.0 - pooled_repetition(texts, n) for n in (2, 3, 4))
+def diversity(counts: Sequence[np.ndarray]) -> float:
+    """SimCTG's diversity in (0, 1]: Π (1 − rep-n) of the `pooled_counts` for n = 2, 3, 4."""
+    return math.prod(1.0 - pooled_repetition(one) for one in counts)
 
 
 def brier(samples: np.ndarray, reference: np.ndarray) -> np.ndarray:

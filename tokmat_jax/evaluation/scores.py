@@ -86,14 +86,11 @@ def values(
     full = np.array([len(tokens) == new_tokens for tokens in written.tokens])
     pooled = {n: metrics.pooled_counts(texts, n) * full[:, None] for n in (2, 3, 4)}
 
-    def repeated(chosen: np.ndarray, n: int) -> float:
-        unique, total = pooled[n][chosen].sum(0)
-        return 1.0 - unique / total if total else math.nan
-
-    for n in (2, 3, 4):
-        found[f"simctg_rep_{n}"] = _value(lambda chosen, n=n: repeated(chosen, n), count, resamples)
+    for n, counts in pooled.items():
+        found[f"simctg_rep_{n}"] = _value(
+            lambda chosen, counts=counts: metrics.pooled_repetition(counts[chosen]), count, resamples)
     found["diversity"] = _value(
-        lambda chosen: math.prod(1.0 - repeated(chosen, n) for n in (2, 3, 4)), count, resamples)
+        lambda chosen: metrics.diversity([counts[chosen] for counts in pooled.values()]), count, resamples)
 
     def perplexity(chosen: np.ndarray) -> float:
         total = judge_tokens[chosen].sum()
