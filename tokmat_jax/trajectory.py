@@ -30,15 +30,15 @@ class Trajectory:
         slots = np.arange(min(index, self.tokens.shape[1] - 1), -1, -1)
         return index - slots, slots
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes an `.npz` with an array per field."""
         np.savez_compressed(path, **dataclasses.asdict(self))
 
 
-def load_trajectory(path: Path) -> Trajectory:
+def load_trajectory(path: str | Path) -> Trajectory:
     """What `save` wrote; raises UserError where the file is missing or damaged."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return Trajectory(**{field.name: stored[field.name] for field in dataclasses.fields(Trajectory)})
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no trajectory: {error}") from None
