@@ -47,6 +47,10 @@ class Args:
     """σ of the embryos in units of R."""
     history_noise: float | None = None
     """σ_h, norm in units of R of the noise added to a vector when it enters the history; 0 is off."""
+    repulsion: float | None = None
+    """ρ, how far predictions are pushed away from what was committed in like places (0.2 to 0.8); 0 is off."""
+    repulsion_sharpness: float | None = None
+    """b, how alike two predictions must be to count as the same place."""
     entropy_temperature: float | None = None
     """τ of the reported entropy of softmax(cos/τ)."""
     num_samples: int = 1

@@ -20,19 +20,19 @@ CAPACITY = 24
 
 
 @functools.cache
-def compiled(length: int, guided: bool):
+def compiled(length: int, guided: bool, repelled: bool = False):
     _, forward, _ = tiny.model()
 
     @jax.jit
     def begin(params, vocabulary, ids, lengths, budgets, keys, tail):
         vectors = look_up(vocabulary.table, ids)
-        memory = cache.prefill(params, forward, vectors, jnp.full((BATCH,), length), CAPACITY)
+        memory = cache.prefill(params, forward, vectors, jnp.full((BATCH,), length), CAPACITY, repelled)
         last = vectors[jnp.arange(BATCH), lengths - 1]
         return decode.start(keys, last, lengths, budgets, memory, tail, 1.0)
 
     @jax.jit
     def step(params, vocabulary, state, tail):
-        predict = cache.cached_predict(params, forward, tail, length, guided)
+        predict = cache.cached_predict(params, forward, tail, length, guided, repelled)
         refined = maturation.contract(state.tail, predict(state)[0], tail.rate)
         return *decode.liquid_step(state, predict, vocabulary, tail, 1.0, END), refined
 
@@ -43,7 +43,7 @@ def cached(prompts, tail, keys, garbage=0):
     """Tokens per row and the tail after each contraction, [steps, K, d] per row."""
     params, _, vocabulary = tiny.model()
     length = tail.maturity.shape[0]
-    begin, step = compiled(length, float(tail.guidance_scale) != 1.0)
+    begin, step = compiled(length, float(tail.guidance_scale) != 1.0, float(tail.repulsion) != 0.0)
     ids = np.full((BATCH, WIDTH), garbage, np.int32)
     lengths, budgets = np.ones(BATCH, np.int32), np.zeros(BATCH, np.int32)
     for row, prompt in enumerate(prompts):
@@ -66,7 +66,8 @@ prompt_lists = st.lists(one_prompt, min_size=1, max_size=BATCH)
 
 batches = {"prompts": prompt_lists, "seed": st.integers(0, 100),
            "profile": st.sampled_from(["linear", "cosine", "constant"]), "rate": st.sampled_from([None, 0.3, 1.0]),
-           "history_noise": st.sampled_from([0.0, 0.5])}
+           "history_noise": st.sampled_from([0.0, 0.5]), "repulsion": st.sampled_from([0.0, 0.5]),
+           "repulsion_sharpness": st.sampled_from([1.0, 10.0])}
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])

@@ -17,7 +17,7 @@ END = 3
 def tail_of(maturity, noise=0.0, history_noise=0.0):
     maturity = jnp.array(maturity)
     return decode.Tail(maturity, maturity, jnp.float32(noise), jnp.float32(1.0), jnp.float32(1.0),
-                       jnp.float32(history_noise))
+                       jnp.float32(history_noise), jnp.float32(0.0), jnp.float32(10.0))
 
 
 def start(tail, prompt_length=2, budget=5, last=(1.0, 0.0), batch=1):

@@ -16,6 +16,10 @@ def example(seed=0):
     return jax.random.normal(keys[1], (2, 3, D)), jax.random.randint(keys[2], (2, 3), 0, V), table
 
 
+def counted_once(ids):
+    return losses.Negatives(jnp.array(ids), jnp.zeros(len(ids)))
+
+
 def cosine(a, b):
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
@@ -28,7 +32,7 @@ def test_regression_by_hand():
 @pytest.mark.parametrize("negatives", [[0, 3, 3, 7], list(range(V))], ids=["with a repeat", "full"])
 def test_info_nce_is_the_equation(negatives):
     prediction, ids, table = example()
-    got = losses.info_nce(prediction, ids, table, jnp.array(negatives), jnp.float32(7.0))
+    got = losses.info_nce(prediction, ids, table, counted_once(negatives), jnp.float32(7.0))
     z, e = np.asarray(prediction, np.float64), np.asarray(table, np.float64)
     for b in range(2):
         for t in range(3):
@@ -43,7 +47,7 @@ def test_a_target_without_other_negatives_costs_nothing_and_has_a_finite_gradien
     ids = jnp.full_like(ids, 3)
 
     def total(z):
-        return jnp.sum(losses.info_nce(z, ids, table, jnp.array([3, 3]), jnp.float32(20.0)))
+        return jnp.sum(losses.info_nce(z, ids, table, counted_once([3, 3]), jnp.float32(20.0)))
 
     value, gradient = jax.value_and_grad(total)(prediction)
     np.testing.assert_allclose(value, 0.0, atol=1e-5)
@@ -53,7 +57,7 @@ def test_a_target_without_other_negatives_costs_nothing_and_has_a_finite_gradien
 def test_full_negatives_equal_the_cross_entropy_of_scaled_cosines():
     prediction, ids, table = example(1)
     unit = prediction / jnp.linalg.norm(prediction, axis=-1, keepdims=True)
-    nce = losses.info_nce(prediction, ids, table, jnp.arange(V), jnp.float32(9.0))
+    nce = losses.info_nce(prediction, ids, table, losses.all_of(V), jnp.float32(9.0))
     # ⟨ẑ/‖ẑ‖ · R, e⟩ / R² is the cosine.
     entropy = losses.cross_entropy(2.0 * unit, ids, table, jnp.float32(9.0 / 2.0**2))
     np.testing.assert_allclose(nce, entropy, rtol=1e-5)
@@ -72,7 +76,7 @@ def draws(negatives, power=0.75):
     config = ObjectiveConfig(negatives=negatives, num_negatives=20_000, unigram_power=power)
     unigram = jnp.array([0.0, 0.1, 0.4, 0.5])
     targets = jnp.array([[1, 1, 1, 3]])
-    return np.bincount(losses.draw_negatives(jax.random.key(0), config, targets, unigram), minlength=4) / 20_000
+    return np.bincount(losses.draw_negatives(jax.random.key(0), config, targets, unigram).ids, minlength=4) / 20_000
 
 
 # Five standard errors of a share of 20,000 draws are at most 5·√(0.25/20000) < 0.018.
@@ -93,4 +97,39 @@ def test_unigram_negatives_follow_the_power_of_the_counts(power):
 def test_full_negatives_are_all_of_the_vocabulary():
     config = ObjectiveConfig(negatives="full", num_negatives=2)
     got = losses.draw_negatives(jax.random.key(0), config, jnp.zeros((1, 2), jnp.int32), jnp.ones(5) / 5)
-    np.testing.assert_array_equal(got, np.arange(5))
+    np.testing.assert_array_equal(got.ids, np.arange(5))
+    np.testing.assert_array_equal(got.log_weight, np.zeros(5))
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_weighted_negatives_are_what_many_from_unigram_come_to(power):
+    prediction, ids, table = example(3)
+    unigram = jnp.arange(1.0, V + 1) / (V * (V + 1) / 2)
+    config = ObjectiveConfig(negatives="weighted", unigram_power=power)
+    weighted = losses.draw_negatives(jax.random.key(0), config, ids, unigram)
+    got = losses.info_nce(prediction, ids, table, weighted, jnp.float32(3.0))
+    share = np.arange(1.0, V + 1) ** power
+    share /= share.sum()
+    z, e = np.asarray(prediction, np.float64), np.asarray(table, np.float64)
+    for b, t in np.ndindex(2, 3):
+        target = int(ids[b, t])
+        terms = [np.exp(3.0 * cosine(z[b, t], e[j])) for j in range(V)]
+        others = V * sum(share[j] * terms[j] for j in range(V) if j != target)
+        np.testing.assert_allclose(got[b, t], -np.log(terms[target] / (terms[target] + others)), rtol=1e-5)
+    if power == 0.0:
+        full = losses.info_nce(prediction, ids, table, losses.all_of(V), jnp.float32(3.0))
+        np.testing.assert_allclose(got, full, rtol=1e-5)
+
+
+def test_a_token_that_never_occurs_is_no_weighted_negative():
+    prediction, ids, table = example(4)
+    config = ObjectiveConfig(negatives="weighted", unigram_power=1.0)
+    unigram = jnp.zeros(V).at[:3].set(1 / 3)
+
+    def total(z):
+        return jnp.sum(losses.info_nce(z, jnp.full_like(ids, 5), table, losses.draw_negatives(
+            jax.random.key(0), config, ids, unigram), jnp.float32(20.0)))
+
+    value, gradient = jax.value_and_grad(total)(prediction)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()

@@ -12,16 +12,19 @@ from tokmat_jax.attention import History
 from tokmat_jax.decode import Predict, State, Tail
 from tokmat_jax.guidance import guide
 from tokmat_jax.model import Forward, Params
+from tokmat_jax.repulsion import Remembering, begin_trace, repel
 
 
 def prefill(
-    params: Params, forward: Forward, vectors: jax.Array, tail_length: jax.Array, capacity: int
-) -> History:
-    """Keys and values of prompts [B, P, d] of any lengths up to P, in a history of `capacity` ≥ P positions.
+    params: Params, forward: Forward, vectors: jax.Array, tail_length: jax.Array, capacity: int, repelled: bool = False
+) -> History | Remembering:
+    """Keys and values of prompts [B, P, d] of any lengths up to P, in a history of `capacity` ≥ P positions, with the
+    trace of repulsion where the decoder is `repelled`.
 
     Rows may be filled up with anything behind their end: what stands there is never read before it is rewritten.
     """
-    return read_prompts(params, forward, vectors, tail_length, capacity)[1]
+    prediction, history = read_prompts(params, forward, vectors, tail_length, capacity)
+    return Remembering(history, begin_trace(prediction, vectors, capacity)) if repelled else history
 
 
 def read_prompts(
@@ -54,11 +57,14 @@ def append(history: History, live: History, position: jax.Array) -> History:
     return jax.tree.map(write, history, live)
 
 
-def cached_predict(params: Params, forward: Forward, tail: Tail, told_tail_length: int, guided: bool) -> Predict:
+def cached_predict(
+    params: Params, forward: Forward, tail: Tail, told_tail_length: int, guided: bool, repelled: bool = False
+) -> Predict:
     """`predict` of the decoder over a History: K query positions a step, two such passes with guidance.
 
     `told_tail_length` is the K that the model is told by FiLM (0 for an autoregressive backbone). The
-    unconditional pass has the same queries and no history.
+    unconditional pass has the same queries and no history. Repulsion pushes the conditional prediction; its memory
+    is that of `prefill` with `repelled`.
     """
 
     def told(state):
@@ -77,4 +83,5 @@ def cached_predict(params: Params, forward: Forward, tail: Tail, told_tail_lengt
         vectors, maturity, positions = _queries(state, tail)
         return forward(params, vectors, maturity, told(state), positions)[0], state.memory
 
-    return guide(conditional, unconditional, tail.guidance_scale) if guided else conditional
+    seeing = repel(conditional, tail.repulsion, tail.repulsion_sharpness) if repelled else conditional
+    return guide(seeing, unconditional, tail.guidance_scale) if guided else seeing

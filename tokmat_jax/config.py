@@ -270,12 +270,13 @@ class ObjectiveConfig(_Section):
     Logits are κ ⟨ẑ, e_i⟩ / R² on the sphere and κ ⟨ẑ, e_i⟩ with a raw table."""
     learn_logit_scale: bool = False
     """Whether κ is a parameter (kept within 1..100)."""
-    negatives: Literal["uniform", "batch", "unigram", "full"] = "uniform"
-    """Where the negatives of InfoNCE come from: the vocabulary, the batch's targets, unigram^β, or all of V."""
+    negatives: Literal["uniform", "batch", "unigram", "full", "weighted"] = "uniform"
+    """Where the negatives of InfoNCE come from: the vocabulary, the batch's targets, unigram^β, or all of V; `weighted`
+    takes all of V too, each as often as unigram^β would draw it out of V."""
     num_negatives: int = 256
-    """|N|, shared by the targets of a step (`full` takes all of V)."""
+    """|N|, shared by the targets of a step (`full` and `weighted` take all of V)."""
     unigram_power: float = 0.75
-    """β of `unigram`."""
+    """β of `unigram` and `weighted`: 0 is the likelihood, 1 is PMI."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -398,6 +399,11 @@ class GenerationConfig(_Section):
     """σ_h, norm of the noise added to a vector when it enters the history, in units of R; 0 is off."""
     guidance_scale: float = 1.0
     """s; 1 is off."""
+    repulsion: float = 0.0
+    """ρ, how far a prediction is pushed away from what was committed where it was nearly the same, as a share of its
+    norm; 0 is off."""
+    repulsion_sharpness: float = 10.0
+    """b: a place whose prediction has the cosine c with this one counts exp(b (c − 1))."""
     max_new_tokens: int = 64
     """Token budget of a sample; end-of-text may come earlier."""
     entropy_temperature: float = 1.0
@@ -409,6 +415,9 @@ class GenerationConfig(_Section):
         _require_share(generation__max_maturity=self.max_maturity, generation__rate=self.rate or 0.0)
         _require_positive(generation__max_new_tokens=self.max_new_tokens,
                           generation__entropy_temperature=self.entropy_temperature)
+        _require(self.repulsion >= 0 and self.repulsion_sharpness > 0, f"generation.repulsion must not be negative and "
+                 f"generation.repulsion_sharpness must be positive, found {self.repulsion} and "
+                 f"{self.repulsion_sharpness}")
         _require(min(self.tail_noise, self.history_noise) >= 0, f"generation.tail_noise and generation.history_noise "
                  f"must not be negative, found {self.tail_noise} and {self.history_noise}")
 

@@ -41,6 +41,10 @@ class Tail:
     """τ [] of the entropy that is reported."""
     history_noise: jax.Array
     """σ_h [], norm in units of R of what is added to a vector when it enters the history; 0 is off."""
+    repulsion: jax.Array
+    """ρ [], strength of the push away from what was committed in like places, as a share of ‖ẑ‖; 0 is off."""
+    repulsion_sharpness: jax.Array
+    """b [], how alike two predictions must be to count as the same place."""
 
 
 def make_tail(
@@ -52,6 +56,8 @@ def make_tail(
     temperature: float = 1.0,
     rate: float | None = None,
     history_noise: float = 0.0,
+    repulsion: float = 0.0,
+    repulsion_sharpness: float = 10.0,
 ) -> Tail:
     """The settings of a tail of `tail_length` K; the plain algorithm's where they are left out.
 
@@ -63,7 +69,8 @@ def make_tail(
             jnp.arange(tail_length), jnp.int32(tail_length), profile, jnp.float32(front))
 
     return Tail(along(max_maturity), along(max_maturity if rate is None else rate), jnp.float32(noise),
-                jnp.float32(guidance_scale), jnp.float32(temperature), jnp.float32(history_noise))
+                jnp.float32(guidance_scale), jnp.float32(temperature), jnp.float32(history_noise),
+                jnp.float32(repulsion), jnp.float32(repulsion_sharpness))
 
 
 @struct.dataclass

@@ -99,9 +99,10 @@ class Generator:
         self.config = config
         self.tokenizer = tokenizer
         self._compilations = 0
-        self._prefill = jax.jit(self._trace_prefill, static_argnames="capacity")
+        self._prefill = jax.jit(self._trace_prefill, static_argnames=("capacity", "repelled"))
         self._advance = jax.jit(
-            self._trace_advance, static_argnames=("guided", "read_tail", "num_steps", "num_candidates"),
+            self._trace_advance,
+            static_argnames=("guided", "repelled", "read_tail", "num_steps", "num_candidates"),
             donate_argnames="state",
         )
         self._read = jax.jit(self._trace_read)
@@ -210,7 +211,8 @@ class Generator:
 
     @property
     def is_autoregressive(self) -> bool:
-        """Whether this is the baseline: it has no tail, so K = 1, rate 1, no noise and no guidance."""
+        """Whether this is the baseline: it has no tail, so K = 1, rate 1, no noise and no guidance. Its predictions
+        are vectors all the same, which repulsion may push."""
         return self.config.objective.kind == "ar"
 
     def rows(
@@ -236,24 +238,26 @@ class Generator:
 
     def _tail(self, settings: GenerationConfig) -> decode.Tail:
         if self.is_autoregressive:
-            return decode.make_tail(1, "constant", 1.0, 0.0, temperature=settings.entropy_temperature)
+            return decode.make_tail(1, "constant", 1.0, 0.0, temperature=settings.entropy_temperature,
+                                    repulsion=settings.repulsion, repulsion_sharpness=settings.repulsion_sharpness)
         return decode.make_tail(settings.tail_length, settings.profile, settings.max_maturity, settings.tail_noise,
                                 settings.guidance_scale, settings.entropy_temperature, settings.rate,
-                                settings.history_noise)
+                                settings.history_noise, settings.repulsion, settings.repulsion_sharpness)
 
     def _start(self, rows: Sequence[Row], settings: GenerationConfig, seed: int) -> tuple[decode.State, decode.Tail]:
         """The state behind the prompts of `rows`, and how its tail is run."""
         batch = make_batch(rows, settings.max_new_tokens, seed, self.config.max_positions, self.tokenizer.end_of_text)
         tail = jax.tree.map(np.asarray, self._tail(settings))
         state = self._prefill(self._params, self._vocabulary, batch.ids, batch.lengths, batch.budgets, batch.names,
-                              tail, capacity=batch.capacity)
+                              tail, capacity=batch.capacity, repelled=settings.repulsion != 0.0)
         return state, tail
 
     def _steps(self, state: decode.State, tail: decode.Tail, settings: GenerationConfig, num_steps: int,
                read_tail: bool, num_candidates: int = 0) -> tuple[decode.State, decode.Step]:
         guided = settings.guidance_scale != 1.0 and not self.is_autoregressive
-        return self._advance(self._params, self._vocabulary, state, tail, guided=guided, read_tail=read_tail,
-                             num_steps=num_steps, num_candidates=num_candidates)
+        return self._advance(self._params, self._vocabulary, state, tail, guided=guided,
+                             repelled=settings.repulsion != 0.0, read_tail=read_tail, num_steps=num_steps,
+                             num_candidates=num_candidates)
 
     def _run(self, rows: list[Row], batch: list[int], settings: GenerationConfig, seed: int) -> list[Sample]:
         chosen = [rows[index] for index in batch]
@@ -285,11 +289,11 @@ class Generator:
     def _told_tail_length(self, tail: decode.Tail) -> int:
         return 0 if self.is_autoregressive else tail.maturity.shape[0]
 
-    def _trace_prefill(self, params, vocabulary, ids, lengths, budgets, names, tail, capacity):
+    def _trace_prefill(self, params, vocabulary, ids, lengths, budgets, names, tail, capacity, repelled):
         self._compilations += 1
         told = jnp.full(lengths.shape, self._told_tail_length(tail), jnp.int32)
         vectors = look_up(vocabulary.table, ids)
-        memory = cache.prefill(params, self._forward, vectors, told, capacity)
+        memory = cache.prefill(params, self._forward, vectors, told, capacity, repelled)
         last = jnp.take_along_axis(vectors, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return decode.start(jax.vmap(sample_key)(names), last, lengths, budgets, memory, tail, self.config.table.radius)
 
@@ -301,9 +305,10 @@ class Generator:
                                       jnp.zeros((batch,), jnp.int32), positions)
         return read(prediction, vocabulary, 1.0)[0]
 
-    def _trace_advance(self, params, vocabulary, state, tail, guided, read_tail, num_steps, num_candidates):
+    def _trace_advance(self, params, vocabulary, state, tail, guided, repelled, read_tail, num_steps,
+                       num_candidates):
         self._compilations += 1
-        predict = cache.cached_predict(params, self._forward, tail, self._told_tail_length(tail), guided)
+        predict = cache.cached_predict(params, self._forward, tail, self._told_tail_length(tail), guided, repelled)
         return decode.run(state, predict, vocabulary, tail, self.config.table.radius, self.tokenizer.end_of_text,
                           num_steps, read_tail, num_candidates)
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from tokmat_jax.config import ObjectiveConfig
 from tokmat_jax.table import look_up, scores, unit
@@ -15,42 +16,67 @@ def regression(prediction: jax.Array, target: jax.Array, radius: float) -> jax.A
     return jnp.sum(jnp.square(prediction - target), axis=-1) / radius**2
 
 
+@struct.dataclass
+class Negatives:
+    """What the targets of a step are told apart from."""
+
+    ids: jax.Array
+    """[N], shared by all targets."""
+    log_weight: jax.Array
+    """log of how many times each counts [N]."""
+
+
+def all_of(vocab_size: int) -> Negatives:
+    """Every token once."""
+    return Negatives(jnp.arange(vocab_size), jnp.zeros((vocab_size,)))
+
+
 def info_nce(
-    prediction: jax.Array, target_ids: jax.Array, table: jax.Array, negatives: jax.Array, logit_scale: jax.Array
+    prediction: jax.Array, target_ids: jax.Array, table: jax.Array, negatives: Negatives, logit_scale: jax.Array
 ) -> jax.Array:
     """L_nce [B, T]: −log of the target's share among itself and the negatives, by κ · cosine.
 
-    `prediction` [B, T, d], `target_ids` [B, T], `table` [V, d], `negatives` [N] ids shared by all targets. A
-    negative that equals the target is masked out; a negative drawn twice counts twice (METHOD §3).
+    `prediction` [B, T, d], `target_ids` [B, T], `table` [V, d]. A negative that equals the target is masked out; a
+    negative drawn twice counts twice (METHOD §3).
     """
     # κ scales the short side of the product, and nothing is concatenated: [B, T, N] is written once.
     direction = logit_scale * unit(prediction)
     positive = jnp.sum(direction * unit(look_up(table, target_ids)), axis=-1)
-    others = scores(direction, unit(look_up(table, negatives)))
-    others = jnp.where(negatives[None, None, :] == target_ids[..., None], _MASKED, others)
+    others = scores(direction, unit(look_up(table, negatives.ids))) + negatives.log_weight
+    others = jnp.where(negatives.ids[None, None, :] == target_ids[..., None], _MASKED, others)
     return jnp.logaddexp(positive, jax.nn.logsumexp(others, axis=-1)) - positive
 
 
 def draw_negatives(
     key: jax.Array, config: ObjectiveConfig, target_ids: jax.Array, unigram: jax.Array
-) -> jax.Array:
-    """Ids [N] of the step's negatives, by `config.negatives` (METHOD §3).
+) -> Negatives:
+    """The step's negatives, by `config.negatives` (METHOD §3).
 
     `target_ids` [B, T] are the targets of the whole batch, `unigram` [V] the share of each token in the
-    training split. `full` returns all V ids and draws nothing.
+    training split. `full` and `weighted` return all V ids and draw nothing; `weighted` lets id j count V q_j times,
+    q ∝ unigram^β, which is what V negatives drawn from q come to on average.
     """
-    vocab_size = unigram.shape[0]
+    vocab_size, count = unigram.shape[0], config.num_negatives
     match config.negatives:
         case "full":
-            return jnp.arange(vocab_size)
+            return all_of(vocab_size)
+        case "weighted":
+            share = _powered(unigram, config.unigram_power)
+            return Negatives(jnp.arange(vocab_size), jnp.maximum(jnp.log(vocab_size * share), _MASKED))
         case "uniform":
-            return jax.random.randint(key, (config.num_negatives,), 0, vocab_size)
+            ids = jax.random.randint(key, (count,), 0, vocab_size)
         case "batch":
             flat = target_ids.reshape(-1)
-            return flat[jax.random.randint(key, (config.num_negatives,), 0, flat.shape[0])]
+            ids = flat[jax.random.randint(key, (count,), 0, flat.shape[0])]
         case "unigram":
-            weight = unigram**config.unigram_power
-            return jax.random.choice(key, vocab_size, (config.num_negatives,), p=weight / jnp.sum(weight))
+            ids = jax.random.choice(key, vocab_size, (count,), p=_powered(unigram, config.unigram_power))
+    return Negatives(ids, jnp.zeros((count,)))
+
+
+def _powered(unigram: jax.Array, power: float) -> jax.Array:
+    """Shares [V] proportional to `unigram`^`power`."""
+    weight = unigram**power
+    return weight / jnp.sum(weight)
 
 
 def cross_entropy(

@@ -20,7 +20,8 @@ def generate_naively(
 ) -> tuple[list[int], np.ndarray]:
     """Tokens committed behind `prompt` (at least one id), and the tail [steps, K, d] after each contraction.
 
-    Guidance runs wherever `tail.guidance_scale` is not 1, with the mask that history dropout has in training.
+    Guidance runs wherever `tail.guidance_scale` is not 1, with the mask that history dropout has in training, and
+    repulsion wherever `tail.repulsion` is not 0, over predictions for the committed positions that are made anew.
     """
     length = tail.maturity.shape[0]
     table, size = vocabulary.table, vocabulary.table.shape[1]
@@ -39,12 +40,14 @@ def generate_naively(
 
         def predict(hidden, z=z, maturity=maturity, told=told, total=total, committed=committed):
             mask = history_mask(total, jnp.array([committed]), jnp.array([hidden]))
-            output, _ = forward(params, z, maturity, told, jnp.arange(total)[None], mask)
-            return output[0, committed - 1 : total - 1]
+            return forward(params, z, maturity, told, jnp.arange(total)[None], mask)[0][0]
 
-        prediction = predict(False)
+        everywhere = predict(False)
+        prediction = everywhere[committed - 1 : total - 1]
+        if tail.repulsion != 0.0:
+            prediction = jnp.stack([pushed(one, everywhere, history, tail) for one in prediction])
         if tail.guidance_scale != 1.0:
-            free = predict(True)
+            free = predict(True)[committed - 1 : total - 1]
             prediction = free + tail.guidance_scale * (prediction - free)
         slots = [slot + rate * (ahead - slot) for slot, rate, ahead in zip(slots, tail.rate, prediction, strict=True)]
         trajectory.append(np.stack([np.asarray(slot) for slot in slots]))
@@ -56,3 +59,20 @@ def generate_naively(
         if token == end_of_text:
             break
     return tokens, np.stack(trajectory)
+
+
+def pushed(
+    prediction: jax.Array, everywhere: jax.Array, history: list[jax.Array], tail: Tail
+) -> jax.Array:
+    """A slot's `prediction` [d] pushed away from the `history` of committed vectors [d] (repulsion.py).
+
+    `everywhere` [T, d] is the model's output; the one at position m − 1 predicted position m.
+    """
+    length = jnp.linalg.norm(prediction)
+    total, away = 0.0, jnp.zeros_like(prediction)
+    for position in range(1, len(history)):
+        before, after = everywhere[position - 1], history[position]
+        cosine = prediction @ before / (length * jnp.linalg.norm(before))
+        weight = jnp.exp(tail.repulsion_sharpness * (cosine - 1))
+        total, away = total + weight, away + weight * after / jnp.linalg.norm(after)
+    return prediction - tail.repulsion * length * away / max(total, 1.0)

@@ -102,7 +102,7 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
     return Windows(tokens, ids[:, 1:], maturity[:, 1:], output[:, :-1])
 
 
-def position_losses(windows: Windows, params: Params, negatives: jax.Array, config: Config) -> dict[str, jax.Array]:
+def position_losses(windows: Windows, params: Params, negatives: losses.Negatives, config: Config) -> dict[str, jax.Array]:
     """Loss terms [B, T−1] by name; `loss` is what training minimises."""
     if config.objective.kind == "ar":
         entropy = losses.cross_entropy(windows.prediction, windows.target_ids, windows.vocabulary.readout,
@@ -115,7 +115,7 @@ def position_losses(windows: Windows, params: Params, negatives: jax.Array, conf
 
 
 def loss_sums(
-    params: Params, ids: jax.Array, keys: jax.Array, negatives: jax.Array, config: Config, forward: Forward
+    params: Params, ids: jax.Array, keys: jax.Array, negatives: losses.Negatives, config: Config, forward: Forward
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Σ w_t L_t, and the sums of each term with `weight` = Σ w_t; a mean is a sum divided by `weight`."""
     windows = run_windows(params, ids, keys, config, forward)

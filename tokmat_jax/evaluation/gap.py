@@ -81,7 +81,7 @@ def _sums(params, ids, keys, config: Config, prompt_tokens: int, tail_length: in
         return following, jnp.stack(measured)
 
     def loss(prediction, targets):
-        everything = jnp.arange(vocabulary.table.shape[0])
+        everything = losses.all_of(vocabulary.table.shape[0])
         return losses.info_nce(prediction, targets, vocabulary.table, everything, scale)
 
     def hit(prediction, targets):

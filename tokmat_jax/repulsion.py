@@ -1,0 +1,82 @@
+"""Repulsion: a prediction is pushed away from what was committed where the model predicted nearly the same (ours).
+
+A text that loops comes back to the same predictions. Every committed position m is remembered as a pair: the
+prediction ẑ_m that stood for it and the vector z_m that took its place. With unit vectors u(·), strength ρ and sharpness b,
+
+    a_m = exp(b (cos(ẑ, ẑ_m) − 1))        p = Σ a_m u(z_m) / max(1, Σ a_m)        ẑ ← ẑ − ρ ‖ẑ‖ p
+
+for each slot's ẑ, over the committed positions. Nothing is pushed at ρ = 0, nor where no earlier prediction was
+like this one. The pairs are a function of the committed text alone, prompt included, so that caching stays exact; a step
+costs no further pass of the model.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tokmat_jax.table import unit
+
+
+@struct.dataclass
+class Trace:
+    """What stood for every committed position and what took its place. Index s of the capacity S holds position s;
+    entries from a row's n on are not valid yet, and position 0 was predicted from nothing: whoever reads masks both."""
+
+    predicted: jax.Array
+    """u(ẑ_s) [B, S, d], before it was pushed."""
+    committed: jax.Array
+    """u(z_s) [B, S, d], as it entered the history."""
+
+
+@struct.dataclass
+class Remembering:
+    """A decoder's memory that keeps a trace beside what the model wants back."""
+
+    memory: jax.Array
+    """The model's own memory, any pytree."""
+    trace: Trace
+
+
+def begin_trace(prediction: jax.Array, vectors: jax.Array, capacity: int) -> Trace:
+    """The trace of prompts: their `vectors` [B, P, d], and the `prediction` [B, P, d] behind each of them.
+
+    It has room for `capacity` positions, and for one behind the prompts in any case.
+    """
+    rest = max(capacity - vectors.shape[1], 1)
+    return Trace(jnp.pad(unit(prediction), ((0, 0), (1, rest - 1), (0, 0))),
+                 jnp.pad(unit(vectors), ((0, 0), (0, rest), (0, 0))))
+
+
+def push(
+    prediction: jax.Array, trace: Trace, num_committed: jax.Array, strength: jax.Array, sharpness: jax.Array
+) -> jax.Array:
+    """`prediction` [B, K, d] pushed away from the committed vectors of rows with `num_committed` n [B].
+
+    `strength` ρ ≥ 0 and `sharpness` b > 0 are scalars.
+    """
+    cosine = jnp.einsum("bkd,bsd->bks", unit(prediction), trace.predicted)
+    position = jnp.arange(trace.predicted.shape[1])[None, :]
+    valid = (position >= 1) & (position < num_committed[:, None])
+    weight = jnp.where(valid[:, None], jnp.exp(sharpness * (cosine - 1.0)), 0.0)
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+    away = jnp.einsum("bks,bsd->bkd", weight, trace.committed) / jnp.maximum(total, 1.0)
+    return prediction - strength * jnp.linalg.norm(prediction, axis=-1, keepdims=True) * away
+
+
+def repel(predict, strength: jax.Array, sharpness: jax.Array):
+    """`predict` of a decoder with its predictions pushed; its memory is a `Remembering`.
+
+    The newest committed vector enters the trace here, and so does what stands for the front, ẑ as it was predicted.
+    """
+
+    def repelled(state):
+        old: Remembering = state.memory
+        prediction, memory = predict(state.replace(memory=old.memory))
+        rows, n = jnp.arange(state.last.shape[0]), state.num_committed
+        trace = Trace(
+            old.trace.predicted.at[rows, n].set(unit(prediction[:, 0])),
+            old.trace.committed.at[rows, n - 1].set(unit(state.last)),
+        )
+        return push(prediction, trace, n, strength, sharpness), Remembering(memory, trace)
+
+    return repelled
