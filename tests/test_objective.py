@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 import tiny
-from tokmat_jax import maturation, objective
+from tokmat_jax import losses, maturation, objective
 from tokmat_jax.config import MaturationConfig, ObjectiveConfig
 from tokmat_jax.guidance import history_mask
 from tokmat_jax.model import make_forward
 
 IDS = jax.random.randint(jax.random.key(7), (4, 48), 0, tiny.VOCAB)
 KEYS = objective.row_keys(jax.random.key(8), 4)
-NEGATIVES = jnp.arange(10)
+NEGATIVES = losses.all_of(10)
 
 
 def variant(**maturation_fields):

@@ -42,7 +42,7 @@ def info_nce(
     # κ scales the short side of the product, and nothing is concatenated: [B, T, N] is written once.
     direction = logit_scale * unit(prediction)
     positive = jnp.sum(direction * unit(look_up(table, target_ids)), axis=-1)
-    others = scores(direction, unit(look_up(table, negatives.ids))) + negatives.log_weight
+    others = scores(direction, unit(look_up(table, negatives.ids))) + negatives.log_weight[None, None]
     others = jnp.where(negatives.ids[None, None, :] == target_ids[..., None], _MASKED, others)
     return jnp.logaddexp(positive, jax.nn.logsumexp(others, axis=-1)) - positive
 

@@ -102,7 +102,9 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
     return Windows(tokens, ids[:, 1:], maturity[:, 1:], output[:, :-1])
 
 
-def position_losses(windows: Windows, params: Params, negatives: losses.Negatives, config: Config) -> dict[str, jax.Array]:
+def position_losses(
+    windows: Windows, params: Params, negatives: losses.Negatives, config: Config
+) -> dict[str, jax.Array]:
     """Loss terms [B, T−1] by name; `loss` is what training minimises."""
     if config.objective.kind == "ar":
         entropy = losses.cross_entropy(windows.prediction, windows.target_ids, windows.vocabulary.readout,

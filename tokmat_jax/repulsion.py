@@ -1,13 +1,14 @@
 """Repulsion: a prediction is pushed away from what was committed where the model predicted nearly the same (ours).
 
 A text that loops comes back to the same predictions. Every committed position m is remembered as a pair: the
-prediction ẑ_m that stood for it and the vector z_m that took its place. With unit vectors u(·), strength ρ and sharpness b,
+prediction ẑ_m that stood for it and the vector z_m that took its place. With unit vectors u(·), strength ρ and
+sharpness b,
 
     a_m = exp(b (cos(ẑ, ẑ_m) − 1))        p = Σ a_m u(z_m) / max(1, Σ a_m)        ẑ ← ẑ − ρ ‖ẑ‖ p
 
 for each slot's ẑ, over the committed positions. Nothing is pushed at ρ = 0, nor where no earlier prediction was
-like this one. The pairs are a function of the committed text alone, prompt included, so that caching stays exact; a step
-costs no further pass of the model.
+like this one. The pairs are a function of the committed text alone, prompt included, so that caching stays exact, and
+a step costs no further pass of the model.
 """
 
 import jax
