@@ -44,8 +44,8 @@ def test_a_report_has_all_its_rows_columns_and_files(reported):
     data = read(reported)
     assert [row["name"] for row in data["rows"]] == [
         "human", "greedy", "greedy, penalty 1.2", "temperature 1", "nucleus 0.95", "contrastive search", "best of 16",
-        "maturation, the run's setting", "maturation, plain (K 8)", "plain, guidance 2", "plain, K 1", "plain, K 4",
-        "plain, K 16"]  # 48 positions hold no tail of 64
+        "greedy, repulsion 0.4", "maturation, the run's setting", "maturation, plain (K 8)", "plain, guidance 2",
+        "plain, repulsion 0.4", "plain, K 1", "plain, K 4", "plain, K 16"]  # 48 positions hold no tail of 64
     assert data["prompts"] == {"count": 5, "prompt_tokens": 8, "new_tokens": 12, "notes": []}
     for row in data["rows"]:
         values = row["values"]
@@ -57,8 +57,12 @@ def test_a_report_has_all_its_rows_columns_and_files(reported):
     assert data["judge"]["is_baseline"]
     assert set(data["calibration"]) == {"human", "shuffled"}
     curves = {point["curve"] for point in data["frontier"]["points"]}
-    assert {"temperature", "nucleus", "guidance", "tail noise", "history noise", "rate"} <= curves
-    assert data["frontier"]["areas"][0]["curve"] == "all together"
+    assert {"temperature", "nucleus", "guidance", "tail noise", "history noise", "rate", "repulsion", "penalty",
+            "repulsion of the baseline"} <= curves
+    areas = [(area["curve"], area["against"]) for area in data["frontier"]["areas"]]
+    assert areas[0] == ("all together", "the baseline's sampling")
+    assert areas[-1] == ("all together", "every decoder of the baseline")
+    assert {curve for curve, _ in areas[1:-1]} == curves - {"temperature", "nucleus"}
     drawn = {path.stem for path in (reported / "plots").glob("*.svg")}
     assert {"frontier", "entropy", "diversity", "gap", "candidates_0"} <= drawn
     markdown, page = (reported / "report.md").read_text(), (reported / "report.html").read_text()
@@ -93,15 +97,15 @@ def test_an_interrupted_report_goes_on_and_is_the_same(reported, runs_dir, tmp_p
 
 def test_another_seed_length_prompt_or_checkpoint_takes_nothing_from_an_earlier_report(runs_dir, tmp_path):
     models = [Generator.from_workdir(runs_dir / name) for name in ("run", "ar")]
-    flags, states = evaluate.Args("run", "ar"), {"run": (6, 1), "baseline": (6, 1)}
+    states = {"run": (6, 1), "baseline": (6, 1)}
     prompts = Prompts([[1, 2]], [[3, 4]], ())
     origins = [
-        evaluate.origin(flags, states, models, prompts),
-        evaluate.origin(dataclasses.replace(flags, seed=1), states, models, prompts),
-        evaluate.origin(dataclasses.replace(flags, max_new_tokens=64), states, models, prompts),
-        evaluate.origin(flags, states | {"run": (6, 2)}, models, prompts),
-        evaluate.origin(flags, states, models[::-1], prompts),
-        evaluate.origin(flags, states, models, dataclasses.replace(prompts, human=[[3, 5]])),
+        evaluate.origin(states, models, prompts, 128, 0),
+        evaluate.origin(states, models, prompts, 128, 1),
+        evaluate.origin(states, models, prompts, 64, 0),
+        evaluate.origin(states | {"run": (6, 2)}, models, prompts, 128, 0),
+        evaluate.origin(states, models[::-1], prompts, 128, 0),
+        evaluate.origin(states, models, dataclasses.replace(prompts, human=[[3, 5]]), 128, 0),
     ]
     for number, made_from in enumerate(origins):
         assert evaluate.Store(tmp_path, made_from).get("x", None, lambda number=number: number) == number

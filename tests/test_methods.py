@@ -92,7 +92,9 @@ def test_every_curve_has_a_course_and_every_setting_its_name():
 def test_a_method_is_deterministic_where_nothing_is_drawn():
     rows = table_methods(GenerationConfig(), 500) + curve_methods(500)
     assert {row.name for row in rows if row.is_deterministic} == {
-        "human", "greedy", "greedy, penalty 1.2", "contrastive search", "temperature 0"}
+        "human", "greedy", "greedy, penalty 1.2", "contrastive search", "temperature 0",
+        *(f"greedy, penalty {p}" for p in ("1.05", "1.1", "1.3", "1.5")),
+        *(f"greedy, repulsion {r}" for r in ("0.05", "0.1", "0.2", "0.3", "0.4", "0.6", "0.8", "1"))}
 
 
 def test_a_name_stands_for_one_setting_in_table_and_curves():

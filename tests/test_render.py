@@ -100,15 +100,15 @@ def shown(svg):
 def test_a_frontier_shows_every_curve_the_human_and_the_same_svg_again():
     curves = {"temperature": [Point("t 0", 0.8, 3.0), Point("t 1", 0.01, 40.0)], "guidance": [Point("s", 0.5, 9.0)]}
     human = Point("human", 0.03, 33.0)
-    svg = plots.frontier(curves, human, ["temperature"])
+    svg = plots.frontier(curves, human, {"temperature": True})
     for name in ("temperature (baseline)", "guidance", "human", "best of maturation", "judge perplexity"):
         assert name in shown(svg)
-    assert plots.frontier(curves, human, ["temperature"]) == svg
+    assert plots.frontier(curves, human, {"temperature": True}) == svg
 
 
 def test_a_frontier_without_a_finite_point_is_drawn_all_the_same():
     nothing = float("nan")
-    svg = plots.frontier({"guidance": [Point("s", nothing, nothing)]}, Point("human", nothing, 33.0), [])
+    svg = plots.frontier({"guidance": [Point("s", nothing, nothing)]}, Point("human", nothing, 33.0), {})
     assert "guidance" in shown(svg)
 
 

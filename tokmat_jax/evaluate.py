@@ -29,7 +29,7 @@ from tokmat_jax.generator import Generator
 from tokmat_jax.view.progress import bar
 from tokmat_jax.workdir import CONFIG, make_workdir
 
-_FORMAT = 1
+_FORMAT = 2
 """Of the stored parts; another number whenever what a part holds is computed in another way."""
 
 
@@ -117,11 +117,11 @@ def imported_name(source: str) -> str:
 
 
 def origin(
-    flags: Args, states: dict[str, tuple[int, int]], models: Sequence[Generator], prompts: Prompts
+    states: dict[str, tuple[int, int]], models: Sequence[Generator], prompts: Prompts, max_new_tokens: int, seed: int
 ) -> dict[str, Any]:
     """What every stored part was made from; `states` are the checkpoints of `models`. Other origins share nothing."""
     return {"format": _FORMAT, "states": states, "configs": [dataclasses.asdict(one.config) for one in models],
-            "prompts": [prompts.ids, prompts.human], "new_tokens": flags.max_new_tokens, "seed": flags.seed}
+            "prompts": [prompts.ids, prompts.human], "new_tokens": max_new_tokens, "seed": seed}
 
 
 def describe(name: str, generator: Generator, step: int) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def draw(data: dict[str, Any]) -> dict[str, str]:
     for point in found["points"]:
         curves.setdefault(point["curve"], []).append(
             Point(*(point[name] for name in ("label", "repetition", "perplexity"))))
-    baselines = sorted({point["curve"] for point in found["points"] if point["is_baseline"]})
+    baselines = {point["curve"]: point["is_sampling"] for point in found["points"] if point["is_baseline"]}
     figures = data["figures"]
     drawn = {"frontier": plots.frontier(curves, Point(**found["human"]), baselines),
              "entropy": plots.entropy(figures["maturing"], tuple(figures["temperatures"]))}
@@ -173,7 +173,8 @@ def main(args: Sequence[str]) -> None:
         ("run", flags.workdir), ("baseline", flags.baseline), ("judge", judges_workdir))}
     options = Options(flags.max_new_tokens, flags.seed, flags.resamples, flags.batch_size, flags.prompt,
                       flags.num_seeds)
-    store = Store(output / "parts", origin(flags, states, (run, baseline, judge.generator), prompts))
+    store = Store(output / "parts", origin(states, (run, baseline, judge.generator), prompts, flags.max_new_tokens,
+                                           flags.seed))
     for note in prompts.notes:
         print(f"note: {note}")
     card = Card(run, baseline, judge, prompts, store, options)

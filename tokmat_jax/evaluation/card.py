@@ -26,6 +26,9 @@ from tokmat_jax.train_step import init_params
 _BRIER = {"contexts": 4, "ahead": 4, "samples": 4}
 """Beginnings per prompt, tokens behind each, and independent samples of them."""
 _SCALES = (1.0, 2.0)
+_SHORT_ROWS = ("human", "greedy", "nucleus 0.95", "maturation, the run's setting", "plain, guidance 2",
+               "plain, repulsion 0.4")
+_SHORT_CURVES = ("temperature", "nucleus", "repulsion of the baseline", "repulsion", "guidance", "σ 1, K 1, by α_max")
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,12 @@ class Card:
 
     def __init__(
         self, run: Generator, baseline: Generator, judge: Judge, prompts: Prompts, store: Store, options: Options,
+        baseline_store: Store | None = None,
     ):
+        """What the baseline wrote is kept in `baseline_store`, which several cards may share; None is `store`."""
         self.run, self.baseline, self.judge = run, baseline, judge
         self.prompts, self.options = prompts, options
-        self._store = store
+        self._store, self._baseline_store = store, baseline_store or store
         self._done, self._told = 0, _nobody
         self._writer = Writer(run, baseline, options.max_new_tokens, options.seed, options.batch_size)
         self._reader = Judge(baseline)
@@ -82,16 +87,35 @@ class Card:
         return {
             "rows": rows, "calibration": self._part("calibration", "calibration", None,
                                                                   self._calibration),
-            "frontier": self._frontier(), "figures": figure, "gap": self._part("gap", "gap", None, self._gap),
+            "frontier": self._frontier(self.curves), "figures": figure,
+            "gap": self._part("gap", "gap", None, self._gap),
             "judge": {"is_baseline": self.judge.generator is self.baseline,
                       "num_parameters": num_parameters(self.judge.generator)},
             "brier_note": _brier_note(len(self.prompts.ids), rows),
             "log_vocabulary": float(np.log(self.run.tokenizer.vocab_size)),
         }
 
-    def _part(self, name: str, kind: str, settings: Any, make: Callable[[], Any]) -> Any:
+    def num_short_parts(self) -> int:
+        """How many parts `short` has."""
+        return len(self._short_rows()) + len(self._short_curves()) + 2
+
+    def _short_rows(self) -> list[Method]:
+        names = (*_SHORT_ROWS, f"maturation, plain (K {GenerationConfig().tail_length})")
+        return [method for method in self.table if method.name in names]
+
+    def _short_curves(self) -> list[Method]:
+        return [method for method in self.curves if method.curve in _SHORT_CURVES]
+
+    def short(self, told: Callable[[int, str], None]) -> dict[str, Any]:
+        """What one experiment is judged by: the scores of a few rows, a few curves of the frontier, the lookahead."""
+        self._done, self._told = 0, told
+        rows = {method.name: {name: dataclasses.asdict(value) for name, value in
+                              self._values(*self._written(method)).items()} for method in self._short_rows()}
+        return {"rows": rows, "frontier": self._frontier(self._short_curves()), "lookahead": self._lookahead()}
+
+    def _part(self, name: str, kind: str, settings: Any, make: Callable[[], Any], store: Store | None = None) -> Any:
         """The part of a `kind` under `settings`; `name` is what is shown."""
-        found = self._store.get(kind, settings, make)
+        found = (store or self._store).get(kind, settings, make)
         self._done += 1
         self._told(self._done, name)
         return found
@@ -112,7 +136,8 @@ class Card:
             return {"written": dataclasses.asdict(written), "nats": [float(one.sum()) for one in nats],
                     "judge_tokens": [one.size for one in nats]}
 
-        found = self._part(method.name, "written", method.identity, make)
+        found = self._part(method.name, "written", method.identity, make,
+                           self._baseline_store if method.is_baseline else None)
         written = Written(**found["written"])
         return written, np.array(found["nats"], np.float64), np.array(found["judge_tokens"])
 
@@ -125,11 +150,15 @@ class Card:
         decode = self.run.tokenizer.decode
         return self.judge.read_texts([(decode(p), decode(t)) for p, t in zip(self.prompts.ids, tokens, strict=True)])
 
+    def _values(self, written: Written, nats: np.ndarray, judge_tokens: np.ndarray) -> dict[str, scores.Value]:
+        texts = [self.run.tokenizer.decode(tokens) for tokens in written.tokens]
+        return scores.values(written, texts, nats, judge_tokens, self.options.max_new_tokens, self.options.resamples)
+
     def _row(self, method: Method) -> dict[str, Any]:
         written, nats, judge_tokens = self._written(method)
         options, decode = self.options, self.run.tokenizer.decode
         texts = [decode(tokens) for tokens in written.tokens]
-        values = scores.values(written, texts, nats, judge_tokens, options.max_new_tokens, options.resamples)
+        values = self._values(written, nats, judge_tokens)
         sampled = self._part(f"{method.name}: repeated samples", "repeated", [*method.identity, _BRIER],
                              lambda: self._repeated(method))
         per_context = np.array(sampled["brier"]) if sampled["brier"] else None
@@ -175,40 +204,49 @@ class Card:
 
     # Repetition against perplexity
 
-    def _frontier(self) -> dict[str, Any]:
-        found = [self._written(method) for method in self.curves]
+    def _frontier(self, methods: Sequence[Method]) -> dict[str, Any]:
+        found = [self._written(method) for method in methods]
         length, resamples = self.options.max_new_tokens, self.options.resamples
         settings = frontier.Settings(
-            [method.name for method in self.curves],
+            [method.name for method in methods],
             np.array([scores.per_prompt(written, length)["rep_3"] for written, _, _ in found]),
             np.array([nats for _, nats, _ in found]), np.array([tokens for _, _, tokens in found]))
-        baseline = settings.only([i for i, method in enumerate(self.curves) if method.is_baseline])
-        names = dict.fromkeys(method.curve for method in self.curves)
-        ours = {"all together": [i for i, method in enumerate(self.curves) if not method.is_baseline]}
-        ours |= {name: chosen for name in names if not self.curves[
-            (chosen := [i for i, method in enumerate(self.curves) if method.curve == name])[0]].is_baseline}
+        curves = {name: [i for i, method in enumerate(methods) if method.curve == name]
+                  for name in dict.fromkeys(method.curve for method in methods)}
+        ours = [i for i, method in enumerate(methods) if not method.is_baseline]
+        sampling = [i for i, method in enumerate(methods) if method.is_sampling]
+        baseline = settings.only(sampling)
         areas = []
-        for name, chosen in ours.items():
+
+        def measure(name: str, chosen: list[int], against: str, others: frontier.Settings) -> None:
             one = settings.only(chosen)
-            area = frontier.signed_area(baseline.points(), one.points())
-            areas.append({"curve": name, **dataclasses.asdict(area),
-                          "interval": frontier.interval_of_area(baseline, one, resamples)})
+            area = frontier.signed_area(others.points(), one.points())
+            areas.append({"curve": name, "against": against, **dataclasses.asdict(area),
+                          "interval": frontier.interval_of_area(others, one, resamples)})
+
+        measure("all together", ours, frontier.SAMPLING, baseline)
+        for name, chosen in curves.items():
+            if not methods[chosen[0]].is_sampling:
+                measure(name, chosen, frontier.SAMPLING, baseline)
+        measure("all together", ours, frontier.EVERY_DECODER,
+                settings.only([i for i, method in enumerate(methods) if method.is_baseline]))
         written, nats, tokens = self._written(HUMAN)
         human = frontier.Settings(["human"], scores.per_prompt(written, length)["rep_3"][None], nats[None],
                                   tokens[None]).points()[0]
         fronts = {"baseline": frontier.front(baseline.points()),
-                  "maturation": frontier.front(settings.only(ours["all together"]).points())}
+                  "maturation": frontier.front(settings.only(ours).points())}
         return {
-            "points": [{"curve": method.curve, "is_baseline": method.is_baseline, **dataclasses.asdict(point)}
-                       for method, point in zip(self.curves, settings.points(), strict=True)],
+            "points": [{"curve": method.curve, "is_baseline": method.is_baseline, "is_sampling": method.is_sampling,
+                        **dataclasses.asdict(point)}
+                       for method, point in zip(methods, settings.points(), strict=True)],
             "areas": areas,
             "at_human": {"repetition": human.repetition, "human": human.perplexity} | {
                 name: float(np.exp(frontier.log_perplexity_at(front, human.repetition))) if front else None
                 for name, front in fronts.items()},
             "human": dataclasses.asdict(human),
             "note": f"A front is what no setting of its family beats; each is chosen from the same prompts on which it "
-                    f"is measured ({len(baseline.labels)} settings of the baseline, {len(ours['all together'])} of "
-                    f"maturation), anew in every resample.",
+                    f"is measured ({len(sampling)} settings of the baseline's sampling, "
+                    f"{len(ours)} of maturation), anew in every resample.",
         }
 
     # The article's figures
@@ -239,13 +277,6 @@ class Card:
             return {f"{scale:g}": figures.readout(
                 record(dataclasses.replace(plain, guidance_scale=scale)), decode, piece) for scale in _SCALES}
 
-        def lookahead():
-            few = self.prompts.ids[:16]
-            settings = dataclasses.replace(self._writer.settings(Method("plain", "maturation")),
-                                           tail_length=min(plain.tail_length, self._room))
-            return {f"{scale:g}": figures.lookahead([record(dataclasses.replace(settings, guidance_scale=scale), ids)
-                                                     for ids in few]) for scale in _SCALES}
-
         def attractors():
             own = dataclasses.replace(run.config.generation, max_new_tokens=length)
             own = dataclasses.replace(own, tail_length=min(own.tail_length, room - length))
@@ -257,12 +288,24 @@ class Card:
             "prompt": options.prompt, "temperatures": temperatures,
             "maturing": self._part("tokens through maturation", "maturing", asked, maturing),
             "readout": self._part("the tail with and without guidance", "readout", asked, readouts),
-            "lookahead": self._part("what tails foresee", "lookahead", asked, lookahead),
+            "lookahead": self._lookahead(),
             "diversity": self._part("K against diversity", "diversity", asked, lambda: figures.diversity_by_tail(
                 run, options.prompt, plain, tails, options.num_seeds, options.seed, options.batch_size)),
             "attractors": self._part("template attractors", "attractors", asked, attractors),
             "geometry": self._part("geometry of the tables", "geometry", None, self._geometry),
         }
+
+    def _lookahead(self) -> dict[str, Any]:
+        """What plain tails foresee, with and without guidance."""
+        plain = self._writer.settings(Method("plain", "maturation"))
+        plain = dataclasses.replace(plain, tail_length=min(plain.tail_length, self._room))
+
+        def make():
+            return {f"{scale:g}": figures.lookahead([
+                self.run.record(ids, dataclasses.replace(plain, guidance_scale=scale), seed=self.options.seed)
+                for ids in self.prompts.ids[:16]]) for scale in _SCALES}
+
+        return self._part("what tails foresee", "lookahead", None, make)
 
     def _geometry(self) -> dict[str, Any]:
         found = {}

@@ -8,6 +8,9 @@ import numpy as np
 
 from tokmat_jax.evaluation.metrics import bootstrap
 
+SAMPLING, EVERY_DECODER = "the baseline's sampling", "every decoder of the baseline"
+"""Whose front an area is measured against."""
+
 
 @dataclass(frozen=True)
 class Point:

@@ -21,9 +21,10 @@ class Method:
     """One way to write."""
 
     name: str
-    kind: Literal["human", "sampling", "contrastive", "best_of", "maturation"]
+    kind: Literal["human", "sampling", "contrastive", "best_of", "repulsion", "maturation"]
     settings: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the decoder: those of `Baselines`' methods, or fields of GenerationConfig over its defaults."""
+    """Arguments of the decoder: those of `Baselines`' methods, or fields of GenerationConfig over its defaults
+    (`repulsion` and `maturation`)."""
     curve: str = ""
     """Which curve of the frontier it lies on; empty for a row of the table alone."""
 
@@ -36,18 +37,24 @@ class Method:
     @property
     def is_baseline(self) -> bool:
         """Whether the autoregressive model writes."""
-        return self.kind in ("sampling", "contrastive", "best_of")
+        return self.kind not in ("human", "maturation")
+
+    @property
+    def is_sampling(self) -> bool:
+        """Whether it is one of the curves of ordinary sampling, which the signed area is measured against."""
+        return self.curve in ("temperature", "nucleus")
 
     @property
     def is_deterministic(self) -> bool:
         """Whether every sample of one prompt is the same."""
         greedy = self.kind == "sampling" and self.settings.get("temperature", 0.0) == 0.0
-        return greedy or self.kind in ("human", "contrastive")
+        return greedy or self.kind in ("human", "contrastive", "repulsion")
 
 
 HUMAN = Method("human", "human")
 _STRONG = {"tail_noise": 1.0, "max_maturity": 0.5}
 """Strong embryos and a low rate."""
+_REPULSIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 
 
 def _maturation(name: str, curve: str = "", **settings: Any) -> Method:
@@ -68,9 +75,11 @@ def table_methods(own: GenerationConfig, room: int) -> list[Method]:
         Method("nucleus 0.95", "sampling", {"temperature": 1.0, "top_p": 0.95}),
         Method("contrastive search", "contrastive", {"top_k": 5, "alpha": 0.6}),
         Method("best of 16", "best_of", {"count": 16}),
+        Method("greedy, repulsion 0.4", "repulsion", {"repulsion": 0.4}),
         _maturation("maturation, the run's setting", **own_settings),
         _maturation(f"maturation, plain (K {plain})"),
         _maturation("plain, guidance 2", guidance_scale=2.0),
+        _maturation("plain, repulsion 0.4", repulsion=0.4),
         *(_maturation(f"plain, K {length}", tail_length=length) for length in (1, 4, 16, 64)),
     ]
     return [row for row in rows if _tail_length(row) <= room]
@@ -82,7 +91,12 @@ def curve_methods(room: int) -> list[Method]:
                 for t in (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
     baseline += [Method(f"nucleus {p:g}", "sampling", {"temperature": 1.0, "top_p": p}, "nucleus")
                  for p in (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95)]
-    ours = [_maturation(f"guidance {s:g}", "guidance", guidance_scale=s) for s in (1.0, 1.5, 2.0, 2.5, 3.0)]
+    baseline += [Method(f"greedy, penalty {p:g}", "sampling", {"repetition_penalty": p}, "penalty")
+                 for p in (1.05, 1.1, 1.2, 1.3, 1.5)]
+    baseline += [Method(f"greedy, repulsion {r:g}", "repulsion", {"repulsion": r}, "repulsion of the baseline")
+                 for r in _REPULSIONS]
+    ours = [_maturation(f"repulsion {r:g}", "repulsion", repulsion=r) for r in _REPULSIONS]
+    ours += [_maturation(f"guidance {s:g}", "guidance", guidance_scale=s) for s in (1.0, 1.5, 2.0, 2.5, 3.0)]
     ours += [_maturation(f"tail noise {n:g}", "tail noise", tail_length=2, tail_noise=n, max_maturity=0.5)
              for n in (0.3, 0.5, 0.7, 0.85, 1.0)]
     ours += [_maturation(f"history noise {n:g}", "history noise", history_noise=n) for n in (0.0, 0.25, 0.5, 0.75)]
@@ -174,6 +188,9 @@ class Writer:
                 found = self._decoder.contrastive(given, length, batch_size=size, **method.settings)
             case "best_of":
                 found = self._decoder.best_of(given, length, seed=seed, batch_size=size, **method.settings)
+            case "repulsion":
+                settings = GenerationConfig(max_new_tokens=length, **method.settings)
+                found = self.baseline.generate(given, settings, batch_size=size)
             case _:
                 found = self._decoder.sample(given, length, num_samples=samples, seed=seed, batch_size=size,
                                              **method.settings)

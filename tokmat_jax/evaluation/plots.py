@@ -16,9 +16,9 @@ _STYLE: Any = {
     "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "svg.fonttype": "none", "svg.hashsalt": "tokmat", "legend.frameon": False,
 }
-_COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8e5ea2", "#c98a00", "#3aa7a3", "#7a5c3e", "#555555", "#e377c2",
-            "#9aa81c")
-_MARKS = "os^Dv<>PXh"
+_COLOURS = ("#1b6ca8", "#555555", "#2e8b57", "#8e5ea2", "#d1495b", "#c98a00", "#3aa7a3", "#7a5c3e", "#e377c2",
+            "#9aa81c", "#0b3c5d", "#f4845f")
+_MARKS = "os^Dv<>PXhp*"
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Any]]:
@@ -51,20 +51,26 @@ def plain(piece: str) -> str:
 
 
 @styled
-def frontier(curves: dict[str, list[Point]], human: Point, baselines: Sequence[str]) -> Figure:
-    """Rep-3 against judge perplexity: a curve per method, the fronts of both families, human as a point."""
+def frontier(curves: dict[str, list[Point]], human: Point, baselines: dict[str, bool]) -> Figure:
+    """Rep-3 against judge perplexity: a curve per method, the fronts of sampling and maturation, human as a point.
+
+    `baselines` are the baseline's curves, and whether each is sampling.
+    """
     figure, axes = _figure(11, 5, 2)
     finite = [p for points in curves.values() for p in points if math.isfinite(p.repetition + p.perplexity)]
     for axis, near in zip(axes, (False, True), strict=True):
         for index, (name, points) in enumerate(curves.items()):
             ours = name not in baselines
-            axis.plot([p.repetition for p in points], [p.perplexity for p in points], _MARKS[index % 10],
-                      linestyle="-" if ours else "--", color=_COLOURS[index % 10], markersize=4.5, linewidth=1.3,
+            mark, colour = _MARKS[index % len(_MARKS)], _COLOURS[index % len(_COLOURS)]
+            axis.plot([p.repetition for p in points], [p.perplexity for p in points], mark,
+                      linestyle="-" if ours else "--", color=colour, markersize=4.5, linewidth=1.3,
                       label=name if ours else f"{name} (baseline)")
-        for ours, colour in ((False, "#000000"), (True, "#d1495b")):
-            best = front([p for name, points in curves.items() if (name not in baselines) == ours for p in points])
+        families = (("the baseline's sampling", "#000000", [n for n, sampling in baselines.items() if sampling]),
+                    ("maturation", "#d1495b", [name for name in curves if name not in baselines]))
+        for family, colour, names in families:
+            best = front([point for name in names for point in curves.get(name, [])])
             axis.plot([p.repetition for p in best], [p.perplexity for p in best], color=colour, linewidth=6, alpha=0.16,
-                      label=f"best of {'maturation' if ours else 'the baseline'}")
+                      label=f"best of {family}")
         axis.plot(human.repetition, human.perplexity, "*", color="#000000", markersize=15, label="human")
         axis.set(xlabel="repetition (Rep-3)", ylabel="judge perplexity", yscale="log")
         axis.set_title("around the human text" if near else "everything")
@@ -143,4 +149,33 @@ def gap(data: dict[str, Any]) -> Figure:
                       label=f"{kind} tail")
         axis.set(xlabel="maturity of the slot", ylabel=label)
         axis.legend(fontsize=8)
+    return figure
+
+
+@styled
+def experiments(rows: Sequence[dict[str, Any]]) -> Figure:
+    """The fronts of experiments: sampling from their baselines in grey, a colour per experiment, a line per seed."""
+    figure, [axis] = _figure(9, 5.5)
+    names = list(dict.fromkeys(row["experiment"] for row in rows))
+    shown: set[str] = set()
+
+    def draw(points: Sequence[dict[str, Any]], label: str, colour: str, style: str) -> None:
+        best = front([Point(p["label"], p["repetition"], p["perplexity"]) for p in points
+                      if p["repetition"] is not None and p["perplexity"] is not None])
+        axis.plot([p.repetition for p in best], [p.perplexity for p in best], style, color=colour, markersize=3,
+                  linewidth=1.2, label=None if label in shown else label)
+        shown.add(label)
+
+    for row in rows:
+        found = row["frontier"]
+        draw([p for p in found["points"] if p["is_sampling"]], "the baseline's sampling", "#555555", "--")
+        draw([p for p in found["points"] if not p["is_baseline"]], row["experiment"],
+             _COLOURS[names.index(row["experiment"]) % len(_COLOURS)], "o-")
+        axis.plot(found["human"]["repetition"], found["human"]["perplexity"], "*", color="#000000", markersize=13,
+                  label=None if "human" in shown else "human")
+        shown.add("human")
+    axis.set(xlabel="repetition (Rep-3)", ylabel="judge perplexity", yscale="log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
+    axis.legend(fontsize=8)
     return figure

@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+from tokmat_jax.evaluation.frontier import EVERY_DECODER
 from tokmat_jax.evaluation.render import Block, Bullets, Folded, Heading, Paragraph, Plot, Quote, Table
 from tokmat_jax.evaluation.scores import COLUMNS
 
@@ -72,9 +73,9 @@ def _without_likelihood(data: Data) -> Table:
 
 
 def _areas(data: Data) -> Table:
-    header = ["maturation's curve", "signed area, nats × Rep-3", "95 % interval", "mean gain, nats per token",
+    header = ["curve", "against", "signed area, nats × Rep-3", "95 % interval", "mean gain, nats per token",
               "Rep-3 from", "to"]
-    rows = [[area["curve"], number(area["area"], signed=True),
+    rows = [[area["curve"], area["against"], number(area["area"], signed=True),
              _area_interval(area),
              number(area["mean_gain"], signed=True), number(area["low"]), number(area["high"])]
             for area in data["frontier"]["areas"]]
@@ -100,10 +101,13 @@ def verdict(data: Data) -> list[str]:
             f"Between the two fronts lies a signed area of {number(area['area'], signed=True)} nats × Rep-3 (95 % "
             f"interval {number(low, signed=True)} to {number(high, signed=True)}): {ahead} the baseline's sampling"
             + ("." if sure else ", but chance over prompts can explain it."))
+    said += [f"Against every decoder of the baseline, repetition penalty and repulsion included, the area is "
+             f"{number(area['area'], signed=True)} ({_area_interval(area)})." for area in data["frontier"]["areas"]
+             if area["against"] == EVERY_DECODER and number(area["area"]) != "–"]
     at = data["frontier"]["at_human"]
     if at["baseline"] is not None or at["maturation"] is not None:
         said.append(f"At the human text's repetition (Rep-3 {number(at['repetition'])}), interpolated between "
-                    f"settings, the judge gives the baseline {number(at['baseline'])}, maturation "
+                    f"settings, the judge gives the baseline's sampling {number(at['baseline'])}, maturation "
                     f"{number(at['maturation'])} and the human text "
                     f"{number(at['human'])}.")
     rows = {row["name"]: row["values"] for row in data["rows"]}

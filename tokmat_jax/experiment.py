@@ -1,0 +1,293 @@
+"""One named experiment, from training to its row in the log: python -m tokmat_jax.experiment NAME --seeds 0 1 2
+
+    configs/experiments.toml ──► train.py: baseline, judge, run ──► short report card ──► log ──► summary, plot
+
+A maturation run and its baseline spend the same tokens on the same data with the same backbone and optimiser. The judge
+is the baseline of another seed, so that it favours neither. What is trained or measured already is not done again.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from tokmat_jax.cli import parse, parse_config, run_script
+from tokmat_jax.config import Config
+from tokmat_jax.data.prepare import prepare
+from tokmat_jax.errors import UserError
+from tokmat_jax.evaluate import origin
+from tokmat_jax.evaluation import summary
+from tokmat_jax.evaluation.card import Card, Options, num_parameters
+from tokmat_jax.evaluation.judge import Judge
+from tokmat_jax.evaluation.pair import checkpoint_state, mismatches, prompts_of
+from tokmat_jax.evaluation.report import to_json
+from tokmat_jax.evaluation.store import Store
+from tokmat_jax.generator import Generator
+from tokmat_jax.view.progress import bar
+from tokmat_jax.workdir import CONFIG, differences, load_config, make_workdir
+
+_BY_DESIGN = ("init_from is", "train.num_steps is", "the newest checkpoint is")
+"""Differences of a pair that stages explain; their tokens are counted."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Run named experiments: train what is missing, measure, log. Without a name, those there are are listed."""
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Which of the file's experiments."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of training, a row each."""
+    file: str = "configs/experiments.toml"
+    """TOML file of the experiments."""
+    folder: str = "runs/experiments"
+    """Runs, stored parts, summary and plot."""
+    log: str = "docs/experiments.jsonl"
+    """JSONL file to which each row is appended."""
+    num_prompts: int = 64
+    """Beginnings from held-out documents."""
+    prompt_tokens: int = 32
+    """Tokens of each."""
+    max_new_tokens: int = 128
+    """L, tokens that each method writes."""
+    batch_size: int = 64
+    """Samples that run together; changes the speed, not the row."""
+    resamples: int = 1000
+    """Bootstrap resamples of each interval."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What one changes, and what it is expected to show."""
+
+    name: str
+    base: str
+    """File of the Config that is changed."""
+    hypothesis: str
+    prediction: str
+    flags: tuple[str, ...] = ()
+    """Flags of the maturation run alone."""
+    shared: tuple[str, ...] = ()
+    """Flags of it and of its baseline."""
+    first: tuple[str, ...] = ()
+    """Flags of a stage from which the run starts; empty where there is none."""
+
+
+def read_experiments(path: Path) -> dict[str, Experiment]:
+    """The experiments of a TOML file by name; raises UserError where it cannot be read or says something else."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--file: cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--file: {path} is not TOML: {error}") from None
+    if set(data) != {"base", "experiments"} or not isinstance(data["base"], str) or not isinstance(
+            data["experiments"], dict):
+        raise UserError(f"--file: {path} must hold a text 'base' and tables [experiments.NAME], found {sorted(data)}")
+    return {name: _experiment(path, name, data["base"], found) for name, found in data["experiments"].items()}
+
+
+def _experiment(path: Path, name: str, base: str, found: Any) -> Experiment:
+    where = f"--file: {path}: experiments.{name}"
+    if name == "ar" or not name.replace("_", "").isalnum():
+        raise UserError(f"{where}: a name has letters, digits and underscores, and 'ar' is the baseline's")
+    if not isinstance(found, dict):
+        raise UserError(f"{where} must be a table")
+    texts, lists = ("hypothesis", "prediction"), ("flags", "shared", "first")
+    for key, value in found.items():
+        is_list = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        if not (key in texts and isinstance(value, str)) and not (key in lists and is_list):
+            raise UserError(f"{where}: {key} = {value!r} is not one of the texts {', '.join(texts)} and the lists of "
+                            f"texts {', '.join(lists)}")
+    for key in texts:
+        if not found.get(key):
+            raise UserError(f"{where} has no {key}: write it before the experiment is run")
+    return Experiment(name, base, *(found[key] for key in texts), *(tuple(found.get(key, ())) for key in lists))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training."""
+
+    workdir: Path
+    flags: tuple[str, ...]
+
+    @property
+    def config(self) -> Config:
+        """What train.py makes of the flags."""
+        return parse_config(self.flags)
+
+    def is_done(self) -> bool:
+        """Whether the very run lies in the workdir, trained to its end."""
+        if not (self.workdir / CONFIG).is_file():
+            return False
+        changed = set(differences(load_config(self.workdir), self.config)) - {"workdir"}
+        return not changed and checkpoint_state(self.workdir)[0] == self.config.train.num_steps
+
+    def train(self) -> None:
+        """Runs train.py, which goes on where it was interrupted; raises UserError where it fails."""
+        if self.is_done():
+            return
+        if not Path("train.py").is_file():
+            raise UserError("there is no train.py here: run experiments in the project's folder")
+        if subprocess.run([sys.executable, "train.py", *self.flags], check=False).returncode != 0:
+            raise UserError(f"training {self.workdir} failed, see above; the same command goes on from there")
+
+
+def judge_seed(seed: int) -> int:
+    """Whose baseline judges the runs of `seed`: another one's."""
+    return 1 if seed == 0 else 0
+
+
+def baseline_stage(experiment: Experiment, folder: Path, seed: int) -> Stage:
+    """The baseline of `seed`; experiments that share nothing of their own with it have it in common."""
+    home = folder / ("ar" if not experiment.shared else f"{experiment.name}_ar") / f"seed-{seed}"
+    return _stage(experiment, home, seed, ("--objective.kind", "ar"))
+
+
+def run_stages(experiment: Experiment, folder: Path, seed: int) -> list[Stage]:
+    """What is trained for the maturation run of `seed`, which comes last."""
+    home = folder / experiment.name / f"seed-{seed}"
+    if not experiment.first:
+        return [_stage(experiment, home, seed, experiment.flags)]
+    before = home.with_name(f"seed-{seed}-first")
+    return [_stage(experiment, before, seed, experiment.first),
+            _stage(experiment, home, seed, ("--init-from", str(before), *experiment.flags))]
+
+
+def _stage(experiment: Experiment, workdir: Path, seed: int, flags: Sequence[str]) -> Stage:
+    return Stage(workdir, ("--config", experiment.base, "--workdir", str(workdir), "--train.seed", str(seed),
+                           *experiment.shared, *flags))
+
+
+def tokens(config: Config) -> int:
+    """Training tokens that a run reads."""
+    return config.train.num_steps * config.train.batch_size * config.data.seq_len
+
+
+def check_budget(experiment: Experiment, stages: Sequence[Stage], baseline: Stage, done: int) -> int:
+    """The tokens of the run's `stages` together; raises UserError unless the baseline reads as many.
+
+    Of the stages the first `done` are trained: only then can a later one be read.
+    """
+    spent = sum(tokens(stage.config) for stage in stages[: done + 1])
+    if done + 1 == len(stages) and spent != tokens(baseline.config):
+        raise UserError(f"{experiment.name} reads {spent:,} tokens in all its stages, its baseline "
+                        f"{tokens(baseline.config):,}: give both the same budget")
+    return spent
+
+
+def validation(workdir: Path) -> dict[str, float]:
+    """The last validation of a run, names without their prefix."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = [row for row in rows if any(name.startswith("validation/") for name in row)][-1]
+    return {name.removeprefix("validation/"): value for name, value in last.items() if name != "step"}
+
+
+def measure(experiment: Experiment, seed: int, flags: Args) -> dict[str, Any]:
+    """Trains what is missing for `seed` and returns its row of the log."""
+    folder = Path(flags.folder)
+    stages = run_stages(experiment, folder, seed)
+    baseline_at, judge_at = (baseline_stage(experiment, folder, one) for one in (seed, judge_seed(seed)))
+    spent = 0
+    for number, stage in enumerate(stages):
+        spent = check_budget(experiment, stages, baseline_at, number)
+        stage.train()
+    baseline_at.train()
+    judge_at.train()
+    at = stages[-1].workdir
+    run, baseline, judge = (Generator.from_workdir(one) for one in (at, baseline_at.workdir, judge_at.workdir))
+    found = mismatches(run, baseline, (at, baseline_at.workdir))
+    found = [one for one in found if not (experiment.first and one.startswith(_BY_DESIGN))]
+    if found:
+        raise UserError(f"{experiment.name} is no fair comparison: {'; '.join(found)}; what concerns both belongs into "
+                        f"'shared'")
+    prompts = prompts_of(prepare(run.config), run.config, flags.num_prompts, flags.prompt_tokens, flags.max_new_tokens)
+    states = {"run": checkpoint_state(at), "baseline": checkpoint_state(baseline_at.workdir),
+              "judge": checkpoint_state(judge_at.workdir)}
+    of_baseline = {name: states[name] for name in ("baseline", "judge")}
+    options = Options(flags.max_new_tokens, 0, flags.resamples, flags.batch_size, "", 2)
+
+    def store(name: str, who: dict[str, tuple[int, int]], models: Sequence[Generator]) -> Store:
+        return Store(folder / "parts" / name, origin(who, models, prompts, flags.max_new_tokens, 0))
+
+    card = Card(run, baseline, Judge(judge), prompts, store(experiment.name, states, (run, baseline, judge)), options,
+                store("ar", of_baseline, (baseline, judge)))
+    with bar(f"measuring {experiment.name}, seed {seed}", card.num_short_parts()) as progress:
+        short = card.short(progress.update)
+    own, others = validation(at), validation(baseline_at.workdir)
+    return {
+        "experiment": experiment.name, "seed": seed, "hypothesis": experiment.hypothesis,
+        "prediction": experiment.prediction, "base": experiment.base, "flags": experiment.flags,
+        "shared": experiment.shared, "first": experiment.first, "tokens": spent,
+        "num_parameters": num_parameters(run), "judge": f"the baseline of seed {judge_seed(seed)}",
+        "num_prompts": len(prompts.ids), "new_tokens": flags.max_new_tokens,
+        "top1": {"run": own["top1/maturity_1"], "baseline": others["top1/maturity_1"]}, **short,
+    }
+
+
+def append(row: dict[str, Any], path: Path) -> None:
+    """Adds `row` to the log at `path`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(json.loads(to_json(row)), ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"--log: cannot write {path}: {error.strerror}") from None
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The newest row of each experiment and seed in the log at `path`; raises UserError for a line that is no row."""
+    if not path.is_file():
+        return []
+    rows = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows[row["experiment"], row["seed"]] = row
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f"--log: {path} line {number} is no row of an experiment") from None
+    return list(rows.values())
+
+
+def write_summary(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """`summary.md` and `frontier.svg` of all `rows`."""
+    from tokmat_jax.evaluation import plots
+
+    (folder / "summary.md").write_text(summary.table(rows), encoding="utf-8")
+    (folder / "frontier.svg").write_text(plots.experiments(rows), encoding="utf-8")
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs the experiments that `args` name."""
+    flags = parse(Args, args, prog="python -m tokmat_jax.experiment")
+    known = read_experiments(Path(flags.file))
+    if not flags.names:
+        for one in known.values():
+            print(f"{one.name}: {one.hypothesis}\n    {shlex.join(one.shared + one.flags) or 'as it is'}")
+        return
+    for name in flags.names:
+        if name not in known:
+            raise UserError(f"{flags.file} has no experiment {name!r}; it has {', '.join(known)}")
+    make_workdir(Path(flags.folder), "--folder")
+    read_log(Path(flags.log))
+    for name in flags.names:
+        for seed in flags.seeds:
+            row = measure(known[name], seed, flags)
+            append(row, Path(flags.log))
+            print(f"{name}, seed {seed}")
+            for sentence in summary.verdict(row):
+                print(f"  {sentence}")
+    write_summary(read_log(Path(flags.log)), Path(flags.folder))
+    print(f"done: {flags.log}, {Path(flags.folder) / 'summary.md'}, frontier.svg")
+
+
+if __name__ == "__main__":
+    run_script(main)
