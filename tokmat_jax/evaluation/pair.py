@@ -22,19 +22,31 @@ _FREE = ("data.prepared_dir", "model.head", "model.head_init", "tokenizer.traini
 def mismatches(run: Generator, baseline: Generator, workdirs: tuple[Path, Path]) -> list[str]:
     """In what the two differ that ought to be the same: tokenizer, data, backbone, optimiser, budget, steps trained."""
     found = []
-    if not run.tokenizer.same_ids(baseline.tokenizer):
+    same_ids = run.tokenizer.same_ids(baseline.tokenizer)
+    if not same_ids:
         found.append("the tokenizers differ")
+    # A run that starts from another one names its tokenizer and its positions; what they are is what counts.
+    free = (*_FREE, *(("tokenizer",) if same_ids else ()))
+    free += ("model.max_positions",) if run.config.max_positions == baseline.config.max_positions else ()
     for name, (ours, theirs) in differences(run.config, baseline.config).items():
-        if any(name == one or name.startswith(one + ".") for one in _BUDGET) and name not in _FREE:
+        if _within(name, _BUDGET) and not _within(name, free):
             found.append(f"{name} is {ours!r}, the baseline has {theirs!r}")
-    facts = [read_json(workdir / CORPUS).get("fingerprint") if (workdir / CORPUS).is_file() else None
-             for workdir in workdirs]
-    if facts[0] != facts[1]:
-        found.append(f"the corpus has the fingerprint {facts[0]}, the baseline's {facts[1]}")
+    facts = [read_json(workdir / CORPUS) if (workdir / CORPUS).is_file() else {} for workdir in workdirs]
+    renamed = same_ids and facts[0].get("tokenizer") != facts[1].get("tokenizer")
+    named = ("tokenizer", "fingerprint") if renamed else ()
+    ours, theirs = ({key: value for key, value in one.items() if key not in named} for one in facts)
+    if ours != theirs:
+        found.append(f"the corpus has the fingerprint {facts[0].get('fingerprint')}, the baseline's "
+                     f"{facts[1].get('fingerprint')}")
     steps = [checkpoint_state(workdir)[0] for workdir in workdirs]
     if steps[0] != steps[1]:
         found.append(f"the newest checkpoint is step {steps[0]}, the baseline's {steps[1]}")
     return found
+
+
+def _within(name: str, sections: Sequence[str]) -> bool:
+    """Whether the dotted `name` is one of `sections` or lies in one."""
+    return any(name == one or name.startswith(one + ".") for one in sections)
 
 
 def checkpoint_state(workdir: Path) -> tuple[int, int]:
