@@ -28,5 +28,6 @@ def get_config() -> Config:
         # Batches of 8, four of them per update.
         train=TrainConfig(num_steps=600_000, batch_size=32, accumulation=4, log_every=100, eval_every=5000,
                           eval_batches=64, sample_every=5000, checkpoint_every=5000),
-        generation=GenerationConfig(tail_length=16),
+        # Repulsion from the quickstart (docs/research-log.md), not tuned at this size.
+        generation=GenerationConfig(tail_length=16, repulsion=0.5),
     )

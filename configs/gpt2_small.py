@@ -27,5 +27,6 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1000),
         train=TrainConfig(num_steps=60_000, batch_size=32, accumulation=4, log_every=100, eval_every=2000,
                           eval_batches=64, sample_every=2000, checkpoint_every=2000),
-        generation=GenerationConfig(tail_length=16),
+        # Repulsion from the quickstart (docs/research-log.md), not tuned at this size.
+        generation=GenerationConfig(tail_length=16, repulsion=0.5),
     )

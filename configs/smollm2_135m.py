@@ -25,5 +25,6 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=200),
         train=TrainConfig(num_steps=10_000, batch_size=32, accumulation=4, log_every=50, eval_every=500,
                           eval_batches=32, sample_every=500, checkpoint_every=500),
-        generation=GenerationConfig(tail_length=4, tail_noise=1.0, max_maturity=0.5),
+        # Repulsion from the quickstart (docs/research-log.md), not tuned at this size.
+        generation=GenerationConfig(repulsion=0.5),
     )

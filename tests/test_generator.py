@@ -102,3 +102,24 @@ def test_too_many_positions_are_refused_with_the_numbers(generator):
     generator.generate([""], settings_of(generator, max_new_tokens=43))
     with pytest.raises(UserError, match="needs 49 positions, the model has 48"):
         generator.generate([""], settings_of(generator, max_new_tokens=44))
+
+
+@pytest.mark.parametrize("name", ["run", "ar"])
+def test_repulsion_changes_what_is_written_and_depends_on_nothing_but_the_sample(runs_dir, name):
+    generator = Generator.from_workdir(runs_dir / name)
+    settings = settings_of(generator, repulsion=1.0)
+    together = generator.generate(PROMPTS, settings)
+    assert [one.tokens for one in together] != [one.tokens for one in generator.generate(PROMPTS)]
+    for prompt, sample in zip(PROMPTS, together, strict=True):
+        [alone] = generator.generate([prompt], settings)
+        assert alone.tokens == sample.tokens == list(generator.stream(prompt, settings))[-1].tokens
+
+
+def test_with_repulsion_a_text_that_is_continued_goes_on_as_it_would_have(generator):
+    # What repels is a function of the committed text, whether it was given or written; K = 1 at rate 1 has no other.
+    settings = settings_of(generator, repulsion=1.0, tail_length=1, max_maturity=1.0, max_new_tokens=8)
+    ids = generator.tokenizer.encode("the cat sat on")
+    [whole] = generator.generate([ids], settings)
+    [rest] = generator.generate([[*ids, *whole.tokens[:4]]], dataclasses.replace(settings, max_new_tokens=4))
+    assert len(whole.tokens) == 8
+    assert rest.tokens == whole.tokens[4:]
