@@ -26,8 +26,7 @@ from tokmat_jax.train_step import init_params
 _BRIER = {"contexts": 4, "ahead": 4, "samples": 4}
 """Beginnings per prompt, tokens behind each, and independent samples of them."""
 _SCALES = (1.0, 2.0)
-_SHORT_ROWS = ("human", "greedy", "nucleus 0.95", "maturation, the run's setting", "plain, guidance 2",
-               "plain, repulsion 0.4")
+_SHORT_ROWS = ("human", "greedy", "nucleus 0.95", "plain, guidance 2", "plain, repulsion 0.4")
 _SHORT_CURVES = ("temperature", "nucleus", "repulsion of the baseline", "repulsion", "guidance", "σ 1, K 1, by α_max")
 
 
