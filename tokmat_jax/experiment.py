@@ -129,9 +129,11 @@ class Stage:
         if not (self.workdir / CONFIG).is_file():
             return False
         changed = differences(load_config(self.workdir), self.config)
-        # How the run's own samples are written trains nothing.
-        training = [name for name in changed if name != "workdir" and not name.startswith("generation.")]
-        return not training and checkpoint_state(self.workdir)[0] == self.config.train.num_steps
+        # How the run's own samples are written trains nothing, and a baseline has no tail.
+        idle = ("workdir", "generation.", *(("maturation.",) if self.config.objective.kind == "ar" else ()))
+        if [name for name in changed if not name.startswith(idle)]:
+            return False
+        return checkpoint_state(self.workdir)[0] == self.config.train.num_steps
 
     def train(self) -> None:
         """Runs train.py, which goes on where it was interrupted; raises UserError where it fails."""
