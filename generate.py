@@ -111,7 +111,7 @@ def make_settings(args: Args, generator: Generator) -> GenerationConfig:
             if name in given:
                 raise UserError(f"--{name.replace('_', '-')}: {args.workdir} is an autoregressive baseline, "
                                 f"it has no tail")
-    settings = dataclasses.replace(generator.config.generation, **given)
+    settings = dataclasses.replace(generator.settings, **given)
     trained = generator.config.maturation.max_tail_length
     if settings.tail_length > trained and not generator.is_autoregressive:
         print(f"note: a tail of {settings.tail_length} is longer than any in training (K_max {trained})",

@@ -162,7 +162,7 @@ class Loop:
             self.generator = Generator(self.config, self.state.params, self.corpus.tokenizer)
         self.generator.set_params(self.state.params)
         windows = self.corpus.windows("validation")
-        settings = self.config.generation
+        settings = self.generator.settings
         room = self.config.max_positions - settings.tail_length
         length = min(12, self.config.data.seq_len // 4, room - 1)
         settings = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens, room - length))

@@ -162,8 +162,8 @@ def test_a_step_adds_one_position_to_the_history_and_rewrites_none():
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_the_decode_loop_lowers_for_accelerators(platform):
     params, _, vocabulary = tiny.model()
-    tail = decode.make_tail(4, guidance_scale=2.0)
-    begin, _ = compiled(4, True)
+    tail = decode.make_tail(4, guidance_scale=2.0, repulsion=0.5)
+    begin, _ = compiled(4, True, True)
     keys = jax.random.split(jax.random.key(3), BATCH)
     ids, lengths = jnp.ones((BATCH, WIDTH), jnp.int32), jnp.full((BATCH,), WIDTH)
     state = begin(params, vocabulary, ids, lengths, jnp.full((BATCH,), NEW), keys, tail)
@@ -171,7 +171,7 @@ def test_the_decode_loop_lowers_for_accelerators(platform):
 
     @jax.jit
     def loop(params, vocabulary, state):
-        predict = cache.cached_predict(params, forward, tail, 4, guided=True)
+        predict = cache.cached_predict(params, forward, tail, 4, guided=True, repelled=True)
         return decode.run(state, predict, vocabulary, tail, 1.0, END, NEW)[1]
 
     assert jax.export.export(loop, platforms=[platform])(params, vocabulary, state).platforms == (platform,)

@@ -61,7 +61,7 @@ def test_a_report_has_all_its_rows_columns_and_files(reported):
             "repulsion of the baseline"} <= curves
     areas = [(area["curve"], area["against"]) for area in data["frontier"]["areas"]]
     assert areas[0] == ("all together", "the baseline's sampling")
-    assert areas[-1] == ("all together", "every decoder of the baseline")
+    assert areas[-1] == ("all together", "the baseline's sampling, penalty and repulsion")
     assert {curve for curve, _ in areas[1:-1]} == curves - {"temperature", "nucleus"}
     drawn = {path.stem for path in (reported / "plots").glob("*.svg")}
     assert {"frontier", "entropy", "diversity", "gap", "candidates_0"} <= drawn

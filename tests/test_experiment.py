@@ -1,5 +1,6 @@
 """Named experiments: what a file may say, what is trained for one, its row, and that nothing is done twice."""
 
+import dataclasses
 import json
 import subprocess
 import types
@@ -11,6 +12,7 @@ import runs
 import train
 from tokmat_jax import experiment
 from tokmat_jax.errors import UserError
+from tokmat_jax.workdir import save_config
 
 pytest.importorskip("matplotlib", reason="the summary's plot needs matplotlib: pip install -e '.[report]'")
 
@@ -67,7 +69,8 @@ def test_an_experiment_trains_its_pair_and_its_judge_measures_and_logs(place, mo
     assert go(place, monkeypatch, "plain") == ["plain/seed-0", "ar/seed-0", "ar/seed-1"]
     said = capsys.readouterr().out
     for words in ("plain, seed 0", "top-1", "periodic loops", "signed area against the baseline's sampling",
-                  "signed area against every decoder of the baseline", "tail tokens committed within the next 32"):
+                  "signed area against the baseline's sampling, penalty and repulsion",
+                  "tail tokens committed within the next 32"):
         assert words in said
     [row] = experiment.read_log(place / "log.jsonl")
     assert (row["experiment"], row["seed"], row["judge"]) == ("plain", 0, "the baseline of seed 1")
@@ -107,18 +110,24 @@ def test_stages_count_together_and_the_second_starts_from_the_first(place, monke
     assert rows["staged"]["tokens"] == rows["plain"]["tokens"]
     config = json.loads((place / "runs/staged/seed-0/config.json").read_text())
     assert config["init_from"] == str(place / "runs/staged/seed-0-first")
+    longer = dataclasses.replace(experiment.read_experiments(place / "all.toml")["staged"],
+                                 flags=("--train.num-steps", "5"))
+    with pytest.raises(UserError, match=r"staged reads 1,344 tokens in all its stages, its baseline 1,152: give both"):
+        experiment.train(longer, place / "runs", 0, experiment.Args(prompt_tokens=8, max_new_tokens=8))
 
 
 @pytest.mark.parametrize(("name", "says"), [
-    ("greedy_with_tokens", r"reads 1,344 tokens in all its stages, its baseline 1,152: give both the same budget"),
+    ("greedy_with_tokens", r"greedy_with_tokens is no fair comparison: train.num_steps is 7, the baseline has 6"),
     ("wider", r"wider is no fair comparison: model.num_heads is 4, the baseline has 2; .* 'shared'"),
     ("nothing", r"has no experiment 'nothing'; it has plain, noisy"),
 ])
 def test_an_unfair_or_unknown_experiment_is_refused(place, monkeypatch, name, says):
-    before = (place / "log.jsonl").read_text() if (place / "log.jsonl").exists() else ""
+    (place / "log.jsonl").touch()
+    before = (place / "log.jsonl").read_text()
+    monkeypatch.setattr(experiment.Stage, "train", lambda stage: pytest.fail(f"{stage.workdir} is trained"))
     with pytest.raises(UserError, match=says):
         go(place, monkeypatch, name)
-    assert ((place / "log.jsonl").read_text() if before else "") == before
+    assert (place / "log.jsonl").read_text() == before
 
 
 def test_what_both_change_makes_a_baseline_of_its_own(place):
@@ -135,11 +144,11 @@ def test_a_training_that_fails_is_one_line(place, monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, "run", lambda command, check: types.SimpleNamespace(returncode=2))
     with pytest.raises(UserError, match=r"training .*noisy/seed-5 failed, see above"):
         experiment.main(["noisy", "--seeds", "5", "--file", str(place / "all.toml"), "--folder", str(tmp_path),
-                         "--log", str(tmp_path / "log.jsonl")])
+                         "--log", str(tmp_path / "log.jsonl"), *SMALL])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"there is no train\.py here"):
         experiment.main(["noisy", "--seeds", "5", "--file", str(place / "all.toml"), "--folder", str(tmp_path),
-                         "--log", str(tmp_path / "log.jsonl")])
+                         "--log", str(tmp_path / "log.jsonl"), *SMALL])
 
 
 def test_without_a_name_the_experiments_are_listed(place, capsys):
@@ -158,6 +167,10 @@ def test_without_a_name_the_experiments_are_listed(place, capsys):
     (f"base = 'x'\n[experiments.ar]\n{WORDS}", "'ar' is the baseline's"),
     (f"base = 'x'\n[experiments.'../a']\n{WORDS}", "letters, digits and underscores"),
     ("base = 'x'\nexperiments.a = 3", "experiments.a must be a table"),
+    (f"base = 'x'\n[experiments.b_ar]\n{WORDS}", "'ar' is the baseline's"),
+    (f"base = 'x'\n[experiments.a]\n{WORDS}flags = ['--train.seed', '3']", "flags must leave --train.seed to the"),
+    (f"base = 'x'\n[experiments.a]\n{WORDS}flags = ['--objective.kind=ar']", "must leave --objective.kind=ar to the"),
+    (f"base = 'x'\n[experiments.a]\n{WORDS}first = ['--init-from', 'x']", "first must leave --init-from to the"),
 ])
 def test_a_file_that_says_something_else_is_one_line(tmp_path, text, says):
     (tmp_path / "all.toml").write_text(text)
@@ -165,9 +178,29 @@ def test_a_file_that_says_something_else_is_one_line(tmp_path, text, says):
         experiment.read_experiments(tmp_path / "all.toml")
 
 
+@pytest.mark.parametrize(("flag", "says"), [
+    (("--num-prompts", "0"), "--num-prompts must be at least 2, found 0"),
+    (("--seeds", "-1"), r"--seeds must be one or several numbers from 0 on, found \[-1\]"),
+    (("--max-new-tokens", "40"), "a plain tail need 56 positions, the model has 48"),
+])
+def test_a_number_out_of_range_is_one_line(place, monkeypatch, tmp_path, flag, says):
+    monkeypatch.setattr(experiment.Stage, "train", lambda stage: pytest.fail(f"{stage.workdir} is trained"))
+    with pytest.raises(UserError, match=says):
+        experiment.main(["noisy", "--file", str(place / "all.toml"), "--folder", str(tmp_path), "--log",
+                         str(tmp_path / "log.jsonl"), "--prompt-tokens", "8", *flag])
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_is_not_done(place, tmp_path):
+    stage = experiment.run_stages(experiment.read_experiments(place / "all.toml")["noisy"], tmp_path, 0)[0]
+    stage.workdir.mkdir(parents=True)
+    save_config(stage.config, stage.workdir)
+    (stage.workdir / "checkpoints").mkdir()
+    assert not stage.is_done()
+
+
 def test_a_log_that_is_none_is_refused_before_anything_is_trained(place, tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"experiment": "a", "seed": 0}\nnot json\n')
-    with pytest.raises(UserError, match="line 2 is no row of an experiment"):
+    (tmp_path / "log.jsonl").write_text('{"experiment": "a", "seed": 0}\n')
+    with pytest.raises(UserError, match="line 1 is no row of an experiment"):
         experiment.main(["noisy", "--file", str(place / "all.toml"), "--folder", str(tmp_path), "--log",
                          str(tmp_path / "log.jsonl")])
 

@@ -131,5 +131,8 @@ def test_a_token_that_never_occurs_is_no_weighted_negative():
             jax.random.key(0), config, ids, unigram), jnp.float32(20.0)))
 
     value, gradient = jax.value_and_grad(total)(prediction)
-    assert np.isfinite(value)
     assert np.isfinite(gradient).all()
+    # The three that occur count V/3 times each, and nothing else does.
+    among = losses.Negatives(jnp.arange(3), jnp.full(3, jnp.log(V / 3)))
+    want = jnp.sum(losses.info_nce(prediction, jnp.full_like(ids, 5), table, among, jnp.float32(20.0)))
+    np.testing.assert_allclose(value, want, rtol=1e-5)

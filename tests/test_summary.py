@@ -27,7 +27,8 @@ ROW = {
     },
     "frontier": {"areas": [
         {"curve": "all together", "against": "the baseline's sampling", "area": 0.2, "interval": [0.1, 0.3]},
-        {"curve": "all together", "against": "every decoder of the baseline", "area": -0.1, "interval": [-0.2, 0.1]},
+        {"curve": "all together", "against": "the baseline's sampling, penalty and repulsion", "area": -0.1,
+         "interval": [-0.2, 0.1]},
     ]},
     "lookahead": {"1": {"share": 0.5, "chance": 0.3}, "2": {"share": 0.6, "chance": 0.2}},
 }

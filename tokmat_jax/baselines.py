@@ -325,7 +325,7 @@ class Baselines:
         _require(batch_size >= 1, f"batch_size must be at least 1, found {batch_size}")
         generator = self.generator
         model = LanguageModel(generator.backbone, generator.vocabulary, generator.logit_scale)
-        settings = dataclasses.replace(generator.config.generation, max_new_tokens=max_new_tokens)
+        settings = dataclasses.replace(generator.settings, max_new_tokens=max_new_tokens)
         rows = generator.rows(prompts, settings, num_samples)
         written: dict[int, Continuation] = {}
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))

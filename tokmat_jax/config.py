@@ -401,7 +401,7 @@ class GenerationConfig(_Section):
     """s; 1 is off."""
     repulsion: float = 0.0
     """ρ, how far a prediction is pushed away from what was committed where it was nearly the same, as a share of its
-    norm; 0 is off."""
+    norm; 0 is off. Under guidance it pushes the conditional prediction, so that s multiplies it."""
     repulsion_sharpness: float = 10.0
     """b: a place whose prediction has the cosine c with this one counts exp(b (c − 1))."""
     max_new_tokens: int = 64

@@ -6,6 +6,7 @@ A maturation run and its baseline spend the same tokens on the same data with th
 is the baseline of another seed, so that it favours neither. What is trained or measured already is not done again.
 """
 
+import importlib.util
 import json
 import shlex
 import subprocess
@@ -19,22 +20,24 @@ from typing import Annotated, Any
 import tyro
 
 from tokmat_jax.cli import parse, parse_config, run_script
-from tokmat_jax.config import Config
+from tokmat_jax.config import Config, GenerationConfig
 from tokmat_jax.data.prepare import prepare
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluate import origin
 from tokmat_jax.evaluation import summary
 from tokmat_jax.evaluation.card import Card, Options, num_parameters
 from tokmat_jax.evaluation.judge import Judge
-from tokmat_jax.evaluation.pair import checkpoint_state, mismatches, prompts_of
+from tokmat_jax.evaluation.pair import checkpoint_state, config_mismatches, mismatches, prompts_of
 from tokmat_jax.evaluation.report import to_json
 from tokmat_jax.evaluation.store import Store
 from tokmat_jax.generator import Generator
 from tokmat_jax.view.progress import bar
-from tokmat_jax.workdir import CONFIG, differences, load_config, make_workdir
+from tokmat_jax.workdir import CHECKPOINTS, CONFIG, differences, load_config, make_workdir
 
 _BY_DESIGN = ("init_from is", "train.num_steps is", "the newest checkpoint is")
 """Differences of a pair that stages explain; their tokens are counted."""
+_OURS = ("--config", "--workdir", "--init-from", "--train.seed", "--help", "-h")
+"""Flags that an experiment cannot set."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,18 @@ class Experiment:
     """Flags of a stage from which the run starts; empty where there is none."""
 
 
+def check(flags: Args) -> None:
+    """Raises UserError for a number out of its range, or a machine without the plot's library."""
+    for name, least in (("num_prompts", 2), ("prompt_tokens", 1), ("max_new_tokens", 8), ("resamples", 1),
+                        ("batch_size", 1)):
+        if getattr(flags, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, found {getattr(flags, name)}")
+    if not flags.seeds or min(flags.seeds) < 0:
+        raise UserError(f"--seeds must be one or several numbers from 0 on, found {list(flags.seeds)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the plot of experiments needs matplotlib: pip install -e '.[report]'")
+
+
 def read_experiments(path: Path) -> dict[str, Experiment]:
     """The experiments of a TOML file by name; raises UserError where it cannot be read or says something else."""
     try:
@@ -96,7 +111,7 @@ def read_experiments(path: Path) -> dict[str, Experiment]:
 
 def _experiment(path: Path, name: str, base: str, found: Any) -> Experiment:
     where = f"--file: {path}: experiments.{name}"
-    if name == "ar" or not name.replace("_", "").isalnum():
+    if name == "ar" or name.endswith("_ar") or not name.replace("_", "").isalnum():
         raise UserError(f"{where}: a name has letters, digits and underscores, and 'ar' is the baseline's")
     if not isinstance(found, dict):
         raise UserError(f"{where} must be a table")
@@ -106,6 +121,9 @@ def _experiment(path: Path, name: str, base: str, found: Any) -> Experiment:
         if not (key in texts and isinstance(value, str)) and not (key in lists and is_list):
             raise UserError(f"{where}: {key} = {value!r} is not one of the texts {', '.join(texts)} and the lists of "
                             f"texts {', '.join(lists)}")
+        for flag in value if is_list else ():
+            if flag.split("=")[0] in (_OURS if key == "first" else (*_OURS, "--objective.kind")):
+                raise UserError(f"{where}: {key} must leave {flag} to the experiment")
     for key in texts:
         if not found.get(key):
             raise UserError(f"{where} has no {key}: write it before the experiment is run")
@@ -131,7 +149,8 @@ class Stage:
         changed = differences(load_config(self.workdir), self.config)
         # How the run's own samples are written trains nothing, and a baseline has no tail.
         idle = ("workdir", "generation.", *(("maturation.",) if self.config.objective.kind == "ar" else ()))
-        if [name for name in changed if not name.startswith(idle)]:
+        if [name for name in changed if not name.startswith(idle)] or not any(
+                (self.workdir / CHECKPOINTS).glob("[0-9]*")):
             return False
         return checkpoint_state(self.workdir)[0] == self.config.train.num_steps
 
@@ -176,16 +195,32 @@ def tokens(config: Config) -> int:
     return config.train.num_steps * config.train.batch_size * config.data.seq_len
 
 
-def check_budget(experiment: Experiment, stages: Sequence[Stage], baseline: Stage, done: int) -> int:
-    """The tokens of the run's `stages` together; raises UserError unless the baseline reads as many.
+def train(experiment: Experiment, folder: Path, seed: int, flags: Args) -> None:
+    """Trains what is missing for `seed`; raises UserError before it trains a stage that would make the pair unfair."""
+    stages, baseline = run_stages(experiment, folder, seed), baseline_stage(experiment, folder, seed)
+    check_room(experiment, baseline.config, flags)
+    for number, stage in enumerate(stages):  # only now: the second stage cannot be read before the first is trained
+        found = [one for one in config_mismatches(stage.config, baseline.config, same_ids=number > 0)
+                 if not (experiment.first and one.startswith(_BY_DESIGN))]
+        if found:
+            raise UserError(f"{experiment.name} is no fair comparison: {'; '.join(found)}; what concerns both belongs "
+                            f"into 'shared'")
+        spent, others = sum(tokens(one.config) for one in stages[: number + 1]), tokens(baseline.config)
+        if number + 1 == len(stages) and spent != others:
+            raise UserError(f"{experiment.name} reads {spent:,} tokens in all its stages, its baseline {others:,}: "
+                            f"give both the same budget")
+        stage.train()
+    baseline.train()
+    baseline_stage(experiment, folder, judge_seed(seed)).train()
 
-    Of the stages the first `done` are trained: only then can a later one be read.
-    """
-    spent = sum(tokens(stage.config) for stage in stages[: done + 1])
-    if done + 1 == len(stages) and spent != tokens(baseline.config):
-        raise UserError(f"{experiment.name} reads {spent:,} tokens in all its stages, its baseline "
-                        f"{tokens(baseline.config):,}: give both the same budget")
-    return spent
+
+def check_room(experiment: Experiment, config: Config, flags: Args) -> None:
+    """Raises UserError unless the plain tail has its positions behind the prompts and the text."""
+    needed = flags.prompt_tokens + flags.max_new_tokens + GenerationConfig().tail_length
+    if needed > config.max_positions:
+        raise UserError(f"{experiment.name}: prompts of {flags.prompt_tokens} tokens, {flags.max_new_tokens} new ones "
+                        f"and a plain tail need {needed} positions, the model has {config.max_positions}: lower "
+                        f"--prompt-tokens or --max-new-tokens")
 
 
 def validation(workdir: Path) -> dict[str, float]:
@@ -196,23 +231,16 @@ def validation(workdir: Path) -> dict[str, float]:
 
 
 def measure(experiment: Experiment, seed: int, flags: Args) -> dict[str, Any]:
-    """Trains what is missing for `seed` and returns its row of the log."""
+    """The log's row of the trained pair of `seed`."""
     folder = Path(flags.folder)
     stages = run_stages(experiment, folder, seed)
     baseline_at, judge_at = (baseline_stage(experiment, folder, one) for one in (seed, judge_seed(seed)))
-    spent = 0
-    for number, stage in enumerate(stages):
-        spent = check_budget(experiment, stages, baseline_at, number)
-        stage.train()
-    baseline_at.train()
-    judge_at.train()
     at = stages[-1].workdir
     run, baseline, judge = (Generator.from_workdir(one) for one in (at, baseline_at.workdir, judge_at.workdir))
     found = mismatches(run, baseline, (at, baseline_at.workdir))
     found = [one for one in found if not (experiment.first and one.startswith(_BY_DESIGN))]
     if found:
-        raise UserError(f"{experiment.name} is no fair comparison: {'; '.join(found)}; what concerns both belongs into "
-                        f"'shared'")
+        raise UserError(f"{experiment.name} is no fair comparison: {'; '.join(found)}")
     prompts = prompts_of(prepare(run.config), run.config, flags.num_prompts, flags.prompt_tokens, flags.max_new_tokens)
     states = {"run": checkpoint_state(at), "baseline": checkpoint_state(baseline_at.workdir),
               "judge": checkpoint_state(judge_at.workdir)}
@@ -230,11 +258,19 @@ def measure(experiment: Experiment, seed: int, flags: Args) -> dict[str, Any]:
     return {
         "experiment": experiment.name, "seed": seed, "hypothesis": experiment.hypothesis,
         "prediction": experiment.prediction, "base": experiment.base, "flags": experiment.flags,
-        "shared": experiment.shared, "first": experiment.first, "tokens": spent,
+        "shared": experiment.shared, "first": experiment.first,
+        "settings": [settings(stage.config) for stage in stages],
+        "tokens": sum(tokens(stage.config) for stage in stages),
         "num_parameters": num_parameters(run), "judge": f"the baseline of seed {judge_seed(seed)}",
-        "num_prompts": len(prompts.ids), "new_tokens": flags.max_new_tokens,
+        "num_prompts": len(prompts.ids), "prompt_tokens": len(prompts.ids[0]), "new_tokens": flags.max_new_tokens,
         "top1": {"run": own["top1/maturity_1"], "baseline": others["top1/maturity_1"]}, **short,
     }
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """What trains in `config` and is not the default, dotted; it says what was run when the base has moved on."""
+    changed = differences(Config(), config)
+    return {name: own for name, (_, own) in changed.items() if not name.startswith(("workdir", "generation."))}
 
 
 def append(row: dict[str, Any], path: Path) -> None:
@@ -249,14 +285,18 @@ def append(row: dict[str, Any], path: Path) -> None:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The newest row of each experiment and seed in the log at `path`; raises UserError for a line that is no row."""
-    if not path.is_file():
-        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--log: cannot read {path}: {error}") from None
     rows = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
+            summary.table([row])
+            summary.verdict(row)
             rows[row["experiment"], row["seed"]] = row
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
             raise UserError(f"--log: {path} line {number} is no row of an experiment") from None
     return list(rows.values())
 
@@ -275,20 +315,23 @@ def main(args: Sequence[str]) -> None:
     known = read_experiments(Path(flags.file))
     if not flags.names:
         for one in known.values():
-            print(f"{one.name}: {one.hypothesis}\n    {shlex.join(one.shared + one.flags) or 'as it is'}")
+            first = f"first {shlex.join(one.first)}, then " if one.first else ""
+            print(f"{one.name}: {one.hypothesis}\n    {first}{shlex.join(one.shared + one.flags) or 'as it is'}")
         return
+    check(flags)
     for name in flags.names:
         if name not in known:
             raise UserError(f"{flags.file} has no experiment {name!r}; it has {', '.join(known)}")
     make_workdir(Path(flags.folder), "--folder")
     read_log(Path(flags.log))
-    for name in flags.names:
-        for seed in flags.seeds:
-            row = measure(known[name], seed, flags)
-            append(row, Path(flags.log))
-            print(f"{name}, seed {seed}")
-            for sentence in summary.verdict(row):
-                print(f"  {sentence}")
+    asked = [(known[name], seed) for name in flags.names for seed in flags.seeds]
+    for one, seed in asked:  # all of them first: an accelerator that measures is not free to train
+        train(one, Path(flags.folder), seed, flags)
+    for one, seed in asked:
+        row = measure(one, seed, flags)
+        said = summary.verdict(row)
+        append(row, Path(flags.log))
+        print(f"{one.name}, seed {seed}", *said, sep="\n  ")
     write_summary(read_log(Path(flags.log)), Path(flags.folder))
     print(f"done: {flags.log}, {Path(flags.folder) / 'summary.md'}, frontier.svg")
 

@@ -142,6 +142,13 @@ class Generator:
         """What multiplies ⟨ẑ, e_i⟩ in the logits of a baseline []."""
         return self._logit_scale
 
+    @property
+    def settings(self) -> GenerationConfig:
+        """How it writes where nothing else is said: the run's `generation`. A baseline's plain text is greedy, whatever
+        repulsion the maturation run of the same config has."""
+        own = self.config.generation
+        return dataclasses.replace(own, repulsion=0.0) if self.is_autoregressive else own
+
     def compilations(self) -> int:
         """How many shapes have been compiled so far."""
         return self._compilations
@@ -155,7 +162,7 @@ class Generator:
         A sample depends on its prompt, its number, `seed` and `settings` (None: those of the run), on nothing else.
         An empty prompt starts from end-of-text. Raises UserError where the positions do not suffice.
         """
-        settings = self.config.generation if settings is None else settings
+        settings = self.settings if settings is None else settings
         rows = self.rows(prompts, settings, num_samples)
         samples: list[Sample | None] = [None] * len(rows)
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
@@ -169,7 +176,7 @@ class Generator:
         self, prompt: str | Sequence[int], settings: GenerationConfig | None = None, number: int = 0, seed: int = 0
     ) -> Iterator[Moment]:
         """The same sample as `generate`, one step at a time, with its tail; `prompt` is text or ids."""
-        settings = self.config.generation if settings is None else settings
+        settings = self.settings if settings is None else settings
         row = dataclasses.replace(self.rows([prompt], settings)[0], number=number)
         state, tail = self._start([row], settings, seed)
         tokens: list[int] = []
@@ -187,7 +194,7 @@ class Generator:
         num_candidates: int = 8,
     ) -> Trajectory:
         """The same sample as `generate` with everything that its tail went through."""
-        settings = self.config.generation if settings is None else settings
+        settings = self.settings if settings is None else settings
         row = dataclasses.replace(self.rows([prompt], settings)[0], number=number)
         state, tail = self._start([row], settings, seed)
         steps, count = [], chunk(settings.max_new_tokens)
@@ -219,6 +226,9 @@ class Generator:
         self, prompts: Sequence[str | Sequence[int]], settings: GenerationConfig, num_samples: int = 1
     ) -> list[Row]:
         """A Row per prompt and sample; raises UserError unless each prompt is text and has room for `settings`."""
+        if settings.repulsion > 0 and not self.config.table.tied:
+            raise UserError("repulsion compares tokens as they are read with tokens as they are written, and this "
+                            "model has an output table of its own: leave out --repulsion")
         rows, tail_length = [], 1 if self.is_autoregressive else settings.tail_length
         for index, prompt in enumerate(prompts):
             if isinstance(prompt, str) and not _is_unicode(prompt):

@@ -55,7 +55,8 @@ def push(
 
     `strength` ρ ≥ 0 and `sharpness` b > 0 are scalars.
     """
-    cosine = jnp.einsum("bkd,bsd->bks", unit(prediction), trace.predicted)
+    # Rounding takes the cosine of equal vectors beyond 1, which a large b would blow up.
+    cosine = jnp.minimum(jnp.einsum("bkd,bsd->bks", unit(prediction), trace.predicted), 1.0)
     position = jnp.arange(trace.predicted.shape[1])[None, :]
     valid = (position >= 1) & (position < num_committed[:, None])
     weight = jnp.where(valid[:, None], jnp.exp(sharpness * (cosine - 1.0)), 0.0)

@@ -27,7 +27,8 @@ _BRIER = {"contexts": 4, "ahead": 4, "samples": 4}
 """Beginnings per prompt, tokens behind each, and independent samples of them."""
 _SCALES = (1.0, 2.0)
 _SHORT_ROWS = ("human", "greedy", "nucleus 0.95", "plain, guidance 2", "plain, repulsion 0.4")
-_SHORT_CURVES = ("temperature", "nucleus", "repulsion of the baseline", "repulsion", "guidance", "σ 1, K 1, by α_max")
+_SHORT_CURVES = ("temperature", "nucleus", "penalty", "repulsion of the baseline", "repulsion", "guidance",
+                 "σ 1, K 1, by α_max")
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ class Card:
         for name, chosen in curves.items():
             if not methods[chosen[0]].is_sampling:
                 measure(name, chosen, frontier.SAMPLING, baseline)
-        measure("all together", ours, frontier.EVERY_DECODER,
+        measure("all together", ours, frontier.ALL_CURVES,
                 settings.only([i for i, method in enumerate(methods) if method.is_baseline]))
         written, nats, tokens = self._written(HUMAN)
         human = frontier.Settings(["human"], scores.per_prompt(written, length)["rep_3"][None], nats[None],

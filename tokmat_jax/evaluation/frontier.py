@@ -8,7 +8,7 @@ import numpy as np
 
 from tokmat_jax.evaluation.metrics import bootstrap
 
-SAMPLING, EVERY_DECODER = "the baseline's sampling", "every decoder of the baseline"
+SAMPLING, ALL_CURVES = "the baseline's sampling", "the baseline's sampling, penalty and repulsion"
 """Whose front an area is measured against."""
 
 

@@ -13,7 +13,7 @@ from tokmat_jax.generator import Generator
 from tokmat_jax.workdir import CHECKPOINTS, CORPUS, differences, read_json
 
 _BUDGET = ("init_from", "data", "tokenizer", "model", "table.initial", "optimizer", "train.num_steps",
-           "train.batch_size")
+           "train.batch_size", "train.eval_batches")
 """Settings in which a run and its baseline must agree for the comparison to be one of methods."""
 _FREE = ("data.prepared_dir", "model.head", "model.head_init", "tokenizer.training_characters")
 """Of these, what belongs to the machine or the method: imported weights go on without a head, maturation has one."""
@@ -25,12 +25,7 @@ def mismatches(run: Generator, baseline: Generator, workdirs: tuple[Path, Path])
     same_ids = run.tokenizer.same_ids(baseline.tokenizer)
     if not same_ids:
         found.append("the tokenizers differ")
-    # A run that starts from another one names its tokenizer and its positions; what they are is what counts.
-    free = (*_FREE, *(("tokenizer",) if same_ids else ()))
-    free += ("model.max_positions",) if run.config.max_positions == baseline.config.max_positions else ()
-    for name, (ours, theirs) in differences(run.config, baseline.config).items():
-        if _within(name, _BUDGET) and not _within(name, free):
-            found.append(f"{name} is {ours!r}, the baseline has {theirs!r}")
+    found += config_mismatches(run.config, baseline.config, same_ids)
     facts = [read_json(workdir / CORPUS) if (workdir / CORPUS).is_file() else {} for workdir in workdirs]
     renamed = same_ids and facts[0].get("tokenizer") != facts[1].get("tokenizer")
     named = ("tokenizer", "fingerprint") if renamed else ()
@@ -42,6 +37,17 @@ def mismatches(run: Generator, baseline: Generator, workdirs: tuple[Path, Path])
     if steps[0] != steps[1]:
         found.append(f"the newest checkpoint is step {steps[0]}, the baseline's {steps[1]}")
     return found
+
+
+def config_mismatches(run: Config, baseline: Config, same_ids: bool) -> list[str]:
+    """In what two configs differ that ought to be the same. Where the tokenizers are known to have the `same_ids`,
+    how each is named does not matter."""
+    # A run that starts from another one names its tokenizer and its positions; what they are is what counts.
+    free = (*_FREE, *(("tokenizer",) if same_ids else ()))
+    free += ("model.max_positions",) if run.max_positions == baseline.max_positions else ()
+    return [f"{name} is {ours!r}, the baseline has {theirs!r}"
+            for name, (ours, theirs) in differences(run, baseline).items()
+            if _within(name, _BUDGET) and not _within(name, free)]
 
 
 def _within(name: str, sections: Sequence[str]) -> bool:

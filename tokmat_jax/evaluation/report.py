@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from tokmat_jax.evaluation.frontier import EVERY_DECODER
+from tokmat_jax.evaluation.frontier import ALL_CURVES
 from tokmat_jax.evaluation.render import Block, Bullets, Folded, Heading, Paragraph, Plot, Quote, Table
 from tokmat_jax.evaluation.scores import COLUMNS
 
@@ -101,9 +101,9 @@ def verdict(data: Data) -> list[str]:
             f"Between the two fronts lies a signed area of {number(area['area'], signed=True)} nats × Rep-3 (95 % "
             f"interval {number(low, signed=True)} to {number(high, signed=True)}): {ahead} the baseline's sampling"
             + ("." if sure else ", but chance over prompts can explain it."))
-    said += [f"Against every decoder of the baseline, repetition penalty and repulsion included, the area is "
+    said += [f"Against {area['against']} together it is "
              f"{number(area['area'], signed=True)} ({_area_interval(area)})." for area in data["frontier"]["areas"]
-             if area["against"] == EVERY_DECODER and number(area["area"]) != "–"]
+             if area["against"] == ALL_CURVES and number(area["area"]) != "–"]
     at = data["frontier"]["at_human"]
     if at["baseline"] is not None or at["maturation"] is not None:
         said.append(f"At the human text's repetition (Rep-3 {number(at['repetition'])}), interpolated between "

@@ -66,7 +66,7 @@ def set_on_sphere(workdir: Path, out: Path, prompts: Sequence[str], max_new_toke
 def changes(workdir: Path, other: Path, prompts: Sequence[str], max_new_tokens: int) -> list[Change]:
     """Compares the greedy continuations of `workdir` with what `other` would write."""
     raw, moved = Generator.from_workdir(workdir), Generator.from_workdir(other)
-    settings = dataclasses.replace(raw.config.generation, max_new_tokens=max_new_tokens)
+    settings = dataclasses.replace(raw.settings, max_new_tokens=max_new_tokens)
     found = []
     for before, after in zip(raw.generate(prompts, settings), moved.generate(prompts, settings), strict=True):
         begin = [*raw.tokenizer.prefix, *raw.tokenizer.encode(before.prompt)] or [raw.tokenizer.end_of_text]
