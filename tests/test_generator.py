@@ -123,3 +123,18 @@ def test_with_repulsion_a_text_that_is_continued_goes_on_as_it_would_have(genera
     [rest] = generator.generate([[*ids, *whole.tokens[:4]]], dataclasses.replace(settings, max_new_tokens=4))
     assert len(whole.tokens) == 8
     assert rest.tokens == whole.tokens[4:]
+
+
+def test_a_baselines_own_settings_leave_out_the_repulsion_of_its_config(runs_dir):
+    plain = Generator.from_workdir(runs_dir / "ar")
+    config = dataclasses.replace(plain.config, generation=settings_of(plain, repulsion=1.0))
+    repelled = Generator(config, plain.params, plain.tokenizer)
+    assert [one.tokens for one in repelled.generate(PROMPTS)] == [one.tokens for one in plain.generate(PROMPTS)]
+
+
+def test_repulsion_is_refused_where_tokens_are_written_with_a_table_of_their_own(runs_dir):
+    tied = Generator.from_workdir(runs_dir / "ar")
+    config = dataclasses.replace(tied.config, table=dataclasses.replace(tied.config.table, tied=False))
+    untied = Generator(config, tied.params, tied.tokenizer)
+    with pytest.raises(UserError, match=r"an output table of its own: leave out --repulsion"):
+        untied.generate(["the cat"], settings_of(tied, repulsion=0.5))

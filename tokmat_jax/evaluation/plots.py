@@ -10,13 +10,14 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from tokmat_jax.evaluation.frontier import Point, front
+from tokmat_jax.evaluation.frontier import ALL_CURVES, SAMPLING, Point, front
 
 _STYLE: Any = {
     "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "svg.fonttype": "none", "svg.hashsalt": "tokmat", "legend.frameon": False,
 }
-_COLOURS = ("#1b6ca8", "#555555", "#2e8b57", "#8e5ea2", "#d1495b", "#c98a00", "#3aa7a3", "#7a5c3e", "#e377c2",
+_GREY = "#555555"
+_COLOURS = ("#1b6ca8", _GREY, "#2e8b57", "#8e5ea2", "#d1495b", "#c98a00", "#3aa7a3", "#7a5c3e", "#e377c2",
             "#9aa81c", "#0b3c5d", "#f4845f")
 _MARKS = "os^Dv<>PXhp*"
 
@@ -65,7 +66,7 @@ def frontier(curves: dict[str, list[Point]], human: Point, baselines: dict[str, 
             axis.plot([p.repetition for p in points], [p.perplexity for p in points], mark,
                       linestyle="-" if ours else "--", color=colour, markersize=4.5, linewidth=1.3,
                       label=name if ours else f"{name} (baseline)")
-        families = (("the baseline's sampling", "#000000", [n for n, sampling in baselines.items() if sampling]),
+        families = ((SAMPLING, "#000000", [n for n, sampling in baselines.items() if sampling]),
                     ("maturation", "#d1495b", [name for name in curves if name not in baselines]))
         for family, colour, names in families:
             best = front([point for name in names for point in curves.get(name, [])])
@@ -154,9 +155,11 @@ def gap(data: dict[str, Any]) -> Figure:
 
 @styled
 def experiments(rows: Sequence[dict[str, Any]]) -> Figure:
-    """The fronts of experiments: sampling from their baselines in grey, a colour per experiment, a line per seed."""
+    """The fronts of experiments: those of their baselines in grey, a colour per experiment, a line per seed. What is
+    far above the human text's perplexity is cut off."""
     figure, [axis] = _figure(9, 5.5)
     names = list(dict.fromkeys(row["experiment"] for row in rows))
+    colours = [colour for colour in _COLOURS if colour != _GREY]
     shown: set[str] = set()
 
     def draw(points: Sequence[dict[str, Any]], label: str, colour: str, style: str) -> None:
@@ -168,13 +171,16 @@ def experiments(rows: Sequence[dict[str, Any]]) -> Figure:
 
     for row in rows:
         found = row["frontier"]
-        draw([p for p in found["points"] if p["is_sampling"]], "the baseline's sampling", "#555555", "--")
+        draw([p for p in found["points"] if p["is_sampling"]], SAMPLING, _GREY, "--")
+        draw([p for p in found["points"] if p["is_baseline"]], ALL_CURVES, _GREY, ":")
         draw([p for p in found["points"] if not p["is_baseline"]], row["experiment"],
-             _COLOURS[names.index(row["experiment"]) % len(_COLOURS)], "o-")
+             colours[names.index(row["experiment"]) % len(colours)], "o-")
         axis.plot(found["human"]["repetition"], found["human"]["perplexity"], "*", color="#000000", markersize=13,
                   label=None if "human" in shown else "human")
         shown.add("human")
     axis.set(xlabel="repetition (Rep-3)", ylabel="judge perplexity", yscale="log")
+    if rows:
+        axis.set_ylim(top=2.5 * max(row["frontier"]["human"]["perplexity"] for row in rows))
     for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
     axis.legend(fontsize=8)
