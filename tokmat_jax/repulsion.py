@@ -11,6 +11,8 @@ like this one. The pairs are a function of the committed text alone, prompt incl
 a step costs no further pass of the model.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -33,7 +35,7 @@ class Trace:
 class Remembering:
     """A decoder's memory that keeps a trace beside what the model wants back."""
 
-    memory: jax.Array
+    memory: Any
     """The model's own memory, any pytree."""
     trace: Trace
 
