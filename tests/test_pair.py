@@ -220,6 +220,16 @@ def test_another_state_of_the_corpus_is_a_mismatch(pair, runs_dir, copy):
         f"the corpus has the fingerprint {known}, the baseline's None"]
 
 
+def test_a_renamed_tokenizer_with_the_same_ids_is_none_but_another_corpus_behind_it_is(pair, runs_dir, copy):
+    facts = json.loads((copy / "corpus.json").read_text())
+    renamed = facts | {"fingerprint": "feed", "tokenizer": {"kind": "workdir"}}
+    (copy / "corpus.json").write_text(json.dumps(renamed))
+    assert mismatches(*pair, (runs_dir / "run", copy)) == []
+    (copy / "corpus.json").write_text(json.dumps(renamed | {"tokens": facts["tokens"] + 1}))
+    [one] = mismatches(*pair, (runs_dir / "run", copy))
+    assert one.endswith("the baseline's feed")
+
+
 def test_a_state_tells_a_checkpoint_from_a_newer_one_of_the_same_step(copy):
     before = checkpoint_state(copy)
     assert checkpoint_state(copy) == before

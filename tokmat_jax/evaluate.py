@@ -67,12 +67,18 @@ class Args:
 
 def check(flags: Args) -> None:
     """Raises UserError for a number out of its range, or a machine without the plots' library."""
-    for name, least in (("num_prompts", 2), ("prompt_tokens", 1), ("max_new_tokens", 8), ("num_seeds", 2),
-                        ("resamples", 1), ("batch_size", 1)):
-        if getattr(flags, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, found {getattr(flags, name)}")
+    check_measurement(flags, num_seeds=2)
     if not 0 <= flags.seed < 2**32:
         raise UserError(f"--seed must lie in 0..2³²−1, found {flags.seed}")
+
+
+def check_measurement(flags: Any, **more: int) -> None:
+    """Raises UserError where a flag of a measurement is below its least, or one of `more`, or the plots' library is
+    missing. `flags` are those of a command that measures."""
+    least = {"num_prompts": 2, "prompt_tokens": 1, "max_new_tokens": 8, "resamples": 1, "batch_size": 1} | more
+    for name, bound in least.items():
+        if getattr(flags, name) < bound:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, found {getattr(flags, name)}")
     try:
         import matplotlib as mpl  # noqa: F401
     except ImportError:

@@ -6,7 +6,6 @@ A maturation run and its baseline spend the same tokens on the same data with th
 is the baseline of another seed, so that it favours neither. What is trained or measured already is not done again.
 """
 
-import importlib.util
 import json
 import shlex
 import subprocess
@@ -23,7 +22,7 @@ from tokmat_jax.cli import parse, parse_config, run_script
 from tokmat_jax.config import Config, GenerationConfig
 from tokmat_jax.data.prepare import prepare
 from tokmat_jax.errors import UserError
-from tokmat_jax.evaluate import origin
+from tokmat_jax.evaluate import check_measurement, origin
 from tokmat_jax.evaluation import summary
 from tokmat_jax.evaluation.card import Card, Options, num_parameters
 from tokmat_jax.evaluation.judge import Judge
@@ -85,14 +84,9 @@ class Experiment:
 
 def check(flags: Args) -> None:
     """Raises UserError for a number out of its range, or a machine without the plot's library."""
-    for name, least in (("num_prompts", 2), ("prompt_tokens", 1), ("max_new_tokens", 8), ("resamples", 1),
-                        ("batch_size", 1)):
-        if getattr(flags, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, found {getattr(flags, name)}")
+    check_measurement(flags)
     if not flags.seeds or min(flags.seeds) < 0:
         raise UserError(f"--seeds must be one or several numbers from 0 on, found {list(flags.seeds)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the plot of experiments needs matplotlib: pip install -e '.[report]'")
 
 
 def read_experiments(path: Path) -> dict[str, Experiment]:
@@ -209,6 +203,9 @@ def train(experiment: Experiment, folder: Path, seed: int, flags: Args) -> None:
         if number + 1 == len(stages) and spent != others:
             raise UserError(f"{experiment.name} reads {spent:,} tokens in all its stages, its baseline {others:,}: "
                             f"give both the same budget")
+        if number + 1 == len(stages) and stage.config.objective.kind != "maturation":
+            raise UserError(f"{experiment.name} is no maturation run: its base {experiment.base} has objective.kind "
+                            f"{stage.config.objective.kind!r}")
         stage.train()
     baseline.train()
     baseline_stage(experiment, folder, judge_seed(seed)).train()

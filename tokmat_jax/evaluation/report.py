@@ -76,13 +76,14 @@ def _areas(data: Data) -> Table:
     header = ["curve", "against", "signed area, nats × Rep-3", "95 % interval", "mean gain, nats per token",
               "Rep-3 from", "to"]
     rows = [[area["curve"], area["against"], number(area["area"], signed=True),
-             _area_interval(area),
+             area_interval(area),
              number(area["mean_gain"], signed=True), number(area["low"]), number(area["high"])]
             for area in data["frontier"]["areas"]]
     return Table(header, rows)
 
 
-def _area_interval(area: Data) -> str:
+def area_interval(area: Data) -> str:
+    """`+0.106 to +0.177`; a dash where there is no area."""
     low, high = (number(end, signed=True) for end in area["interval"])
     return f"{low} to {high}" if number(area["area"]) != "–" else "–"
 
@@ -102,7 +103,7 @@ def verdict(data: Data) -> list[str]:
             f"interval {number(low, signed=True)} to {number(high, signed=True)}): {ahead} the baseline's sampling"
             + ("." if sure else ", but chance over prompts can explain it."))
     said += [f"Against {area['against']} together it is "
-             f"{number(area['area'], signed=True)} ({_area_interval(area)})." for area in data["frontier"]["areas"]
+             f"{number(area['area'], signed=True)} ({area_interval(area)})." for area in data["frontier"]["areas"]
              if area["against"] == ALL_CURVES and number(area["area"]) != "–"]
     at = data["frontier"]["at_human"]
     if at["baseline"] is not None or at["maturation"] is not None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tokmat_jax.evaluation.frontier import ALL_CURVES, SAMPLING
-from tokmat_jax.evaluation.report import interval, number
+from tokmat_jax.evaluation.report import area_interval, number
 
 Row = dict[str, Any]
 """A row of the log."""
@@ -42,9 +42,9 @@ def verdict(row: Row) -> list[str]:
             f"(nucleus .95 {number(nucleus)}): {_told(loops < 0.05 and perplexity <= nucleus)}")
     for against in (SAMPLING, ALL_CURVES):
         one = area(row, against)
-        low, high = (float("nan") if end is None else end for end in one["interval"])
-        said.append(f"signed area against {against} {number(one['area'], signed=True)} "
-                    f"({number(low, signed=True)} to {number(high, signed=True)}): {_told(low > 0)}")
+        low = one["interval"][0]
+        said.append(f"signed area against {against} {number(one['area'], signed=True)} ({area_interval(one)}): "
+                    f"{_told(low is not None and low > 0)}")
     free, guided = row["lookahead"]["1"], row["lookahead"]["2"]
     shares = [float("nan") if one is None else one for one in (guided["share"], guided["chance"], free["share"])]
     return [*said, f"tail tokens committed within the next 32: {number(shares[0], True)} with guidance 2, "
@@ -57,7 +57,8 @@ def _told(reached: bool) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table, one line per experiment: means over its seeds, and their range where there are several."""
+    """A Markdown table, one line per experiment: means over its seeds, with their range [lowest, highest] where there
+    are several; an area of one seed has its interval over prompts in round brackets."""
     header = ("experiment", "seeds", "top-1 (baseline)", "plain: loops (greedy)", "plain: judge ppl (nucleus .95)",
               "repulsion .4: loops", "Rep-3 (human)", "judge ppl", "area against sampling",
               "against penalty and repulsion too", "lookahead s = 2 / 1 (chance)")
@@ -82,8 +83,7 @@ def _cells(rows: Sequence[Row]) -> list[str]:
     def area_of(against: str) -> str:
         if len(rows) > 1:
             return of(lambda row: area(row, against)["area"], signed=True)
-        one = area(rows[0], against)
-        return interval({"value": one["area"], "low": one["interval"][0], "high": one["interval"][1]})
+        return f"{of(lambda row: area(row, against)['area'], signed=True)} ({area_interval(area(rows[0], against))})"
 
     def foreseen(scale: str, what: str) -> str:
         return of(lambda row: row["lookahead"][scale][what], True)
