@@ -6,6 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokmat_jax import decode
+from tokmat_jax.history import history_noise
+from tokmat_jax.stability import Stability
+from tokmat_jax.steering import make_steering
 from tokmat_jax.table import make_vocabulary
 
 # A table on the unit sphere of the plane; token 3 ends the text.
@@ -14,15 +17,14 @@ VOCABULARY = make_vocabulary(TABLE)
 END = 3
 
 
-def tail_of(maturity, noise=0.0, history_noise=0.0):
-    maturity = jnp.array(maturity)
-    return decode.Tail(maturity, maturity, jnp.float32(noise), jnp.float32(1.0), jnp.float32(1.0),
-                       jnp.float32(history_noise), jnp.float32(0.0), jnp.float32(10.0))
+def tail_of(maturity, noise=0.0, stability=None, **controls):
+    tail = decode.make_tail(len(maturity), noise=noise, stability=stability, **controls)
+    return tail.replace(maturity=jnp.array(maturity), rate=jnp.array(maturity))
 
 
 def start(tail, prompt_length=2, budget=5, last=(1.0, 0.0), batch=1):
     keys = jax.random.split(jax.random.key(0), batch)
-    return decode.start(keys, jnp.full((batch, 2), jnp.array([last])), jnp.full((batch,), prompt_length),
+    return decode.start(keys, jnp.full((batch, 1, 2), jnp.array([[last]])), jnp.full((batch,), prompt_length),
                         jnp.full((batch,), budget), jnp.zeros((batch,), jnp.int32), tail, 1.0)
 
 
@@ -83,7 +85,7 @@ def test_a_row_stops_at_end_of_text_or_its_budget_and_changes_no_more():
     state = state.replace(num_committed=jnp.array([2, 5, 5]), budget=jnp.array([9, 7, 5]),
                           done=jnp.array([False, False, True]))
     final, steps = decode.run(state, ends_at_four, VOCABULARY, tail, 1.0, END, 6)
-    np.testing.assert_array_equal(np.asarray(steps.emitted).sum(0), [3, 2, 0])
+    np.testing.assert_array_equal(np.asarray(steps.committed).sum(0), [3, 2, 0])
     np.testing.assert_array_equal(steps.tokens[:3, 0, 0], [2, 0, END])
     np.testing.assert_array_equal(final.num_committed, [5, 7, 5])
     assert np.all(final.done)
@@ -123,10 +125,89 @@ def test_history_noise_disturbs_what_enters_the_history_and_no_token():
     np.testing.assert_array_equal(one.last, TABLE[step.tokens[:, 0]])
     np.testing.assert_array_equal(one.tail, two.tail)
     moved = np.asarray(two.last - one.last)
+    again = history_noise(start(noisy, batch=2).key, jnp.array([2, 2]), 2, jnp.float32(0.5), 1.0)
+    np.testing.assert_allclose(moved, again, atol=1e-6)
     assert (np.linalg.norm(moved, axis=-1) > 0).all()
-    # The row's key and the position decide the noise, nothing else.
-    again = decode.history_noise(start(noisy, batch=2).key[1:], jnp.array([2]), 2, noisy, 1.0)
-    np.testing.assert_allclose(moved[1], again[0], atol=1e-6)
-    many = decode.history_noise(jax.random.split(jax.random.key(5), 4000), jnp.zeros((4000,), jnp.int32), 2, noisy, 3.0)
-    # Mean square of σ_h R: 1.5² up to four standard errors of 4,000 draws in two dimensions.
-    np.testing.assert_allclose(jnp.mean(jnp.sum(many**2, -1)), 1.5**2, rtol=4 / 4000**0.5)
+
+
+def test_fresh_noise_disturbs_a_slot_by_what_it_lacks_of_maturity_and_anew_at_every_step():
+    plain, noisy = tail_of([1.0, 0.5, 0.0]), tail_of([1.0, 0.5, 0.0], fresh_noise=0.8)
+    seen = []
+    for number in range(2):
+        state = start(plain, batch=2).replace(num_steps=jnp.int32(number))
+        one = decode.refine(state, dream(state)[0], VOCABULARY, plain, 2.0)
+        two = decode.refine(state, dream(state)[0], VOCABULARY, noisy, 2.0)
+        seen.append(np.asarray(two - one))
+    np.testing.assert_array_equal(seen[0][:, 0], 0.0)
+    assert len(np.unique(np.concatenate(seen).reshape(-1, 3, 2)[:, 1:].reshape(-1, 2), axis=0)) == 8
+    keys = jax.random.split(jax.random.key(5), 4000)
+    size = np.sqrt(np.mean(np.sum(np.asarray(decode.fresh(keys, jnp.int32(3), noisy, 2, 2.0)) ** 2, -1), axis=0))
+    # σ_f R (1 − α) for each slot, up to four standard errors of the root of 4,000 squares.
+    np.testing.assert_allclose(size, [0.0, 0.8, 1.6], rtol=2 / 4000**0.5)
+
+
+def test_steering_draws_the_chosen_slots_and_so_what_is_committed():
+    plain = tail_of([1.0, 0.5])
+    towards = plain.replace(steering=make_steering(TABLE[1] - TABLE[2], 2.0, (0,), "constant", 2, 5))
+    state = start(plain)
+    refined = decode.refine(state, dream(state)[0], VOCABULARY, towards, 1.0)
+    # The front dreams of token 2 at (−1, 0) and is drawn by 2 along (1, 1)/√2; the back dreams of token 0 as before.
+    np.testing.assert_allclose(refined[0], [[2**0.5 - 1, 2**0.5], [0.5, 0.0]], atol=1e-6)
+    _, step = decode.liquid_step(state, dream, VOCABULARY, towards, 1.0, END)
+    assert step.tokens[0, 0] == 1
+
+
+def test_a_pinned_slot_is_its_token_until_it_is_committed_and_free_again_behind_it():
+    tail = tail_of([1.0, 0.5, 0.25])
+    state = start(tail, budget=4).replace(pinned=jnp.array([[-1, 3, -1]]))
+    state, step = decode.liquid_step(state, dream, VOCABULARY, tail, 1.0, end_of_text=9, read_tail=True,
+                                     keep_vectors=True)
+    np.testing.assert_array_equal(step.vectors[0, 1], TABLE[3])
+    assert step.tokens[0, :2].tolist() == [2, 3]
+    np.testing.assert_array_equal(state.pinned, [[3, -1, -1]])
+    state, step = decode.liquid_step(state, dream, VOCABULARY, tail, 1.0, end_of_text=9)
+    assert step.tokens[0, 0] == 3
+    np.testing.assert_array_equal(state.last, TABLE[3][None])
+    np.testing.assert_array_equal(state.pinned, [[-1, -1, -1]])
+    _, step = decode.liquid_step(state, dream, VOCABULARY, tail, 1.0, end_of_text=9)
+    assert step.tokens[0, 0] == 1
+
+
+def test_stable_commits_by_hand():
+    # Every slot dreams of its own token from birth on: at rate 1 it stands still from its second update.
+    tail = tail_of([1.0, 1.0, 1.0, 1.0], stability=Stability(jnp.int32(1), jnp.float32(0.5)))
+    state = start(tail, budget=7).replace(recent=jnp.zeros((1, 3, 2)))
+    committed = []
+    while not state.done[0]:
+        state, step = decode.liquid_step(state, dream, VOCABULARY, tail, 1.0, END)
+        committed.append(int(step.committed[0]))
+    # First nothing has settled: one. Then the three older slots have, and the newest not; the same again; the rest.
+    assert committed == [1, 3, 1, 2]
+    np.testing.assert_array_equal(state.recent[0], TABLE[np.arange(6, 9) % 3])
+    assert state.num_born[0] == 4 + 7
+    assert state.num_committed[0] == 9
+
+
+NEUTRAL = {"guidance_scale": 1.0, "repulsion": 0.0, "fresh_noise": 0.0, "history_noise": 0.0, "history_smoothing": 0.0}
+
+
+def test_neutral_controls_are_the_plain_algorithm():
+    # Nothing of them is left in the tail, so that the very same program runs.
+    plain, neutral = decode.make_tail(4), decode.make_tail(4, **NEUTRAL)
+    assert jax.tree.structure(plain) == jax.tree.structure(neutral)
+    chex.assert_trees_all_equal(plain, neutral)
+
+
+def test_controls_that_run_with_neutral_values_change_no_bit():
+    plain = tail_of([0.9, 0.6, 0.3], noise=0.5)
+    nothing = {name: jnp.float32(0.0) for name in ("fresh_noise", "history_noise", "history_smoothing")}
+    running = plain.replace(**nothing, steering=make_steering(TABLE[1], 0.0, (), "constant", 3, 5),
+                            stability=Stability(jnp.int32(0), jnp.float32(1e9)))
+    ends = [decode.run(start(tail, batch=2), dream, VOCABULARY, tail, 1.0, END, 5, read_tail=True)
+            for tail in (plain, running)]
+    chex.assert_trees_all_equal(ends[0][1], ends[1][1])
+    np.testing.assert_array_equal(ends[0][0].tail, ends[1][0].tail)
+
+
+def test_a_rate_per_slot():
+    np.testing.assert_allclose(decode.make_tail(3, rate=(0.9, 0.1, 0.5)).rate, [0.9, 0.1, 0.5], rtol=1e-6)

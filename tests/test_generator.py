@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -138,3 +139,144 @@ def test_repulsion_is_refused_where_tokens_are_written_with_a_table_of_their_own
     untied = Generator(config, tied.params, tied.tokenizer)
     with pytest.raises(UserError, match=r"an output table of its own: leave out --repulsion"):
         untied.generate(["the cat"], settings_of(tied, repulsion=0.5))
+
+
+STABLE = {"commit": "stable", "max_commit": 3, "patience": 0, "tolerance": 0.9, "tail_noise": 1.0}
+
+
+def test_stable_commits_report_their_passes_and_depend_on_nothing_but_the_sample(generator):
+    settings = settings_of(generator, **STABLE)
+    together = generator.generate(PROMPTS, settings, num_samples=2)
+    assert any(one.passes < len(one.tokens) for one in together)
+    for sample in together:
+        assert len(sample.tokens) / 3 <= sample.passes <= len(sample.tokens) <= 8
+        assert len(sample.tokens) == len(sample.entropy) == len(sample.movement)
+        moments = list(generator.stream(sample.prompt, settings, sample.number))
+        assert moments[-1].tokens == sample.tokens
+        assert [moment.committed for moment in moments] == [
+            after - before for before, after in itertools.pairwise([0, *(len(one.tokens) for one in moments)])]
+        assert generator.sample_of(sample.prompt, sample.number, moments).passes == sample.passes == len(moments)
+
+
+def test_patience_and_tolerance_compile_nothing_and_the_most_at_once_does(generator):
+    generator.generate(["the cat"], settings_of(generator, **STABLE))
+    count = generator.compilations()
+    generator.generate(["the cat"], settings_of(generator, **STABLE | {"patience": 2, "tolerance": 0.3}))
+    assert generator.compilations() == count
+    generator.generate(["the cat"], settings_of(generator, **STABLE | {"max_commit": 2}))
+    assert generator.compilations() == count + 2
+
+
+def test_plain_samples_take_a_pass_per_token(generator):
+    assert all(one.passes == len(one.tokens) for one in generator.generate(PROMPTS))
+
+
+@pytest.mark.parametrize("controls", [
+    {"rate": (0.9, 0.5, 0.4, 0.1)}, {"fresh_noise": 1.0}, {"history_smoothing": 0.5}, {"history_noise": 1.0},
+    {"steering": 1.0, "steering_words": ("sea",)},
+    {"steering": 1.0, "steering_words": ("sea",), "steering_slots": (0,)},
+    {"steering": 2.0, "steering_words": ("sea", "cat"), "steering_schedule": "fade"}])
+def test_every_control_changes_samples_and_keeps_them_independent(generator, controls):
+    plain, settings = settings_of(generator), settings_of(generator, **controls)
+    together = generator.generate(PROMPTS, settings)
+    changed = [(one.tokens, one.movement) for one in together]
+    assert changed != [(one.tokens, one.movement) for one in generator.generate(PROMPTS, plain)]
+    for sample in together:
+        [alone] = generator.generate([sample.prompt], settings)
+        assert alone.tokens == sample.tokens
+        assert list(generator.stream(sample.prompt, settings))[-1].tokens == sample.tokens
+
+
+def test_strong_steering_says_the_word_and_strong_steering_away_never_does(generator):
+    [token] = generator.tokenizer.encode(" sea")
+    towards, away = (generator.generate(PROMPTS, settings_of(generator, steering=strength, steering_words=("sea",)))
+                     for strength in (30.0, -30.0))
+    assert all(set(sample.tokens) == {token} for sample in towards)
+    assert not any(token in sample.tokens for sample in away)
+
+
+def test_a_direction_of_ones_own_is_the_words_where_it_is_their_mean(generator):
+    settings = settings_of(generator, steering=0.7, steering_words=("sea", "cat"))
+    own = dataclasses.replace(settings, steering_words=())
+    direction = 3.0 * generator.direction(["sea", "cat"])
+    assert [one.tokens for one in generator.generate(PROMPTS, settings)] == [
+        one.tokens for one in generator.generate(PROMPTS, own, direction=direction)]
+    with pytest.raises(UserError, match="steering needs a direction"):
+        generator.generate(PROMPTS, own)
+    for wrong in (np.zeros(16), np.ones(15), np.full(16, np.nan)):
+        with pytest.raises(UserError, match="the steering direction must have 16 finite numbers"):
+            generator.generate(PROMPTS, own, direction=wrong)
+    with pytest.raises(UserError, match="' ' has no token"):
+        generator.generate(PROMPTS, dataclasses.replace(settings, steering_words=("sea", " ")))
+
+
+def test_steps_are_the_stream_and_leave_what_they_came_from_as_it_was(generator):
+    living = generator.begin("the cat", number=1, seed=4)
+    first, one = generator.step(living)
+    again, other = generator.step(living)
+    assert one == other
+    np.testing.assert_array_equal(first.slots, again.slots)
+    moments = [one]
+    while not first.done:
+        first, moment = generator.step(first)
+        moments.append(moment)
+    assert moments == list(generator.stream("the cat", number=1, seed=4))
+    assert first.tokens == tuple(moments[-1].tokens)
+    with pytest.raises(UserError, match="the sample is complete"):
+        generator.step(first)
+
+
+def test_a_pinned_text_comes_where_it_is_pinned_and_another_branch_is_free(generator):
+    begun = generator.begin("the cat", settings_of(generator, max_new_tokens=8))
+    begun, _ = generator.step(begun)
+    words = generator.tokenizer.encode(" sea dog")
+    held = generator.pin(begun, 2, " sea dog")
+    assert held.pins == [None, None, *words, *[None] * (2 - len(words))]
+    assert begun.pins == [None] * 4
+
+    def end_of(living):
+        while not living.done:
+            living, _ = generator.step(living)
+        return list(living.tokens)
+
+    assert end_of(held)[3 : 3 + len(words)] == words
+    assert end_of(begun) == list(generator.stream("the cat", settings_of(generator, max_new_tokens=8)))[-1].tokens
+
+
+def test_a_pin_changes_what_comes_behind_it_through_the_tail_alone(generator):
+    # A slot sees the slots before it: what is held in slot 1 moves slot 2 at once, and slot 0 never.
+    begun, _ = generator.step(generator.begin("the cat"))
+    free, _ = generator.step(generator.step(begun)[0])
+    held, _ = generator.step(generator.step(generator.pin(begun, 2, " sea"))[0])
+    np.testing.assert_array_equal(held.slots[0], generator.vocabulary.table[generator.tokenizer.encode(" sea")[0]])
+    assert np.abs(held.slots[1] - free.slots[1]).max() > 1e-4
+
+
+def test_a_replaced_slot_holds_what_it_was_given_and_goes_on_to_be_refined(generator):
+    begun = generator.begin("the cat")
+    [token] = generator.tokenizer.encode(" sea")
+    by_text, by_id = generator.replace(begun, 3, " sea"), generator.replace(begun, 3, [token])
+    row = np.asarray(generator.vocabulary.table[token])
+    by_vector = generator.replace(begun, 3, row)
+    for living in (by_text, by_id, by_vector):
+        np.testing.assert_array_equal(living.slots[3], row)
+        np.testing.assert_array_equal(living.slots[:3], begun.slots[:3])
+    after, _ = generator.step(by_text)
+    assert np.abs(after.slots[2] - row).max() > 1e-4
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda g, living: g.pin(living, 4, " sea"), "slots 0..3, found slots 4..4"),
+    (lambda g, living: g.pin(living, -1, " sea"), "found slots -1..-1"),
+    (lambda g, living: g.pin(living, 0, ""), "expected a text that is not empty"),
+    (lambda g, living: g.pin(living, 0, [9999]), "ids in 0.."),
+    (lambda g, living: g.pin(living, 2, [1, 2]), "3 tokens are left of the budget, slots 2..3 come behind it"),
+    (lambda g, living: g.replace(living, 3, np.ones((2, 16))), "found slots 3..4"),
+    (lambda g, living: g.replace(living, 0, np.ones(15)), "expected finite vectors of 16 numbers"),
+    (lambda g, living: g.replace(living, 0, np.full(16, np.inf)), "expected finite vectors"),
+])
+def test_an_edit_that_does_not_fit_says_why(generator, change, says):
+    living = generator.begin("the cat", settings_of(generator, max_new_tokens=3))
+    with pytest.raises(UserError) as caught:
+        change(generator, living)
+    assert says in str(caught.value)

@@ -70,9 +70,9 @@ def run(strength, length=1, steps=6):
     tail = decode.make_tail(length, "constant", 1.0, noise=0.0, repulsion=strength)
     vectors = TABLE[jnp.array([[2]])]
     trace = repulsion.begin_trace(jnp.zeros((1, 1, 4)), vectors, 16)
-    state = decode.start(jax.random.split(jax.random.key(0), 1), vectors[:, -1], jnp.array([1]), jnp.array([steps]),
+    state = decode.start(jax.random.split(jax.random.key(0), 1), vectors[:, -1:], jnp.array([1]), jnp.array([steps]),
                          repulsion.Remembering(jnp.int32(0), trace), tail, 1.0)
-    predict = repulsion.repel(always(0), tail.repulsion, tail.repulsion_sharpness)
+    predict = repulsion.repel(always(0), length, jnp.float32(strength), jnp.float32(10.0))
     return decode.run(state, predict, make_vocabulary(TABLE), tail, 1.0, END, steps)
 
 

@@ -17,6 +17,8 @@ import generate
 import runs
 from tokmat_jax import cli
 from tokmat_jax.errors import UserError
+from tokmat_jax.generator import Generator
+from tokmat_jax.trajectory import load_trajectory
 from tokmat_jax.view.terminal import visible
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,6 +222,56 @@ def test_stream_and_show_tail_show_the_same_text(runs_dir, tmp_path, capsys):
     assert plain.strip() in tail
 
 
+def test_two_settings_beside_each_other_are_the_samples_of_both(runs_dir, tmp_path, capsys):
+    arguments = ["--workdir", runs_dir / "run", "--prompt", "the cat", "--rate", "0.9", "0.7", "0.5", "0.3"]
+    shown = generated(capsys, *arguments, "--show-tail", "--compare", "guidance-scale=3", "tail-noise=2",
+                      "--output", tmp_path / "both.jsonl").out
+    plain, guided = rows(tmp_path / "both.jsonl")
+    for title in ("guidance scale 1, tail noise 0.3: ", "guidance scale 3, tail noise 2: "):
+        assert shown.count(title + "the cat") == 8
+    assert (plain["settings"]["guidance_scale"], guided["settings"]["guidance_scale"]) == (1.0, 3.0)
+    assert plain["settings"]["rate"] == guided["settings"]["rate"] == [0.9, 0.7, 0.5, 0.3]
+    for row, more in ((plain, ()), (guided, ("--guidance-scale", 3, "--tail-noise", 2))):
+        generated(capsys, *arguments, *more, "--output", tmp_path / "alone.jsonl")
+        assert rows(tmp_path / "alone.jsonl")[0]["tokens"] == row["tokens"]
+
+
+def test_a_recorded_sample_is_printed_saved_and_replayed(runs_dir, tmp_path, capsys):
+    arguments = ["--workdir", runs_dir / "run", "--prompt", "the cat", "--num-samples", 2]
+    plain = generated(capsys, *arguments).out
+    recorded = generated(capsys, *arguments, "--html", tmp_path / "replay.html", "--trajectory", tmp_path / "t.npz",
+                         "--keep-vectors", "--compare", "tail-length=3", "--output", tmp_path / "out.jsonl")
+    written = rows(tmp_path / "out.jsonl")
+    assert [line for line in recorded.out.split("---\n") if line][::2] == [
+        line for line in plain.split("---\n") if line]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "out.jsonl", "replay-1.html", "replay-2.html", "t-1.npz", "t-2.npz", "t-3.npz", "t-4.npz"]
+    for number, row in enumerate(written, 1):
+        found = load_trajectory(tmp_path / f"t-{number}.npz")
+        assert found.text.tolist() == row["tokens"]
+        assert found.vectors.shape == (8, row["settings"]["tail_length"], 16)
+    page = (tmp_path / "replay-2.html").read_text()
+    assert "tail length 4" in page
+    assert "tail length 3" in page
+
+
+def test_stable_commits_say_how_many_tokens_a_pass_they_made(runs_dir, tmp_path, capsys):
+    shown = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "the cat", "--prompt", "who", "--commit",
+                      "stable", "--max-commit", 3, "--patience", 0, "--tolerance", 9, "--output", tmp_path / "o.jsonl")
+    written = rows(tmp_path / "o.jsonl")
+    tokens, passes = sum(len(row["tokens"]) for row in written), sum(row["passes"] for row in written)
+    assert f"{tokens} tokens in {passes} passes, {tokens / passes:.2f} a pass" in shown.err
+    assert all(row["passes"] == -(-len(row["tokens"]) // 3) for row in written)
+
+
+def test_a_steering_vector_from_a_file_is_the_words(runs_dir, tmp_path, capsys):
+    direction = Generator.from_workdir(runs_dir / "run").direction(["sea"])
+    np.save(tmp_path / "v.npy", direction.astype(np.float64))
+    arguments = ["--workdir", runs_dir / "run", "--prompt", "the cat", "--steering", "2"]
+    assert generated(capsys, *arguments, "--steering-words", "sea").out == generated(
+        capsys, *arguments, "--steering-vector", tmp_path / "v.npy").out
+
+
 def test_prompts_come_from_json_lines_too(runs_dir, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": ""}\n{"prompt": "a\\nb"}\n')
     assert generate.read_prompts(generate.Args(workdir="x", prompts_file=str(tmp_path / "p.jsonl"))) == ["", "a\nb"]
@@ -238,6 +290,27 @@ def test_prompts_come_from_json_lines_too(runs_dir, tmp_path):
     (["--prompts-file", "/nowhere"], "cannot read"),
     (["--prompt", "\udcff"], "prompt 1 is not valid Unicode"),
     (["--promt", "x"], "unknown option --promt; nearest: --prompt"),
+    (["--prompt", "x", "--rate", "0.5", "0.5"], "one per slot of the tail (4), found (0.5, 0.5)"),
+    (["--prompt", "x", "--rate", "1", "1", "1", "1.5"], "rate must lie in [0, 1], found (1.0, 1.0, 1.0, 1.5)"),
+    (["--prompt", "x", "--history-smoothing", "1"], "history_smoothing must lie in [0, 1), found 1.0"),
+    (["--prompt", "x", "--fresh-noise", "-1"], "fresh_noise must not be negative, found -1.0"),
+    (["--prompt", "x", "--steering", "1"], "steering needs a direction: give --steering-words"),
+    (["--prompt", "x", "--steering-words", "sea"], "does nothing by itself: give its strength too"),
+    (["--prompt", "x", "--steering", "1", "--steering-words", ""], "'' has no token"),
+    (["--prompt", "x", "--steering", "1", "--steering-vector", "/nowhere.npy"], "/nowhere.npy is no .npy file"),
+    (["--prompt", "x", "--steering", "1", "--steering-vector", __file__], "is no .npy file of numbers"),
+    (["--prompt", "x", "--steering-slots", "4"], "steering_slots must lie in 0..3 (K = 4), found (4,)"),
+    (["--prompt", "x", "--commit", "stable", "--max-commit", "0"], "max_commit must be positive, found 0"),
+    (["--prompt", "x", "--commit", "stable", "--tolerance", "0"], "tolerance must be positive, found 0.0"),
+    (["--prompt", "x", "--commit", "stable", "--patience", "-1"], "patience must not be negative, found -1"),
+    (["--prompt", "x", "--compare", "guidance-scale=2"], "add --show-tail or --html FILE"),
+    (["--prompt", "x", "--show-tail", "--compare", "guidance-scale"], "--compare takes NAME=VALUE"),
+    (["--prompt", "x", "--show-tail", "--compare", "seed=2"], "with the name of a setting"),
+    (["--prompt", "x", "--show-tail", "--compare", "max-maturity=2"], "must lie in [0, 1]"),
+    (["--prompt", "x", "--show-tail", "--compare", "tail-noise=-1"], "tail_noise must not be negative, found -1.0"),
+    (["--prompt", "x", "--html", "/nowhere/x.html"], "--html: cannot write /nowhere/x.html: No such file"),
+    (["--prompt", "x", "--trajectory", "/nowhere/x.npz"], "--trajectory: cannot write"),
+    (["--prompt", "x", "--keep-vectors"], "give that too"),
 ])
 def test_a_mistake_in_generating_is_one_line(runs_dir, args, says):
     with pytest.raises(UserError) as caught:
@@ -249,8 +322,9 @@ def test_a_mistake_in_generating_is_one_line(runs_dir, args, says):
 def test_a_longer_tail_than_trained_is_noted_and_the_baseline_has_none(runs_dir, capsys):
     shown = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "x", "--tail-length", 20)
     assert "longer than any in training (K_max 16)" in shown.err
-    with pytest.raises(UserError, match="it has no tail"):
-        generate.main(["--workdir", str(runs_dir / "ar"), "--prompt", "x", "--tail-length", "4"])
+    for flags in (["--tail-length", "4"], ["--commit", "stable"], ["--steering-vector", "x.npy"]):
+        with pytest.raises(UserError, match=f"{flags[0]}: .* it has no tail"):
+            generate.main(["--workdir", str(runs_dir / "ar"), "--prompt", "x", *flags])
 
 
 def test_a_workdir_without_a_checkpoint_or_with_another_model_says_so(runs_dir, tmp_path):

@@ -21,8 +21,9 @@ from flax import struct
 
 from tokmat_jax import cache
 from tokmat_jax.attention import History
+from tokmat_jax.buckets import Batch, Row, chunk, make_batch, sample_key
 from tokmat_jax.errors import UserError
-from tokmat_jax.generator import Batch, Generator, Row, chunk, make_batch, sample_key
+from tokmat_jax.generator import Generator
 from tokmat_jax.model import Forward, Params, make_forward
 from tokmat_jax.table import Vocabulary, look_up, scores, unit
 

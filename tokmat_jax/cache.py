@@ -3,12 +3,15 @@
 Committed positions have maturity 1 and K is constant, and attention is causal: their keys and values never change. A
 step asks about positions n .. n+K−1, so it needs the outputs at n−1 .. n+K−2: the token committed last and all slots
 but the hindmost. Only the first of these K queries is new to the history and stays.
+
+Where a step may commit up to M tokens, the M newest committed positions are queries, so that shapes stay fixed: those
+of them that were in the history already are written again with what they had.
 """
 
 import jax
 import jax.numpy as jnp
 
-from tokmat_jax.attention import History
+from tokmat_jax.attention import History, causal_mask
 from tokmat_jax.decode import Predict, State, Tail
 from tokmat_jax.guidance import guide
 from tokmat_jax.model import Forward, Params
@@ -38,50 +41,55 @@ def read_prompts(
     return prediction, jax.tree.map(lambda x: jnp.pad(x, room), live)
 
 
-def _queries(state: State, tail: Tail) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Vectors [B, K, d], maturity [B, K] and positions [B, K] of the K queries of a step."""
-    batch, length, _ = state.tail.shape
-    vectors = jnp.concatenate([state.last[:, None], state.tail[:, :-1]], axis=1)
-    maturity = jnp.concatenate([jnp.ones((1,)), tail.maturity[:-1]])
-    positions = state.num_committed[:, None] - 1 + jnp.arange(length)[None, :]
-    return vectors, jnp.broadcast_to(maturity[None, :], (batch, length)), positions
+def _queries(state: State, tail: Tail, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Vectors, maturity and positions [B, M + K − 1, …] of the queries of a step: the `most` M newest committed
+    positions, and all slots but the hindmost. Positions of a row with n < M begin below 0."""
+    length = state.tail.shape[1]
+    vectors = jnp.concatenate([state.recent[:, -most:], state.tail[:, :-1]], axis=1)
+    maturity = jnp.concatenate([jnp.ones((most,)), tail.maturity[:-1]])
+    positions = state.num_committed[:, None] - most + jnp.arange(most + length - 1)[None, :]
+    return vectors, jnp.broadcast_to(maturity[None, :], positions.shape), positions
 
 
-def append(history: History, live: History, position: jax.Array) -> History:
-    """The history with the first `live` query's keys and values written at `position` [B] of each row."""
-    rows = jnp.arange(position.shape[0])
+def append(history: History, live: History, positions: jax.Array) -> History:
+    """The history with the keys and values of the first M `live` queries written at `positions` [B, M] of each row;
+    what lies below 0 is left out."""
+    rows, count = jnp.arange(positions.shape[0])[:, None], positions.shape[1]
 
     def write(whole, new):
-        return whole.at[:, rows, position].set(new[:, :, 0].astype(whole.dtype))
+        place = jnp.where(positions < 0, whole.shape[2], positions)
+        return whole.at[:, rows, place].set(new[:, :, :count].astype(whole.dtype), mode="drop")
 
     return jax.tree.map(write, history, live)
 
 
-def cached_predict(
-    params: Params, forward: Forward, tail: Tail, told_tail_length: int, guided: bool, repelled: bool = False
-) -> Predict:
-    """`predict` of the decoder over a History: K query positions a step, two such passes with guidance.
+def cached_predict(params: Params, forward: Forward, tail: Tail, told_tail_length: int) -> Predict:
+    """`predict` of the decoder over a History: M + K − 1 query positions a step, and K more with guidance.
 
     `told_tail_length` is the K that the model is told by FiLM (0 for an autoregressive backbone). The
-    unconditional pass has the same queries and no history. Repulsion pushes the conditional prediction; its memory
-    is that of `prefill` with `repelled`.
+    unconditional pass has the last committed position and the same slots, and no history. Repulsion pushes the
+    conditional prediction; its memory is that of `prefill` with `repelled`.
     """
 
     def told(state):
         return jnp.full(state.num_committed.shape, told_tail_length, jnp.int32)
 
     def conditional(state):
-        vectors, maturity, positions = _queries(state, tail)
+        most = state.recent.shape[1]
+        vectors, maturity, positions = _queries(state, tail, most)
         history: History = state.memory
-        visible = jnp.arange(history.key.shape[2])[None, :] < state.num_committed[:, None] - 1
+        visible = jnp.arange(history.key.shape[2])[None, :] < state.num_committed[:, None] - most
         prediction, live = forward(
-            params, vectors, maturity, told(state), positions, history=history, visible=visible
-        )
-        return prediction, append(history, live, state.num_committed - 1)
+            params, vectors, maturity, told(state), jnp.maximum(positions, 0),
+            causal_mask(positions.shape[1]) & (positions >= 0)[:, None, :] if most > 1 else None,
+            history=history, visible=visible)
+        return prediction, append(history, live, positions[:, :most])
 
     def unconditional(state):
-        vectors, maturity, positions = _queries(state, tail)
+        vectors, maturity, positions = _queries(state, tail, 1)
         return forward(params, vectors, maturity, told(state), positions)[0], state.memory
 
-    seeing = repel(conditional, tail.repulsion, tail.repulsion_sharpness) if repelled else conditional
-    return guide(seeing, unconditional, tail.guidance_scale) if guided else seeing
+    seeing = conditional
+    if tail.repulsion is not None and tail.repulsion_sharpness is not None:
+        seeing = repel(conditional, tail.maturity.shape[0], tail.repulsion, tail.repulsion_sharpness)
+    return seeing if tail.guidance_scale is None else guide(seeing, unconditional, tail.guidance_scale)

@@ -12,6 +12,7 @@ from typing import Literal
 from tokmat_jax.errors import ConfigError
 
 Profile = Literal["linear", "cosine", "constant"]
+SteeringSchedule = Literal["constant", "fade", "rise"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -391,19 +392,43 @@ class GenerationConfig(_Section):
     """Maturity along the tail, front first."""
     max_maturity: float = 0.9
     """α_max, maturity of the front slot."""
-    rate: float | None = None
-    """η of the front slot, falling off along the tail as the maturity does; None: each slot's rate is its maturity."""
+    rate: float | tuple[float, ...] | None = None
+    """η of the front slot in [0, 1], falling off along the tail as the maturity does; or K numbers, one per slot, front
+    first; None: each slot's rate is its maturity."""
     tail_noise: float = 0.3
-    """σ of the embryos, in units of R."""
+    """σ of the embryos, in units of R; 0 to 1."""
+    fresh_noise: float = 0.0
+    """σ_f, norm of the noise added to the slots at every step, scaled by 1 − maturity, in units of R; 0 is off, 0.5 is
+    strong."""
     history_noise: float = 0.0
-    """σ_h, norm of the noise added to a vector when it enters the history, in units of R; 0 is off."""
+    """σ_h, norm of the noise added to a vector when it enters the history, in units of R; 0 is off, 1 as long as the
+    vector."""
+    history_smoothing: float = 0.0
+    """h in [0, 1), share of the vector before it in a vector that enters the history; 0 is off."""
     guidance_scale: float = 1.0
-    """s; 1 is off."""
+    """s; 1 is off, 1.5 to 3 is usual."""
     repulsion: float = 0.0
     """ρ, how far a prediction is pushed away from what was committed where it was nearly the same, as a share of its
     norm; 0 is off. Under guidance it pushes the conditional prediction, so that s multiplies it."""
     repulsion_sharpness: float = 10.0
     """b: a place whose prediction has the cosine c with this one counts exp(b (c − 1))."""
+    steering: float = 0.0
+    """γ, how far predictions are drawn towards the steering direction, in units of R; 0 is off, 0.1 to 0.5 is usual,
+    negative pushes away."""
+    steering_words: tuple[str, ...] = ()
+    """Words whose mean embedding is the steering direction (a vector of one's own: the argument `direction`)."""
+    steering_slots: tuple[int, ...] = ()
+    """Slots that are steered, 0 is the front; none means all."""
+    steering_schedule: SteeringSchedule = "constant"
+    """How strongly from a sample's first token to the last of its budget: all along, falling to 0, or rising from 0."""
+    commit: Literal["front", "stable"] = "front"
+    """`front`: one token a step; `stable`: as many from the front on as have settled, at least one."""
+    max_commit: int = 4
+    """The most that a step of `stable` commits (never more than K)."""
+    patience: int = 1
+    """Updates in a row that must have left a slot's nearest token as it was, before `stable` commits it early."""
+    tolerance: float = 0.1
+    """Bound of its last movement ‖Δz̃‖/R."""
     max_new_tokens: int = 64
     """Token budget of a sample; end-of-text may come earlier."""
     entropy_temperature: float = 1.0
@@ -412,14 +437,22 @@ class GenerationConfig(_Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.tail_length >= 1, f"generation.tail_length (K) must be at least 1, found {self.tail_length}")
-        _require_share(generation__max_maturity=self.max_maturity, generation__rate=self.rate or 0.0)
+        _require_share(generation__max_maturity=self.max_maturity)
+        rates = self.rate if isinstance(self.rate, tuple) else (self.rate or 0.0,)
+        _require(all(0.0 <= one <= 1.0 for one in rates), f"generation.rate must lie in [0, 1], found {self.rate}")
+        _require(not isinstance(self.rate, tuple) or len(self.rate) == self.tail_length,
+                 f"generation.rate is one number, or one per slot of the tail ({self.tail_length}), found {self.rate}")
         _require_positive(generation__max_new_tokens=self.max_new_tokens,
-                          generation__entropy_temperature=self.entropy_temperature)
-        _require(self.repulsion >= 0 and self.repulsion_sharpness > 0, f"generation.repulsion must not be negative and "
-                 f"generation.repulsion_sharpness must be positive, found {self.repulsion} and "
-                 f"{self.repulsion_sharpness}")
-        _require(min(self.tail_noise, self.history_noise) >= 0, f"generation.tail_noise and generation.history_noise "
-                 f"must not be negative, found {self.tail_noise} and {self.history_noise}")
+                          generation__entropy_temperature=self.entropy_temperature,
+                          generation__repulsion_sharpness=self.repulsion_sharpness,
+                          generation__max_commit=self.max_commit, generation__tolerance=self.tolerance)
+        for name in ("tail_noise", "fresh_noise", "history_noise", "repulsion", "patience"):
+            _require(getattr(self, name) >= 0, f"generation.{name} must not be negative, found {getattr(self, name)}")
+        _require(0.0 <= self.history_smoothing < 1.0,
+                 f"generation.history_smoothing must lie in [0, 1), found {self.history_smoothing}")
+        _require(all(0 <= slot < self.tail_length for slot in self.steering_slots),
+                 f"generation.steering_slots must lie in 0..{self.tail_length - 1} (K = {self.tail_length}), found "
+                 f"{self.steering_slots}")
 
 
 @dataclass(frozen=True)

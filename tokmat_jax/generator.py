@@ -1,12 +1,7 @@
-"""Text from a run: prompt → buckets → cache → liquid tail → text.
-
-Shapes come in powers of two, so that a second prompt of another length compiles nothing; rows are independent, so
-that neither buckets nor neighbours change a sample.
-"""
+"""Text from a run: prompt → buckets → cache → liquid tail → text."""
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokmat_jax import cache, decode, objective
+from tokmat_jax.buckets import SMALLEST_PROMPT, Row, bucket, chunk, make_batch, sample_key
 from tokmat_jax.checkpoint import load_params
 from tokmat_jax.config import Config, GenerationConfig
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokmat_jax.errors import UserError
+from tokmat_jax.living import Living, held_at, with_vectors
 from tokmat_jax.model import Params, make_forward
+from tokmat_jax.stability import Stability
+from tokmat_jax.steering import Steering, direction_of, make_steering
 from tokmat_jax.table import Vocabulary, look_up, read
 from tokmat_jax.train_step import init_params
 from tokmat_jax.trajectory import Trajectory
 from tokmat_jax.workdir import TOKENIZER, load_config
-
-_SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 16
-_SMALLEST_PROMPT, _SMALLEST_HISTORY = 16, 64
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,8 @@ class Sample:
     """Per token, ‖Δz̃‖/R of its last update."""
     finished: bool
     """Whether it ended with end-of-text rather than with its budget."""
+    passes: int
+    """Steps that it took, each one forward pass (two with guidance); as many as tokens but for stable commits."""
 
 
 @dataclass(frozen=True)
@@ -57,39 +55,16 @@ class Moment:
     """All new text so far."""
     tokens: list[int]
     """Committed ids so far."""
+    committed: int
+    """How many of them this step committed; 1 but for stable commits."""
     tail: list[int]
-    """Nearest tokens of the slots behind the one just committed, front first."""
+    """Nearest tokens of the slots behind those just committed, front first."""
     entropy: list[float]
-    """Per slot, the one just committed first, nats."""
+    """Of all K slots as they were refined, those just committed first, nats."""
     movement: list[float]
-    """Per slot, ‖Δz̃‖/R."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sample to be made."""
-
-    prompt: str
-    ids: list[int]
-    """Ids of the prompt, at least one."""
-    number: int
-    """Which of the prompt's samples it is, from 0."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows in their bucket of shapes; rows that only fill it have no budget."""
-
-    ids: np.ndarray
-    """Prompts [B, P] int32, filled up behind their end."""
-    lengths: np.ndarray
-    """[B] int32, ids of each prompt."""
-    budgets: np.ndarray
-    """[B] int32, tokens that each row may commit."""
-    names: np.ndarray
-    """[B, 3] uint32, what `sample_key` makes each row's key of."""
-    capacity: int
-    """Positions of the history, the same for every length in the bucket."""
+    """‖Δz̃‖/R of all K slots."""
+    maturity: list[float]
+    """α of all K slots."""
 
 
 class Generator:
@@ -99,12 +74,11 @@ class Generator:
         self.config = config
         self.tokenizer = tokenizer
         self._compilations = 0
-        self._prefill = jax.jit(self._trace_prefill, static_argnames=("capacity", "repelled"))
-        self._advance = jax.jit(
-            self._trace_advance,
-            static_argnames=("guided", "repelled", "read_tail", "num_steps", "num_candidates"),
-            donate_argnames="state",
-        )
+        self._prefill = jax.jit(self._trace_prefill, static_argnames=("capacity", "max_commit"))
+        static = ("read_tail", "num_steps", "num_candidates", "keep_vectors")
+        self._advance = jax.jit(self._trace_advance, static_argnames=static, donate_argnames="state")
+        # Whoever holds a state may go on from it twice: it is not donated.
+        self._step = jax.jit(self._trace_advance, static_argnames=static)
         self._read = jax.jit(self._trace_read)
         self.set_params(params)
 
@@ -155,12 +129,14 @@ class Generator:
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], settings: GenerationConfig | None = None, num_samples: int = 1,
-        seed: int = 0, batch_size: int = 16,
+        seed: int = 0, batch_size: int = 16, direction: np.ndarray | None = None,
     ) -> list[Sample]:
         """`num_samples` continuations of each of `prompts` (text or ids), in their order.
 
         A sample depends on its prompt, its number, `seed` and `settings` (None: those of the run), on nothing else.
-        An empty prompt starts from end-of-text. Raises UserError where the positions do not suffice.
+        An empty prompt starts from end-of-text. `direction` [d], of any norm, is where `settings.steering` draws to;
+        None takes the mean of `settings.steering_words`. Raises UserError where the positions do not suffice, and where
+        there is steering without a direction.
         """
         settings = self.settings if settings is None else settings
         rows = self.rows(prompts, settings, num_samples)
@@ -168,50 +144,105 @@ class Generator:
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
         for begin in range(0, len(rows), batch_size):
             batch = order[begin : begin + batch_size]
-            for index, sample in zip(batch, self._run(rows, batch, settings, seed), strict=True):
+            for index, sample in zip(batch, self._run(rows, batch, settings, seed, direction), strict=True):
                 samples[index] = sample
         return [sample for sample in samples if sample is not None]
 
     def stream(
-        self, prompt: str | Sequence[int], settings: GenerationConfig | None = None, number: int = 0, seed: int = 0
+        self, prompt: str | Sequence[int], settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
+        direction: np.ndarray | None = None,
     ) -> Iterator[Moment]:
         """The same sample as `generate`, one step at a time, with its tail; `prompt` is text or ids."""
+        living = self.begin(prompt, settings, number, seed, direction)
+        while not living.done:
+            living, moment = self.step(living)
+            yield moment
+
+    def begin(
+        self, prompt: str | Sequence[int], settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
+        direction: np.ndarray | None = None,
+    ) -> Living:
+        """Sample `number` of a prompt before its first step: K embryos. `step` goes on from it, `pin` and `replace`
+        change its tail first."""
         settings = self.settings if settings is None else settings
         row = dataclasses.replace(self.rows([prompt], settings)[0], number=number)
-        state, tail = self._start([row], settings, seed)
-        tokens: list[int] = []
-        while not bool(state.done[0]):
-            state, step = self._steps(state, tail, settings, num_steps=1, read_tail=True)
-            slots = np.asarray(step.tokens[0, 0]).tolist()
-            tokens.append(slots[0])
-            yield Moment(
-                self.tokenizer.decode(tokens), list(tokens), slots[1:],
-                np.asarray(step.entropy[0, 0]).tolist(), np.asarray(step.movement[0, 0]).tolist(),
-            )
+        state, tail = self._start([row], settings, seed, direction)
+        return Living(row, state, tail)
+
+    def step(self, living: Living) -> tuple[Living, Moment]:
+        """`living` one step later, and what the step did. `living` itself stays as it is and can be gone on from again.
+
+        Raises UserError where the sample is complete.
+        """
+        if living.done:
+            raise UserError("the sample is complete: it has committed end-of-text or spent its budget")
+        state, step = self._step(self._params, self._vocabulary, living.state, living.tail, read_tail=True, num_steps=1,
+                                 num_candidates=0, keep_vectors=False)
+        slots, count = np.asarray(step.tokens[0, 0]).tolist(), int(step.committed[0, 0])
+        tokens = (*living.tokens, *slots[:count])
+        moment = Moment(
+            self.tokenizer.decode(tokens), list(tokens), count, slots[count:], np.asarray(step.entropy[0, 0]).tolist(),
+            np.asarray(step.movement[0, 0]).tolist(), np.asarray(living.tail.maturity).tolist())
+        return Living(living.row, state, living.tail, tokens), moment
+
+    def pin(self, living: Living, slot: int, content: str | Sequence[int]) -> Living:
+        """`living` with slots held at a text, or at ids, from `slot` on: they are committed when they reach the front,
+        and until then the slots behind them see them. The front is slot 0.
+
+        Raises UserError where the text does not fit into the tail or the budget.
+        """
+        return held_at(living, slot, self._ids(content))
+
+    def replace(self, living: Living, slot: int, content: str | Sequence[int] | np.ndarray) -> Living:
+        """`living` with the vectors of slots replaced from `slot` on, by a text, by ids or by vectors [N, d] or [d];
+        they go on to be refined. Raises UserError where they do not fit into the tail."""
+        if isinstance(content, np.ndarray):
+            return with_vectors(living, slot, np.atleast_2d(content))
+        return with_vectors(living, slot, np.asarray(look_up(self._vocabulary.table, jnp.array(self._ids(content)))))
+
+    def _ids(self, content: str | Sequence[int]) -> list[int]:
+        ids = self.tokenizer.encode(content) if isinstance(content, str) else list(content)
+        if not ids or not all(0 <= token < self.tokenizer.vocab_size for token in ids):
+            raise UserError(f"expected a text that is not empty, or ids in 0..{self.tokenizer.vocab_size - 1}, found "
+                            f"{content!r}")
+        return ids
 
     def record(
         self, prompt: str | Sequence[int], settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
-        num_candidates: int = 8,
+        num_candidates: int = 8, keep_vectors: bool = False, direction: np.ndarray | None = None,
     ) -> Trajectory:
-        """The same sample as `generate` with everything that its tail went through."""
-        settings = self.settings if settings is None else settings
-        row = dataclasses.replace(self.rows([prompt], settings)[0], number=number)
-        state, tail = self._start([row], settings, seed)
-        steps, count = [], chunk(settings.max_new_tokens)
+        """The same sample as `generate` with everything that its tail went through: the `num_candidates` nearest
+        tokens of every slot at every step, and the vectors where they are to be kept."""
+        living = self.begin(prompt, settings, number, seed, direction)
+        state, steps = living.state, []
+        count = chunk(int(state.budget[0] - state.num_committed[0]))
         while not bool(state.done[0]):
-            state, step = self._steps(state, tail, settings, count, read_tail=True, num_candidates=num_candidates)
+            state, step = self._advance(self._params, self._vocabulary, state, living.tail, read_tail=True,
+                                        num_steps=count, num_candidates=num_candidates, keep_vectors=keep_vectors)
             steps.append(jax.tree.map(np.asarray, step))
         whole = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
-        alive = np.asarray(whole.emitted)[:, 0]
-        return Trajectory(*(np.asarray(part)[alive, 0] for part in (
-            whole.tokens, whole.entropy, whole.movement, whole.candidates, whole.cosines)))
+        alive = whole.committed[:, 0] > 0
+        measured = {field.name: np.asarray(getattr(whole, field.name))[alive, 0] for field in dataclasses.fields(whole)}
+        return Trajectory(prompt=np.asarray(living.row.ids, np.int32), maturity=np.asarray(living.tail.maturity),
+                          **measured)
+
+    def direction(self, words: Sequence[str]) -> np.ndarray:
+        """The mean [d] of the embeddings of some words, as they stand behind a space; a word of several tokens is their
+        mean. Raises UserError for a word without a token."""
+        vectors = []
+        for word in words:
+            ids = self.tokenizer.encode(f" {word.strip()}") if word.strip() else []
+            if not ids:
+                raise UserError(f"steering_words: {word!r} has no token")
+            vectors.append(direction_of(look_up(self._vocabulary.table, jnp.array(ids))))
+        return np.asarray(direction_of(jnp.stack(vectors)))
 
     def next_tokens(self, ids: Sequence[int]) -> list[int]:
         """The nearest token to the prediction behind every prefix of `ids` (at least one, at most all positions).
 
         Committed vectors alone are read, as the baseline does; for a run with a tail that is K = 0.
         """
-        width = min(bucket(len(ids), _SMALLEST_PROMPT), self.config.max_positions)
+        width = min(bucket(len(ids), SMALLEST_PROMPT), self.config.max_positions)
         padded = np.full((1, width), self.tokenizer.end_of_text, np.int32)
         padded[0, : len(ids)] = ids
         return np.asarray(self._read(self._params, self._vocabulary, padded))[0, : len(ids)].tolist()
@@ -246,51 +277,77 @@ class Generator:
             rows.extend(Row(text, ids, number) for number in range(num_samples))
         return rows
 
-    def _tail(self, settings: GenerationConfig) -> decode.Tail:
+    def _tail(self, settings: GenerationConfig, direction: np.ndarray | None) -> decode.Tail:
         if self.is_autoregressive:
             return decode.make_tail(1, "constant", 1.0, 0.0, temperature=settings.entropy_temperature,
                                     repulsion=settings.repulsion, repulsion_sharpness=settings.repulsion_sharpness)
+        stability = None
+        if settings.commit == "stable":
+            stability = Stability(jnp.int32(settings.patience), jnp.float32(settings.tolerance))
         return decode.make_tail(settings.tail_length, settings.profile, settings.max_maturity, settings.tail_noise,
                                 settings.guidance_scale, settings.entropy_temperature, settings.rate,
-                                settings.history_noise, settings.repulsion, settings.repulsion_sharpness)
+                                settings.history_noise, settings.repulsion, settings.repulsion_sharpness,
+                                settings.fresh_noise, settings.history_smoothing, self._steering(settings, direction),
+                                stability)
 
-    def _start(self, rows: Sequence[Row], settings: GenerationConfig, seed: int) -> tuple[decode.State, decode.Tail]:
+    def _steering(self, settings: GenerationConfig, direction: np.ndarray | None) -> Steering | None:
+        if settings.steering == 0.0:
+            return None
+        if direction is None and not settings.steering_words:
+            raise UserError("steering needs a direction: give --steering-words WORD … or --steering-vector FILE")
+        towards = self.direction(settings.steering_words) if direction is None else np.asarray(direction, np.float32)
+        size = self.config.model.embed_dim
+        if towards.shape != (size,) or not np.isfinite(towards).all() or not towards.any():
+            raise UserError(f"the steering direction must have {size} finite numbers that are not all 0, found the "
+                            f"shape {towards.shape}")
+        return make_steering(jnp.asarray(towards), settings.steering, settings.steering_slots,
+                             settings.steering_schedule, settings.tail_length, settings.max_new_tokens)
+
+    def _start(
+        self, rows: Sequence[Row], settings: GenerationConfig, seed: int, direction: np.ndarray | None
+    ) -> tuple[decode.State, decode.Tail]:
         """The state behind the prompts of `rows`, and how its tail is run."""
         batch = make_batch(rows, settings.max_new_tokens, seed, self.config.max_positions, self.tokenizer.end_of_text)
-        tail = jax.tree.map(np.asarray, self._tail(settings))
+        tail = jax.tree.map(np.asarray, self._tail(settings, direction))
+        most = 1 if tail.stability is None else min(settings.max_commit, settings.tail_length)
         state = self._prefill(self._params, self._vocabulary, batch.ids, batch.lengths, batch.budgets, batch.names,
-                              tail, capacity=batch.capacity, repelled=settings.repulsion != 0.0)
+                              tail, capacity=batch.capacity, max_commit=most)
         return state, tail
 
-    def _steps(self, state: decode.State, tail: decode.Tail, settings: GenerationConfig, num_steps: int,
-               read_tail: bool, num_candidates: int = 0) -> tuple[decode.State, decode.Step]:
-        guided = settings.guidance_scale != 1.0 and not self.is_autoregressive
-        return self._advance(self._params, self._vocabulary, state, tail, guided=guided,
-                             repelled=settings.repulsion != 0.0, read_tail=read_tail, num_steps=num_steps,
-                             num_candidates=num_candidates)
-
-    def _run(self, rows: list[Row], batch: list[int], settings: GenerationConfig, seed: int) -> list[Sample]:
+    def _run(
+        self, rows: list[Row], batch: list[int], settings: GenerationConfig, seed: int, direction: np.ndarray | None
+    ) -> list[Sample]:
         chosen = [rows[index] for index in batch]
-        state, tail = self._start(chosen, settings, seed)
+        state, tail = self._start(chosen, settings, seed, direction)
         steps, count = [], chunk(settings.max_new_tokens)
         while not bool(jnp.all(state.done)):
-            state, step = self._steps(state, tail, settings, count, read_tail=False)
+            state, step = self._advance(self._params, self._vocabulary, state, tail, read_tail=False, num_steps=count,
+                                        num_candidates=0, keep_vectors=False)
             steps.append(jax.tree.map(np.asarray, step))
         whole = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
-        return [self._sample(row, index, whole) for index, row in enumerate(chosen)]
+        return [self._sample(row.prompt, row.number, *(part[:, index] for part in (
+            whole.committed, whole.tokens, whole.entropy, whole.movement))) for index, row in enumerate(chosen)]
 
-    def _sample(self, row: Row, index: int, steps: decode.Step) -> Sample:
-        emitted = np.asarray(steps.emitted)[:, index]
-        tokens, entropy, movement = (np.asarray(part)[emitted, index, 0].tolist()
-                                     for part in (steps.tokens, steps.entropy, steps.movement))
-        return Sample(row.prompt, row.number, self.tokenizer.decode(tokens), tokens, entropy, movement,
-                      tokens[-1] == self.tokenizer.end_of_text)
+    def _sample(
+        self, prompt: str, number: int, committed: np.ndarray, tokens: np.ndarray, entropy: np.ndarray,
+        movement: np.ndarray,
+    ) -> Sample:
+        """The sample of what N steps committed [N] of their R slots [N, R]."""
+        taken = np.arange(tokens.shape[1])[None, :] < committed[:, None]
+        ids = tokens[taken].tolist()
+        return Sample(prompt, number, self.tokenizer.decode(ids), ids, entropy[taken].tolist(),
+                      movement[taken].tolist(), ids[-1] == self.tokenizer.end_of_text, int(np.sum(committed > 0)))
 
     def sample_of(self, prompt: str, number: int, moments: Sequence[Moment]) -> Sample:
         """The sample that all `moments` of a stream (at least one) add up to."""
-        last = moments[-1]
-        return Sample(prompt, number, last.text, last.tokens, [moment.entropy[0] for moment in moments],
-                      [moment.movement[0] for moment in moments], last.tokens[-1] == self.tokenizer.end_of_text)
+        tokens = [[*one.tokens[len(one.tokens) - one.committed:], *one.tail] for one in moments]
+        return self._sample(prompt, number, np.array([one.committed for one in moments]), np.array(tokens),
+                            np.array([one.entropy for one in moments]), np.array([one.movement for one in moments]))
+
+    def sample_of_trajectory(self, prompt: str, number: int, trajectory: Trajectory) -> Sample:
+        """The sample whose tail went through `trajectory`."""
+        return self._sample(prompt, number, trajectory.committed, trajectory.tokens, trajectory.entropy,
+                            trajectory.movement)
 
     @functools.cached_property
     def _forward(self):
@@ -299,13 +356,15 @@ class Generator:
     def _told_tail_length(self, tail: decode.Tail) -> int:
         return 0 if self.is_autoregressive else tail.maturity.shape[0]
 
-    def _trace_prefill(self, params, vocabulary, ids, lengths, budgets, names, tail, capacity, repelled):
+    def _trace_prefill(self, params, vocabulary, ids, lengths, budgets, names, tail, capacity, max_commit):
         self._compilations += 1
         told = jnp.full(lengths.shape, self._told_tail_length(tail), jnp.int32)
         vectors = look_up(vocabulary.table, ids)
-        memory = cache.prefill(params, self._forward, vectors, told, capacity, repelled)
-        last = jnp.take_along_axis(vectors, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return decode.start(jax.vmap(sample_key)(names), last, lengths, budgets, memory, tail, self.config.table.radius)
+        memory = cache.prefill(params, self._forward, vectors, told, capacity, tail.repulsion is not None)
+        newest = lengths[:, None] - max_commit + jnp.arange(max_commit)[None, :]
+        recent = jnp.take_along_axis(vectors, jnp.maximum(newest, 0)[:, :, None], axis=1)
+        return decode.start(jax.vmap(sample_key)(names), recent, lengths, budgets, memory, tail,
+                            self.config.table.radius)
 
     def _trace_read(self, params, vocabulary, ids):
         self._compilations += 1
@@ -315,33 +374,11 @@ class Generator:
                                       jnp.zeros((batch,), jnp.int32), positions)
         return read(prediction, vocabulary, 1.0)[0]
 
-    def _trace_advance(self, params, vocabulary, state, tail, guided, repelled, read_tail, num_steps,
-                       num_candidates):
+    def _trace_advance(self, params, vocabulary, state, tail, read_tail, num_steps, num_candidates, keep_vectors):
         self._compilations += 1
-        predict = cache.cached_predict(params, self._forward, tail, self._told_tail_length(tail), guided, repelled)
+        predict = cache.cached_predict(params, self._forward, tail, self._told_tail_length(tail))
         return decode.run(state, predict, vocabulary, tail, self.config.table.radius, self.tokenizer.end_of_text,
-                          num_steps, read_tail, num_candidates)
-
-
-def make_batch(rows: Sequence[Row], max_new_tokens: int, seed: int, max_positions: int, fill: int) -> Batch:
-    """`rows` in their bucket: every length in it comes to the same shapes. Ids behind a prompt's end are `fill`."""
-    size = bucket(len(rows), 1)
-    width = min(bucket(max(len(row.ids) for row in rows), _SMALLEST_PROMPT), max_positions)
-    capacity = min(bucket(width + max_new_tokens, _SMALLEST_HISTORY), max_positions)
-    ids = np.full((size, width), fill, np.int32)
-    lengths, budgets = np.ones(size, np.int32), np.zeros(size, np.int32)
-    for index, row in enumerate(rows):
-        ids[index, : len(row.ids)] = row.ids
-        lengths[index], budgets[index] = len(row.ids), max_new_tokens
-    names = np.zeros((size, 3), np.uint32)
-    names[: len(rows)] = [(seed, zlib.crc32(np.asarray(row.ids, np.int32).tobytes()), row.number) for row in rows]
-    return Batch(ids, lengths, budgets, names, capacity)
-
-
-def sample_key(name: jax.Array) -> jax.Array:
-    """The key of a sample from its `name` [3]: seed, checksum of the prompt's ids, number. No batch can change it."""
-    seed, prompt, number = name
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), number)
+                          num_steps, read_tail, num_candidates, keep_vectors)
 
 
 def _is_unicode(text: str) -> bool:
@@ -350,13 +387,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def chunk(max_new_tokens: int) -> int:
-    """Steps of one scan: a power of two, so that few budgets compile anew, and none runs far beyond its end."""
-    return min(bucket(max_new_tokens, _SMALLEST_CHUNK), _LARGEST_CHUNK)
-
-
-def bucket(length: int, smallest: int) -> int:
-    """The next power of two from `length` on, at least `smallest`."""
-    return max(smallest, 1 << (length - 1).bit_length())

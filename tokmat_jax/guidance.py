@@ -18,13 +18,14 @@ def combine(conditional: jax.Array, unconditional: jax.Array, guidance_scale: ja
 def guide(conditional, unconditional, guidance_scale: jax.Array | float):
     """One `predict` from two: the decoder cannot tell that guidance exists.
 
-    Each takes a decoder state and returns (prediction [B, K, d], memory); the memory is the conditional one's.
+    Each takes a decoder state and returns (prediction, memory); the unconditional one predicts the tail alone
+    [B, K, d], and the memory is the conditional one's.
     """
 
     def predict(state):
         prediction, memory = conditional(state)
         free, _ = unconditional(state)
-        return combine(prediction, free, guidance_scale), memory
+        return combine(prediction[:, -free.shape[1]:], free, guidance_scale), memory
 
     return predict
 

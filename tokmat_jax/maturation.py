@@ -93,9 +93,12 @@ def contract(tail: jax.Array, prediction: jax.Array, rate: jax.Array) -> jax.Arr
     return tail + rate[None, :, None] * (prediction - tail)
 
 
-def shift(tail: jax.Array, embryo: jax.Array) -> jax.Array:
-    """The tail [B, K, d] after its front was committed: one slot forward, `embryo` [B, d] at the back."""
-    return jnp.concatenate([tail[:, 1:], embryo[:, None]], axis=1)
+def shift(slots: jax.Array, entering: jax.Array, count: jax.Array) -> jax.Array:
+    """`slots` [B, K, …] after the first `count` [B] of them left: the others move up, and as many of `entering`
+    [B, M, …] follow at the back; 0 ≤ count ≤ M."""
+    index = count[:, None] + jnp.arange(slots.shape[1])[None, :]
+    index = jnp.reshape(index, index.shape + (1,) * (slots.ndim - 2))
+    return jnp.take_along_axis(jnp.concatenate([slots, entering], axis=1), index, axis=1)
 
 
 def movement(before: jax.Array, after: jax.Array, radius: float) -> jax.Array:

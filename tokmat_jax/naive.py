@@ -1,38 +1,44 @@
-"""Algorithm 1 as it reads, with nothing clever: the whole sequence is run again for every token.
+"""Algorithm 1 as it reads, with nothing clever: the whole sequence is run again for every step.
 
 The oracle of `decode.py` and `cache.py`, and the other side of their benchmark. One row, no cache, Python loops; it
-shares with them the model, the vocabulary table, and the noise of embryo number i and of position n.
+shares with them the model, the vocabulary table, and the noise of embryo number i, of step t and of position n.
 """
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokmat_jax.decode import Tail, embryos, history_noise
+from tokmat_jax.decode import Tail, embryos, fresh
 from tokmat_jax.guidance import history_mask
+from tokmat_jax.history import history_noise
 from tokmat_jax.model import Forward, Params
 from tokmat_jax.table import Vocabulary
 
 
 def generate_naively(
     params: Params, forward: Forward, vocabulary: Vocabulary, prompt: list[int], max_new_tokens: int,
-    key: jax.Array, tail: Tail, radius: float, end_of_text: int, told_tail_length: int,
+    key: jax.Array, tail: Tail, radius: float, end_of_text: int, told_tail_length: int, max_commit: int = 1,
+    pins: Mapping[int, int] | None = None,
 ) -> tuple[list[int], np.ndarray]:
     """Tokens committed behind `prompt` (at least one id), and the tail [steps, K, d] after each contraction.
 
-    Guidance runs wherever `tail.guidance_scale` is not 1, with the mask that history dropout has in training, and
-    repulsion wherever `tail.repulsion` is not 0, over predictions for the committed positions that are made anew.
+    Guidance has the mask that history dropout has in training, and repulsion runs over predictions for the committed
+    positions that are made anew. Stable commits take up to `max_commit` tokens. `pins` holds slots at a token from
+    their birth on, by the number of the new token.
     """
     length = tail.maturity.shape[0]
-    table, size = vocabulary.table, vocabulary.table.shape[1]
+    table, size, pins = vocabulary.table, vocabulary.table.shape[1], pins or {}
 
     def embryo(number):
         return embryos(key[None], jnp.array([number]), 1, size, tail.noise, radius)[0, 0]
 
     history = [table[token] for token in prompt]
     slots = [embryo(number) for number in range(length)]
+    said = [[] for _ in slots]  # what each slot's nearest token has been, oldest first
     tokens, trajectory = [], []
-    while len(tokens) < max_new_tokens:
+    while len(tokens) < max_new_tokens and end_of_text not in tokens:
         z = jnp.stack(history + slots)[None]
         total, committed = z.shape[1], len(history)
         maturity = jnp.concatenate([jnp.ones(committed), tail.maturity])[None]
@@ -44,21 +50,57 @@ def generate_naively(
 
         everywhere = predict(False)
         prediction = everywhere[committed - 1 : total - 1]
-        if tail.repulsion != 0.0:
+        if tail.repulsion is not None:
             prediction = jnp.stack([pushed(one, everywhere, history, tail) for one in prediction])
-        if tail.guidance_scale != 1.0:
+        if tail.guidance_scale is not None:
             free = predict(True)[committed - 1 : total - 1]
             prediction = free + tail.guidance_scale * (prediction - free)
+        if tail.steering is not None:
+            prediction = jnp.stack([
+                one + radius * drawn(slot, len(tokens) + slot, tail) for slot, one in enumerate(prediction)])
+        before = slots
         slots = [slot + rate * (ahead - slot) for slot, rate, ahead in zip(slots, tail.rate, prediction, strict=True)]
+        if tail.fresh_noise is not None:
+            noise = fresh(key[None], jnp.int32(len(trajectory)), tail, size, radius)[0]
+            slots = [slot + one for slot, one in zip(slots, noise, strict=True)]
+        slots = [table[pins[len(tokens) + index]] if len(tokens) + index in pins else slot
+                 for index, slot in enumerate(slots)]
         trajectory.append(np.stack([np.asarray(slot) for slot in slots]))
-        token = int(jnp.argmax(vocabulary.readout @ slots[0]))
-        tokens.append(token)
-        disturbance = history_noise(key[None], jnp.array([committed]), size, tail, radius)[0]
-        history.append(table[token] + disturbance)
-        slots = [*slots[1:], embryo(length + len(tokens) - 1)]
-        if token == end_of_text:
-            break
+        for index, slot in enumerate(slots):
+            said[index].append(pins.get(len(tokens) + index, int(jnp.argmax(vocabulary.readout @ slot))))
+        count = 1
+        while (tail.stability is not None and count < min(max_commit, length, max_new_tokens - len(tokens))
+               and said[count - 1][-1] != end_of_text
+               and all(settled(said[index], before[index], slots[index], tail, radius) for index in range(count + 1))):
+            count += 1
+        for token in [words[-1] for words in said[:count]]:
+            vector = table[token]
+            if tail.history_smoothing is not None:
+                vector = (1.0 - tail.history_smoothing) * vector + tail.history_smoothing * history[-1]
+            if tail.history_noise is not None:
+                vector = vector + history_noise(key[None], jnp.array([len(history)]), size, tail.history_noise,
+                                                radius)[0]
+            history.append(vector)
+            tokens.append(token)
+        slots = [*slots[count:], *(embryo(length + len(tokens) - count + index) for index in range(count))]
+        said = [*said[count:], *([] for _ in range(count))]
     return tokens, np.stack(trajectory)
+
+
+def settled(said: list[int], before: jax.Array, after: jax.Array, tail: Tail, radius: float) -> bool:
+    """Whether a slot that has `said` these nearest tokens and just moved [d] counts as settled (stability.py)."""
+    assert tail.stability is not None
+    patience = int(tail.stability.patience)
+    moved = float(jnp.linalg.norm(after - before)) / radius
+    return len(said) > patience and len(set(said[-patience - 1 :])) == 1 and moved < tail.stability.tolerance
+
+
+def drawn(slot: int, number: int, tail: Tail) -> jax.Array:
+    """What steering adds [d] to the prediction of `slot`, which will be new token `number`, in units of R."""
+    steering = tail.steering
+    assert steering is not None
+    place = min(number / max(float(steering.budget) - 1.0, 1.0), 1.0)
+    return (steering.begin * (1.0 - place) + steering.end * place) * steering.strength[slot] * steering.direction
 
 
 def pushed(

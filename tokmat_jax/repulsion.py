@@ -67,20 +67,26 @@ def push(
     return prediction - strength * jnp.linalg.norm(prediction, axis=-1, keepdims=True) * away
 
 
-def repel(predict, strength: jax.Array, sharpness: jax.Array):
-    """`predict` of a decoder with its predictions pushed; its memory is a `Remembering`.
+def repel(predict, tail_length: int, strength: jax.Array, sharpness: jax.Array):
+    """`predict` of a decoder with the predictions of its `tail_length` slots pushed; its memory is a `Remembering`.
 
-    The newest committed vector enters the trace here, and so does what stands for the front, ẑ as it was predicted.
+    The newest committed vectors enter the trace here, as many as a step may commit, and so does what stands for them
+    and for the front, ẑ as it was predicted from committed positions.
     """
 
     def repelled(state):
         old: Remembering = state.memory
         prediction, memory = predict(state.replace(memory=old.memory))
-        rows, n = jnp.arange(state.last.shape[0]), state.num_committed
-        trace = Trace(
-            old.trace.predicted.at[rows, n].set(unit(prediction[:, 0])),
-            old.trace.committed.at[rows, n - 1].set(unit(state.last)),
-        )
-        return push(prediction, trace, n, strength, sharpness), Remembering(memory, trace)
+        n, most = state.num_committed, state.recent.shape[1]
+        newest = n[:, None] - most + jnp.arange(most)[None, :]
+        trace = Trace(_write(old.trace.predicted, newest + 1, unit(prediction[:, :most])),
+                      _write(old.trace.committed, newest, unit(state.recent)))
+        return push(prediction[:, -tail_length:], trace, n, strength, sharpness), Remembering(memory, trace)
 
     return repelled
+
+
+def _write(whole: jax.Array, positions: jax.Array, vectors: jax.Array) -> jax.Array:
+    """`whole` [B, S, d] with `vectors` [B, M, d] at `positions` [B, M]; what lies below 0 is left out."""
+    place = jnp.where(positions < 0, whole.shape[1], positions)
+    return whole.at[jnp.arange(len(whole))[:, None], place].set(vectors, mode="drop")

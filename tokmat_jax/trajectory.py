@@ -12,10 +12,19 @@ from tokmat_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One sample of N steps with a tail of K slots, front first; what slot j holds is committed j steps later."""
+    """One sample of N steps with a tail of K slots, front first. Every field is an array of the `.npz` file.
 
+    No array grows with the vocabulary: of each slot the C nearest tokens are kept, and its vector where asked for.
+    """
+
+    prompt: np.ndarray
+    """Ids [P] that the sample continues."""
+    maturity: np.ndarray
+    """α [K] of the slots."""
+    committed: np.ndarray
+    """Tokens [N] that each step committed: from the front on, those of this many slots; 1 but for stable commits."""
     tokens: np.ndarray
-    """Nearest tokens [N, K] after contraction; column 0 is what was committed."""
+    """Nearest tokens [N, K] after contraction, before the step's commit."""
     entropy: np.ndarray
     """[N, K] nats of softmax(cos(z̃, E)/τ)."""
     movement: np.ndarray
@@ -24,15 +33,29 @@ class Trajectory:
     """The C nearest tokens [N, K, C], nearest first."""
     cosines: np.ndarray
     """Their cosines with z̃ [N, K, C]."""
+    vectors: np.ndarray
+    """z̃ [N, K, d] after contraction; d = 0 where vectors were not asked for."""
+
+    @property
+    def text(self) -> np.ndarray:
+        """Committed tokens [M], in order."""
+        return np.concatenate([row[:count] for row, count in zip(self.tokens, self.committed, strict=True)])
+
+    @property
+    def before(self) -> np.ndarray:
+        """Tokens [N] committed before each step: slot j of step t is token `before[t]` + j of the text."""
+        return np.cumsum(self.committed) - self.committed
 
     def of_token(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and slots through which the token committed at step `index` matured, oldest first."""
-        slots = np.arange(min(index, self.tokens.shape[1] - 1), -1, -1)
-        return index - slots, slots
+        """Steps and slots through which token `index` of the text matured, oldest first."""
+        slots = index - self.before
+        steps = np.flatnonzero((slots >= 0) & (slots < self.tokens.shape[1]))
+        return steps, slots[steps]
 
     def save(self, path: str | Path) -> None:
         """Writes an `.npz` with an array per field."""
-        np.savez_compressed(path, **dataclasses.asdict(self))
+        with Path(path).open("wb") as file:
+            np.savez_compressed(file, **dataclasses.asdict(self))
 
 
 def load_trajectory(path: str | Path) -> Trajectory:

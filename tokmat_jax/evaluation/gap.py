@@ -57,14 +57,15 @@ def _sums(params, ids, keys, config: Config, prompt_tokens: int, tail_length: in
     settings, radius = config.maturation, config.table.radius
     forward, vocabulary = make_forward(config), objective.vocabulary(params, config)
     tail = decode.make_tail(tail_length, settings.profile, settings.max_maturity, settings.tail_noise)
-    predict = cache.cached_predict(params["backbone"], forward, tail, tail_length, guided=False)
+    predict = cache.cached_predict(params["backbone"], forward, tail, tail_length)
     scale = objective.logit_scale(params, config)
     batch, length = ids.shape
     vectors = look_up(vocabulary.table, ids)
     rows = jnp.full((batch,), tail_length, jnp.int32)
     memory = cache.prefill(params["backbone"], forward, vectors[:, :prompt_tokens], rows, length)
     at = jnp.full((batch,), prompt_tokens, jnp.int32)
-    state = decode.start(keys, vectors[:, prompt_tokens - 1], at, jnp.full((batch,), length), memory, tail, radius)
+    state = decode.start(keys, vectors[:, prompt_tokens - 1 : prompt_tokens], at, jnp.full((batch,), length), memory,
+                         tail, radius)
 
     def body(state, _):
         slots = state.num_committed[:, None] + jnp.arange(tail_length)[None, :]
@@ -77,7 +78,8 @@ def _sums(params, ids, keys, config: Config, prompt_tokens: int, tail_length: in
         pair = (predict(simulated)[0], prediction)
         measured = [jnp.sum(part(one, targets), axis=0) for part in (loss, hit) for one in pair]
         refined = maturation.contract(state.tail, prediction, tail.rate)
-        following = decode.commit(state, refined, memory, targets[:, 0], vocabulary, tail, radius, end_of_text=-1)
+        following = decode.commit(state, refined, memory, targets[:, :1], jnp.ones((batch,), jnp.int32), vocabulary,
+                                  tail, radius, end_of_text=-1)
         return following, jnp.stack(measured)
 
     def loss(prediction, targets):

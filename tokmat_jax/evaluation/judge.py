@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokmat_jax import losses
+from tokmat_jax.buckets import bucket
 from tokmat_jax.data.tokenizer import Tokenizer
 from tokmat_jax.errors import UserError
-from tokmat_jax.generator import Generator, bucket
+from tokmat_jax.generator import Generator
 from tokmat_jax.model import make_forward
 from tokmat_jax.table import entropy_of, look_up, scores
 

@@ -1,18 +1,22 @@
-"""The liquid tail in a terminal: committed text, and dimmed behind it what the slots would say now."""
+"""The liquid tail in a terminal: committed text, and fading behind it what the slots would say now."""
 
+import itertools
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
 from tokmat_jax.data.tokenizer import Tokenizer
 from tokmat_jax.generator import Moment
 
 _DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-_COMMITTED, _TAIL = "default", "grey50"
+_COMMITTED, _QUIET = "default", "grey50"
+_GREY, _ACCENT = (128, 128, 128), (0, 150, 160)
+_BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def visible(text: str) -> str:
@@ -26,44 +30,96 @@ def _commands(c: str) -> bool:
 
 
 def tail_text(prompt: str, moment: Moment, tokenizer: Tokenizer) -> Text:
-    """Prompt in bold, committed text, and the tail dimmed between bars: `In the beginning was│ the│ Lord│`."""
+    """Prompt in bold, committed text, and the tail between bars: `In the beginning was│ the│ Lord│`.
+
+    What the step committed is underlined; a slot's colour fades with its maturity.
+    """
     text = Text(visible(prompt), "bold")
-    text.append(visible(moment.text), _COMMITTED)
-    pieces = [visible(tokenizer.piece(token)).replace("\n", "⏎") for token in moment.tail]
-    text.append("│" + "│".join(pieces) + "│" if pieces else "", _TAIL)
+    fixed = tokenizer.decode(moment.tokens[: len(moment.tokens) - moment.committed])
+    new = moment.text[len(fixed) :] if moment.text.startswith(fixed) else ""
+    text.append(visible(moment.text[: len(moment.text) - len(new)]), _COMMITTED)
+    text.append(visible(new), "underline")
+    for token, maturity in zip(moment.tail, moment.maturity[moment.committed :], strict=True):
+        text.append("│", _QUIET)
+        text.append(visible(tokenizer.piece(token)).replace("\n", "⏎"), _tint(maturity))
+    text.append("│" if moment.tail else "", _QUIET)
     return text
 
 
-def status(moment: Moment) -> Text:
-    """One line on the step just done."""
-    return Text(f"step {len(moment.tokens)} · committed at entropy {moment.entropy[0]:.3f} nats · "
-                f"moved {moment.movement[0]:.2f} R", _TAIL)
+def _tint(maturity: float) -> str:
+    """From grey at maturity 0 to the accent at 1; both can be read on light and on dark."""
+    mixed = (round(grey + maturity * (accent - grey)) for grey, accent in zip(_GREY, _ACCENT, strict=True))
+    return f"rgb({','.join(map(str, mixed))})"
 
 
-def show_tail(prompt: str, moments: Iterable[Moment], tokenizer: Tokenizer) -> Moment | None:
-    """Draws every step: in place in a terminal, a line per step elsewhere. Returns the last one."""
+def gauges(moment: Moment) -> Text:
+    """Three lines on the step just done: a bar per slot, front first, for maturity, entropy and movement."""
+    lines = [f"{len(moment.tokens)} tokens" + (f", {moment.committed} at once" if moment.committed > 1 else "")]
+    for name, values, unit in (("maturity", moment.maturity, ""), ("entropy", moment.entropy, " nats"),
+                               ("movement", moment.movement, " R")):
+        lines.append(f"{name:9}{sparkline(values)} front {values[0]:.2f}, {min(values):.2f}–{max(values):.2f}{unit}")
+    return Text("\n".join(lines), _QUIET)
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A block per value, from the least to the greatest of them; all of middle height where they are equal."""
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * max(abs(high), 1.0):
+        return _BLOCKS[3] * len(values)
+    return "".join(_BLOCKS[round((value - low) / (high - low) * (len(_BLOCKS) - 1))] for value in values)
+
+
+def show_tails(
+    prompt: str, runs: Sequence[tuple[str, Iterable[Moment]]], tokenizer: Tokenizer
+) -> list[list[Moment]]:
+    """Draws every step of one run, or of several beside each other, (title, moments) each: in place in a terminal, a
+    line per step and run elsewhere. Returns all moments of each run."""
     console = Console(soft_wrap=True, highlight=False)
-    moment = None
+    seen: list[list[Moment]] = [[] for _ in runs]
+    steps = itertools.zip_longest(*(moments for _, moments in runs))
+    titles = [title for title, _ in runs]
     if not console.is_terminal:
-        for moment in moments:
-            console.print(tail_text(prompt, moment, tokenizer))
-        return moment
+        for moments in steps:
+            for title, moment, before in zip(titles, moments, seen, strict=True):
+                if moment is not None:
+                    before.append(moment)
+                    console.print(Text(f"{title}: " if len(runs) > 1 else "", _QUIET)
+                                  + tail_text(prompt, moment, tokenizer))
+        return seen
     with Live(console=console, refresh_per_second=20, vertical_overflow="visible") as live:
-        for moment in moments:
-            live.update(Group(tail_text(prompt, moment, tokenizer), status(moment)))
-    return moment
+        for moments in steps:
+            for moment, before in zip(moments, seen, strict=True):
+                if moment is not None:
+                    before.append(moment)
+            live.update(_columns([_panel(title if len(runs) > 1 else "", prompt, before[-1], tokenizer)
+                                  for title, before in zip(titles, seen, strict=True)]))
+    return seen
 
 
-def stream_text(prompt: str, moments: Iterable[Moment]) -> Moment | None:
-    """Writes the text as it is committed; half a character waits for its other half. Returns the last step."""
+def _panel(title: str, prompt: str, moment: Moment, tokenizer: Tokenizer) -> Group:
+    head = [Text(visible(title), "bold " + _tint(1.0))] if title else []
+    return Group(*head, tail_text(prompt, moment, tokenizer), gauges(moment))
+
+
+def _columns(panels: Sequence[Group]) -> Table:
+    grid = Table.grid(expand=True, padding=(0, 2))
+    for _ in panels:
+        grid.add_column(ratio=1, overflow="fold")
+    grid.add_row(*panels)
+    return grid
+
+
+def stream_text(prompt: str, moments: Iterable[Moment]) -> list[Moment]:
+    """Writes the text as it is committed; half a character waits for its other half. Returns all steps."""
     sys.stdout.write(visible(prompt))
-    written, moment = 0, None
+    written, seen = 0, []
     for moment in moments:
+        seen.append(moment)
         ready = moment.text.rstrip("\N{REPLACEMENT CHARACTER}")
         sys.stdout.write(visible(ready[written:]))
         sys.stdout.flush()
         written = max(written, len(ready))
-    if moment is not None:
-        sys.stdout.write(visible(moment.text[written:]))
+    if seen:
+        sys.stdout.write(visible(seen[-1].text[written:]))
     sys.stdout.write("\n")
-    return moment
+    return seen

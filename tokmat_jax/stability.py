@@ -1,0 +1,53 @@
+"""Commit when stable: how many slots from the front on have settled (METHOD §4).
+
+A slot has settled when its nearest token has not changed for `patience` updates and its last movement ‖Δz̃‖/R lies below
+`tolerance`. The longest settled run from the front on is committed, one token at least.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Stability:
+    """When a slot counts as settled; a pytree of numbers."""
+
+    patience: jax.Array
+    """Updates [] in a row that left the nearest token as it was."""
+    tolerance: jax.Array
+    """Bound [] of the last movement, in units of R."""
+
+
+@struct.dataclass
+class Settling:
+    """How long the slots have said what they say now."""
+
+    nearest: jax.Array
+    """Nearest tokens [B, K] after the last update; −1 for an embryo."""
+    unchanged: jax.Array
+    """Updates [B, K] in a row that did not change it."""
+
+
+def unborn(batch: int, tail_length: int) -> Settling:
+    """Of embryos, which have said nothing yet."""
+    return Settling(jnp.full((batch, tail_length), -1, jnp.int32), jnp.zeros((batch, tail_length), jnp.int32))
+
+
+def settle(settling: Settling, nearest: jax.Array, done: jax.Array) -> Settling:
+    """After an update whose nearest tokens are `nearest` [B, K]; rows that are `done` [B] stay as they were."""
+    unchanged = jnp.where(nearest == settling.nearest, settling.unchanged + 1, 0)
+    return Settling(jnp.where(done[:, None], settling.nearest, nearest),
+                    jnp.where(done[:, None], settling.unchanged, unchanged))
+
+
+def settled_run(settling: Settling, movement: jax.Array, stability: Stability) -> jax.Array:
+    """Slots [B] from the front on that have settled, 0..K; `movement` ‖Δz̃‖/R [B, K] is that of the last update."""
+    settled = (settling.unchanged >= stability.patience) & (movement < stability.tolerance)
+    return jnp.sum(jnp.cumprod(settled.astype(jnp.int32), axis=1), axis=1)
+
+
+def up_to_end(tokens: jax.Array, end_of_text: int) -> jax.Array:
+    """Tokens [B] of `tokens` [B, M] up to the first end-of-text, that one included."""
+    ends = (tokens == end_of_text).astype(jnp.int32)
+    return jnp.sum((jnp.cumsum(ends, axis=1) - ends == 0).astype(jnp.int32), axis=1)

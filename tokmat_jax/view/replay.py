@@ -1,0 +1,117 @@
+"""One HTML page that replays how a sample came into being, or two beside each other; it needs nothing else."""
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokmat_jax.data.tokenizer import Tokenizer
+from tokmat_jax.trajectory import Trajectory
+from tokmat_jax.view.terminal import visible
+
+_PAGE = Path(__file__).parent / "page"
+_ENTROPY_SCALE, _SCALE = 10_000, 1_000
+# What could end or begin something in HTML, and the two line ends that JSON allows and JavaScript once did not.
+_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sample to be replayed."""
+
+    title: str
+    """What sets it apart, such as `guidance 1`; any text."""
+    trajectory: Trajectory
+    settings: dict[str, Any]
+    """Shown folded, as name and value."""
+
+
+def replay(title: str, runs: Sequence[Run], tokenizer: Tokenizer) -> str:
+    """The page: one run, or two side by side. Raises ValueError for another number."""
+    if len(runs) not in (1, 2):
+        raise ValueError(f"a page replays one run or two, not {len(runs)}")
+    style, script = ((_PAGE / name).read_text(encoding="utf-8") for name in ("replay.css", "replay.js"))
+    parts = {
+        # Only this very script and this very style count, whatever a model or a user wrote into the page.
+        "policy": f"default-src 'none'; img-src data:; style-src {_source(style)}; script-src {_source(script)}",
+        "title": html.escape(visible(title)),
+        "style": style,
+        "script": script,
+        "data": json.dumps(_data(runs, tokenizer), ensure_ascii=False, separators=(",", ":")).translate(_ESCAPES),
+        "plain": "".join(_plain(run, tokenizer) for run in runs),
+    }
+    page = (_PAGE / "replay.html").read_text(encoding="utf-8")
+    # One pass: what was put in is not searched for places again.
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
+
+
+def increments(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """What each of `ids` [M], at least one, adds to their text: M strings that together are `tokenizer.decode(ids)`.
+
+    A token that ends inside a character adds "" for it; the token that completes the character adds it.
+    """
+    whole = tokenizer.decode(ids)
+    ends, end = [], 0
+    for count in range(1, len(ids)):
+        ready = tokenizer.decode(ids[:count]).rstrip("\N{REPLACEMENT CHARACTER}")
+        # What later tokens would rewrite waits for them too.
+        while not whole.startswith(ready):
+            ready = ready[:-1]
+        end = max(end, len(ready))
+        ends.append(end)
+    return [whole[begin:end] for begin, end in zip([0, *ends], [*ends, len(whole)], strict=True)]
+
+
+def _source(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _plain(run: Run, tokenizer: Tokenizer) -> str:
+    """The final text, for a browser that runs no scripts."""
+    prompt, text = (html.escape(visible(tokenizer.decode(ids.tolist())))
+                    for ids in (run.trajectory.prompt, run.trajectory.text))
+    return f"<section><h2>{html.escape(visible(run.title))}</h2><p class=text><b>{prompt}</b>{text}</p></section>"
+
+
+def _data(runs: Sequence[Run], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the script reads. Tokens are places in `pieces`, where each of them is spelt once."""
+    ids = np.unique(np.concatenate([
+        part.ravel() for run in runs for part in (run.trajectory.tokens, run.trajectory.candidates)])).astype(int)
+    return {
+        "pieces": [visible(tokenizer.piece(token)) or f"⟨{token}⟩" for token in ids.tolist()],
+        "end": ids.tolist().index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else None,
+        "entropyScale": _ENTROPY_SCALE,
+        "scale": _SCALE,
+        "runs": [_run_data(run, ids, tokenizer) for run in runs],
+    }
+
+
+def _run_data(run: Run, ids: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]:
+    """One run; its arrays are flat, row after row. `ids` are sorted and hold every token of the run."""
+    trajectory = run.trajectory
+    return {
+        "title": visible(run.title),
+        "settings": [[visible(name), visible(str(value))] for name, value in run.settings.items()],
+        "prompt": visible(tokenizer.decode(trajectory.prompt.tolist())),
+        "text": [visible(part) for part in increments(trajectory.text.tolist(), tokenizer)],
+        "maturity": _whole(trajectory.maturity, _SCALE),
+        "committed": trajectory.committed.tolist(),
+        "tokens": np.searchsorted(ids, trajectory.tokens.ravel()).tolist(),
+        "entropy": _whole(trajectory.entropy, _ENTROPY_SCALE),
+        "movement": _whole(trajectory.movement, _SCALE),
+        "candidates": np.searchsorted(ids, trajectory.candidates.ravel()).tolist(),
+        "cosines": _whole(trajectory.cosines, _SCALE),
+    }
+
+
+def _whole(values: np.ndarray, scale: int) -> list[int | None]:
+    """`values` times `scale` as whole numbers, which are short to write; None for what is not finite."""
+    return [round(value * scale) if math.isfinite(value) else None for value in values.ravel().tolist()]
