@@ -8,7 +8,15 @@ import pytest
 
 import runs
 from tokmat_jax.config import GenerationConfig
-from tokmat_jax.evaluation.methods import HUMAN, Method, Writer, curve_methods, table_methods
+from tokmat_jax.evaluation.methods import (
+    HUMAN,
+    Method,
+    Writer,
+    Written,
+    curve_methods,
+    stable_methods,
+    table_methods,
+)
 from tokmat_jax.evaluation.pair import Prompts
 from tokmat_jax.generator import Generator
 
@@ -102,6 +110,27 @@ def test_a_name_stands_for_one_setting_in_table_and_curves():
     for name in rows.keys() & curves.keys():
         assert rows[name].settings == curves[name].settings
         assert rows[name].kind == curves[name].kind
+
+
+def test_stable_commits_begin_with_one_token_a_step_and_differ_in_nothing_else():
+    curves = {}
+    for method in stable_methods():
+        curves.setdefault(method.curve, []).append(method)
+    for (first, *others), base in zip(curves.values(), ({}, {"repulsion": 0.4}), strict=True):
+        assert first.settings == base
+        for other in others:
+            assert {name: other.settings[name] for name in base} == base
+            assert set(other.settings) - set(base) == {"commit", "patience", "tolerance"}
+            assert other.settings["commit"] == "stable"
+    assert [method for method in curve_methods(500) if method.curve == "stable commits"] == curves["stable commits"]
+
+
+def test_tokens_per_pass_count_the_end_of_text_too(writer, prompts):
+    assert Written([[1, 2, 3], [4]], [True, False], None, [2, 1]).tokens_per_pass == 5 / 3
+    assert Written([[1, 2, 3]], [True], None).tokens_per_pass == 1.0
+    at_once = Method("stable", "maturation", {"commit": "stable", "patience": 0, "tolerance": 9.0})
+    assert writer.write(at_once, prompts).tokens_per_pass > 1.5
+    assert writer.write(MATURATION, prompts).tokens_per_pass == 1.0
 
 
 # What they write

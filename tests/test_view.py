@@ -23,7 +23,7 @@ def test_committed_text_then_the_tail_between_bars():
     text = terminal.tail_text("one", moment(" two", tail), TOKENIZER)
     assert text.plain == "one two│⏎│⏹│"
     styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
-    assert styles[" two"] == "underline"
+    assert (styles["one"], styles[" two"]) == ("bold", "underline")
     # The second and third of three slots, α .6 and .3: the nearer to its commit, the nearer to the accent.
     assert styles["⏎"] == "rgb(51,141,147)"
     assert styles["⏹"] == "rgb(90,135,138)"

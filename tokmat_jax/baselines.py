@@ -233,7 +233,7 @@ def _commit(
         key=state.key,
         budget=state.budget,
         done=state.done | (token[:, 0] == end_of_text) | (num_committed >= state.budget),
-        history=cache.append(state.history, chosen, state.num_committed),
+        history=cache.append(state.history, chosen, state.num_committed[:, None]),
     )
     return after, Step(alive, token[:, 0], log_prob)
 

@@ -4,6 +4,7 @@ Generation reads the parameters alone. Saving is asynchronous; a step is listed 
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,10 @@ def load_params(workdir: Path, shapes: Params) -> tuple[Params, int]:
     missing = UserError(f"{workdir} has no checkpoint yet: train it with train.py --workdir {workdir}")
     if not (workdir / CHECKPOINTS).is_dir():
         raise missing
-    with _open_manager(workdir, ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    # Orbax warns that a manager which only reads creates and saves nothing; that is what it is for.
+    with _without_warnings():
+        opened = _open_manager(workdir, ocp.CheckpointManagerOptions(read_only=True))
+    with opened as manager:
         step = manager.latest_step()
         if step is None:
             raise missing
@@ -111,6 +115,18 @@ def load_params(workdir: Path, shapes: Params) -> tuple[Params, int]:
         with _named(manager, step):
             found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes)))
         return found["params"], step
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Without what the checkpoint library logs below the level of an error."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

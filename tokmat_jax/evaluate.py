@@ -29,7 +29,7 @@ from tokmat_jax.generator import Generator
 from tokmat_jax.view.progress import bar
 from tokmat_jax.workdir import CONFIG, make_workdir
 
-_FORMAT = 2
+_FORMAT = 3
 """Of the stored parts; another number whenever what a part holds is computed in another way."""
 
 
@@ -149,6 +149,8 @@ def draw(data: dict[str, Any]) -> dict[str, str]:
              "entropy": plots.entropy(figures["maturing"], tuple(figures["temperatures"]))}
     drawn |= {f"candidates_{index}": plots.candidates(token)
               for index, token in enumerate(figures["maturing"]["tokens"][:3])}
+    if data["passes"]:
+        drawn["passes"] = plots.passes(data["passes"])
     return drawn | {"diversity": plots.diversity(figures["diversity"]), "gap": plots.gap(data["gap"])}
 
 

@@ -17,7 +17,15 @@ from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import figures, frontier, metrics, scores
 from tokmat_jax.evaluation.gap import measure_gap
 from tokmat_jax.evaluation.judge import Judge, perplexity
-from tokmat_jax.evaluation.methods import HUMAN, Method, Writer, Written, curve_methods, table_methods
+from tokmat_jax.evaluation.methods import (
+    HUMAN,
+    Method,
+    Writer,
+    Written,
+    curve_methods,
+    stable_methods,
+    table_methods,
+)
 from tokmat_jax.evaluation.pair import Prompts
 from tokmat_jax.evaluation.store import Store
 from tokmat_jax.generator import Generator
@@ -71,10 +79,11 @@ class Card:
                             f"{self._figure_room} of the model's {run.config.max_positions} positions: shorten it")
         self.table = table_methods(run.config.generation, self._room)
         self.curves = curve_methods(self._room)
+        self.stable = stable_methods() if self._room >= GenerationConfig().tail_length else []
 
     def num_parts(self) -> int:
         """How many parts there are."""
-        return 2 * len(self.table) + len(self.curves) + 9
+        return 2 * len(self.table) + len(self.curves) + len(self.stable) + 9
 
     def data(self, told: Callable[[int, str], None]) -> dict[str, Any]:
         """All parts of the report; what an interrupted evaluation of the same left is taken from the store.
@@ -87,7 +96,7 @@ class Card:
         return {
             "rows": rows, "calibration": self._part("calibration", "calibration", None,
                                                                   self._calibration),
-            "frontier": self._frontier(self.curves), "figures": figure,
+            "frontier": self._frontier(self.curves), "passes": self._passes(), "figures": figure,
             "gap": self._part("gap", "gap", None, self._gap),
             "judge": {"is_baseline": self.judge.generator is self.baseline,
                       "num_parameters": num_parameters(self.judge.generator)},
@@ -201,6 +210,21 @@ class Card:
         shuffled = [(p, shuffle_sentences(h, seed)) for seed, (p, h) in enumerate(pairs)]
         return {name: perplexity(self.judge.read_texts(texts))
                 for name, texts in (("human", pairs), ("shuffled", shuffled))}
+
+    # Tokens per pass against quality
+
+    def _passes(self) -> list[dict[str, Any]]:
+        """What stable commits gain in tokens per pass, and what that costs."""
+        found = []
+        for method in self.stable:
+            written, nats, judge_tokens = self._written(method)
+            measured = scores.per_prompt(written, self.options.max_new_tokens)
+            found.append({
+                "curve": method.curve, "label": method.name, "tokens_per_pass": written.tokens_per_pass,
+                "perplexity": float(np.exp(nats.sum() / judge_tokens.sum())) if judge_tokens.sum() else float("nan"),
+                "rep_3": scores.nan_mean(measured["rep_3"]),
+                "periodic_loop": scores.nan_mean(measured["periodic_loop"])})
+        return found
 
     # Repetition against perplexity
 

@@ -55,6 +55,8 @@ HUMAN = Method("human", "human")
 _STRONG = {"tail_noise": 1.0, "max_maturity": 0.5}
 """Strong embryos and a low rate."""
 _REPULSIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+_SETTLED = ((3, 9.0), (2, 9.0), (1, 9.0), (3, 0.4), (2, 0.4), (1, 0.4), (0, 0.2), (0, 0.25), (0, 0.3), (0, 0.4))
+"""Patience and tolerance of stable commits; no slot ever moves by 9 R."""
 
 
 def _maturation(name: str, curve: str = "", **settings: Any) -> Method:
@@ -101,10 +103,31 @@ def curve_methods(room: int) -> list[Method]:
              for n in (0.3, 0.5, 0.7, 0.85, 1.0)]
     ours += [_maturation(f"history noise {n:g}", "history noise", history_noise=n) for n in (0.0, 0.25, 0.5, 0.75)]
     ours += [_maturation(f"rate {r:g}", "rate", tail_length=2, tail_noise=1.0, rate=r) for r in (0.4, 0.5, 0.6, 0.8)]
+    ours += [_maturation(f"fresh noise {n:g}", "fresh noise", fresh_noise=n) for n in (0.25, 0.5, 1.0, 2.0)]
+    ours += [_maturation(f"history smoothing {h:g}", "history smoothing", history_smoothing=h)
+             for h in (0.1, 0.2, 0.3, 0.4)]
+    ours += [_maturation(f"steering {g:g} to peace", "steering", steering=g, steering_words=("peace",))
+             for g in (0.05, 0.1, 0.2, 0.3)]
+    ours += [_maturation(f"K {length}", "tail length", tail_length=length) for length in (1, 2, 4, 8, 16)]
+    ours += [method for method in stable_methods() if method.curve == STABLE]
     for length in (1, 2, 4):
         ours += [_maturation(f"K {length}, α_max {a:g}", f"σ 1, K {length}, by α_max", tail_length=length,
                              **(_STRONG | {"max_maturity": a})) for a in (0.9, 0.7, 0.6, 0.55, 0.5)]
     return [method for method in baseline + ours if _tail_length(method) <= room]
+
+
+STABLE, STABLE_REPELLED = "stable commits", "stable commits, repulsion 0.4"
+
+
+def stable_methods() -> list[Method]:
+    """Stable commits of up to four tokens, by patience and tolerance: of the plain algorithm, and with repulsion. The
+    first of each curve commits one token a step."""
+    found = []
+    for curve, base in ((STABLE, {}), (STABLE_REPELLED, {"repulsion": 0.4})):
+        found.append(_maturation(f"{curve}: one a step", curve, **base))
+        found += [_maturation(f"{curve}: patience {patience}, tolerance {tolerance:g}", curve, commit="stable",
+                              patience=patience, tolerance=tolerance, **base) for patience, tolerance in _SETTLED]
+    return found
 
 
 def _tail_length(method: Method) -> int:
@@ -121,6 +144,14 @@ class Written:
     """Whether the text ended by itself."""
     entropy: list[float] | None
     """Mean entropy at commit in nats, per prompt; None where the decoder has none to tell."""
+    passes: list[int] | None = None
+    """Steps that each text took; None where nobody counts them."""
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Committed tokens, end-of-text included, by the steps they took; 1 where nobody counts them."""
+        committed = sum(map(len, self.tokens)) + sum(self.finished)
+        return committed / sum(self.passes) if self.passes else 1.0
 
 
 class Writer:
@@ -144,7 +175,8 @@ class Writer:
         if method.kind == "maturation":
             found = self.run.generate(prompts.ids, self.settings(method), seed=self._seed, batch_size=self._batch_size)
             tokens = [one.tokens[:-1] if one.finished else one.tokens for one in found]
-            return Written(tokens, [one.finished for one in found], [float(np.mean(one.entropy)) for one in found])
+            return Written(tokens, [one.finished for one in found], [float(np.mean(one.entropy)) for one in found],
+                           [one.passes for one in found])
         tokens, finished = self._baseline(method, prompts.ids, self._new, self._seed, 1)
         return Written(tokens, finished, None)
 

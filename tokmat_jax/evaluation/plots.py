@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from tokmat_jax.evaluation.frontier import ALL_CURVES, SAMPLING, Point, front
+from tokmat_jax.evaluation.passes import ALLOWED
 
 _STYLE: Any = {
     "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
@@ -18,7 +19,7 @@ _STYLE: Any = {
 }
 _GREY = "#555555"
 _COLOURS = ("#1b6ca8", _GREY, "#2e8b57", "#8e5ea2", "#d1495b", "#c98a00", "#3aa7a3", "#7a5c3e", "#e377c2",
-            "#9aa81c", "#0b3c5d", "#f4845f")
+            "#9aa81c", "#0b3c5d", "#f4845f", "#6a4c93", "#b5179e", "#588157", "#a98467", "#4cc9f0")
 _MARKS = "os^Dv<>PXhp*"
 
 
@@ -82,6 +83,27 @@ def frontier(curves: dict[str, list[Point]], human: Point, baselines: dict[str, 
         if near and inside:
             axis.set(xlim=(-0.02, right), ylim=(0.85 * min(inside), 1.15 * min(max(inside), 6 * human.perplexity)))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+@styled
+def passes(points: Sequence[dict[str, Any]]) -> Figure:
+    """Tokens per pass against judge perplexity and repetition, a colour per curve; dotted is 5 % above one token a
+    step."""
+    figure, axes = _figure(10, 4, 2)
+    for index, curve in enumerate(dict.fromkeys(point["curve"] for point in points)):
+        chosen = [point for point in points if point["curve"] == curve]
+        colour = _COLOURS[4 * index % len(_COLOURS)]
+        for axis, name in zip(axes, ("perplexity", "rep_3"), strict=True):
+            axis.plot([p["tokens_per_pass"] for p in chosen], [p[name] for p in chosen], _MARKS[index], color=colour,
+                      label=curve)
+        if math.isfinite(chosen[0]["perplexity"]):
+            axes[0].axhline(ALLOWED * chosen[0]["perplexity"], color=colour, linestyle=":", linewidth=1)
+    axes[0].set(xlabel="tokens per forward pass", ylabel="judge perplexity", yscale="log")
+    for ticks in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
+    axes[1].set(xlabel="tokens per forward pass", ylabel="repetition (Rep-3)")
+    axes[0].legend(fontsize=8)
     return figure
 
 

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from tokmat_jax.evaluation.frontier import ALL_CURVES
+from tokmat_jax.evaluation.passes import best_within
 from tokmat_jax.evaluation.render import Block, Bullets, Folded, Heading, Paragraph, Plot, Quote, Table
 from tokmat_jax.evaluation.scores import COLUMNS
 
@@ -80,6 +81,22 @@ def _areas(data: Data) -> Table:
              number(area["mean_gain"], signed=True), number(area["low"]), number(area["high"])]
             for area in data["frontier"]["areas"]]
     return Table(header, rows)
+
+
+def _passes(data: Data) -> list[Block]:
+    """What stable commits gain and cost."""
+    points = data["passes"]
+    if not points:
+        return []
+    rows = [[point["label"], number(point["tokens_per_pass"]), number(point["perplexity"]), number(point["rep_3"]),
+             number(point["periodic_loop"], True)] for point in points]
+    sentences = []
+    for curve in dict.fromkeys(point["curve"] for point in points):
+        best = best_within([point for point in points if point["curve"] == curve])
+        sentences.append(f"{curve}: at most {number(best['tokens_per_pass'])} tokens a pass within 5 % of the judge "
+                         f"perplexity of one token a step ({best['label'].removeprefix(curve + ': ')}).")
+    table = Table(["", "tokens per pass", "judge perplexity", "Rep-3", "Loop% (periodic)"], rows)
+    return [Heading("Tokens per pass"), Plot("passes"), *map(Paragraph, sentences), table]
 
 
 def area_interval(area: Data) -> str:
@@ -211,6 +228,7 @@ def document(data: Data) -> list[Block]:
                                 is_warning=True))
     blocks += [Heading(data["title"], 1), *map(Paragraph, _facts(data)), *map(Paragraph, verdict(data))]
     blocks += [Heading("The frontier"), Plot("frontier"), _areas(data), Paragraph(data["frontier"]["note"])]
+    blocks += _passes(data)
     blocks += [Heading("Scores"), _scores(data), Heading("Distance to the human row"), _scores(data, distance=True),
                Paragraph("More distinct than human is not better: 0 is the aim of every column but the perplexity of a "
                          "judge.")]

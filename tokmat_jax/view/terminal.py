@@ -34,7 +34,8 @@ def tail_text(prompt: str, moment: Moment, tokenizer: Tokenizer) -> Text:
 
     What the step committed is underlined; a slot's colour fades with its maturity.
     """
-    text = Text(visible(prompt), "bold")
+    text = Text()
+    text.append(visible(prompt), "bold")
     fixed = tokenizer.decode(moment.tokens[: len(moment.tokens) - moment.committed])
     new = moment.text[len(fixed) :] if moment.text.startswith(fixed) else ""
     text.append(visible(moment.text[: len(moment.text) - len(new)]), _COMMITTED)
