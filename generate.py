@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,9 +152,20 @@ def make_settings(args: Args, given: dict[str, Any], generator: Generator) -> Ge
         tail_flags += ["steering_vector"] if args.steering_vector else []
         for name in tail_flags:
             raise UserError(f"--{name.replace('_', '-')}: {args.workdir} is an autoregressive baseline, it has no tail")
-    settings = dataclasses.replace(generator.settings, **given)
-    if settings.steering == 0.0 and (args.steering_vector or "steering_words" in given) and "steering" not in given:
-        raise UserError("a steering direction does nothing by itself: give its strength too, e.g. --steering 0.3")
+    own = generator.settings
+    if given.get("tail_length", own.tail_length) in range(1, own.tail_length):
+        own = own.with_tail_length(given["tail_length"])
+    settings = dataclasses.replace(own, **given)
+    steered = [name for name in given if name.startswith("steering_")]
+    steered += ["steering_vector"] if args.steering_vector is not None else []
+    if settings.steering == 0.0 and steered and "steering" not in given:
+        raise UserError(f"--{steered[0].replace('_', '-')} does nothing by itself: give its strength too, e.g. "
+                        f"--steering 0.3")
+    for name in ("max_commit", "patience", "tolerance"):
+        if name in given and settings.commit != "stable":
+            raise UserError(f"--{name.replace('_', '-')} says how --commit stable commits: give that too")
+    if "steering_words" in given and args.steering_vector is not None:
+        raise UserError("--steering-words and --steering-vector are two directions: give one of them")
     trained = generator.config.maturation.max_tail_length
     if settings.tail_length > trained and not generator.is_autoregressive:
         print(f"note: a tail of {settings.tail_length} is longer than any in training (K_max {trained})",
@@ -173,9 +183,9 @@ def make_variants(args: Args, generator: Generator) -> list[Variant]:
     for pair in args.compare:
         name, equals, value = pair.partition("=")
         name = name.replace("-", "_")
-        if not equals or name not in _SETTINGS:
-            raise UserError(f"--compare takes NAME=VALUE with the name of a setting, such as guidance-scale=2; found "
-                            f"{pair!r}")
+        if not equals or not value or name not in _SETTINGS or name in names:
+            raise UserError(f"--compare takes NAME=VALUE with the name of a setting, each one once, such as "
+                            f"guidance-scale=2; found {pair!r}")
         names.append(name)
         words += [f"--{name.replace('_', '-')}", *value.split(",")]
     against = make_settings(args, given | given_settings(parse(Args, ["--workdir", args.workdir, *words])), generator)
@@ -192,30 +202,33 @@ def steering_vector(args: Args) -> np.ndarray | None:
     if args.steering_vector is None:
         return None
     try:
-        return np.load(args.steering_vector, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError, EOFError, AttributeError) as error:
+        return np.load(args.steering_vector, allow_pickle=False)
+    except (OSError, ValueError, EOFError, AttributeError, TypeError) as error:
         raise UserError(f"--steering-vector: {args.steering_vector} is no .npy file of numbers: {error}") from None
 
 
 class Writing:
     """The samples of one command, as it asks to see them."""
 
-    def __init__(self, generator: Generator, prompts: Sequence[str], variants: Sequence[Variant], flags: Args):
+    def __init__(
+        self, generator: Generator, prompts: Sequence[str], variants: Sequence[Variant], flags: Args,
+        direction: np.ndarray | None,
+    ):
         self._generator, self._prompts, self._variants, self._flags = generator, prompts, variants, flags
-        self._direction = steering_vector(flags)
+        self._direction = direction
         self._total = len(prompts) * flags.num_samples
 
     def samples(self) -> Iterator[tuple[Sample, GenerationConfig]]:
         """Every sample with its settings, shown and recorded on the way."""
         flags = self._flags
-        if not (flags.stream or flags.show_tail or flags.html or flags.trajectory):
+        if not (flags.stream or flags.show_tail or flags.html is not None or flags.trajectory is not None):
             yield from self._in_batches()
             return
         pairs = [(prompt, number) for prompt in self._prompts for number in range(flags.num_samples)]
         for index, (prompt, number) in enumerate(pairs):
             if flags.stream or flags.show_tail:
                 yield from self._watched(prompt, number)
-            if flags.html or flags.trajectory:
+            if flags.html is not None or flags.trajectory is not None:
                 shown = flags.stream or flags.show_tail
                 for sample, settings in self._recorded(prompt, number, index):
                     if not shown:
@@ -297,18 +310,39 @@ def opened(output: str | None) -> Iterator[TextIO | None]:
 
 
 def check(flags: Args) -> None:
-    """Raises UserError for flags out of their range or without effect, and for files that cannot be written."""
+    """Raises UserError for flags out of their range or without effect."""
     if min(flags.num_samples, flags.batch_size) < 1 or not 0 <= flags.seed < 2**32:
         raise UserError(f"--num-samples and --batch-size must be at least 1 and --seed in 0..2³²−1, found "
                         f"{flags.num_samples}, {flags.batch_size} and {flags.seed}")
-    if flags.compare and not (flags.show_tail or flags.html):
+    if flags.compare and not (flags.show_tail or flags.html is not None):
         raise UserError("--compare shows samples beside each other: add --show-tail or --html FILE")
     if flags.keep_vectors and flags.trajectory is None:
         raise UserError("--keep-vectors says what goes into --trajectory FILE: give that too")
-    for flag, path in (("--html", flags.html), ("--trajectory", flags.trajectory)):
-        if path is not None:
-            with writing(flag, Path(path)), tempfile.TemporaryFile(dir=Path(path).parent):
-                pass
+    if flags.compare and flags.stream:
+        raise UserError("--stream shows one run: for --compare take --show-tail or --html FILE")
+
+
+def check_files(flags: Args, num_samples: int, num_variants: int) -> None:
+    """Raises UserError unless every file of the samples can be written; opens none that is there."""
+    files = {"--output": [flags.output] if flags.output is not None else []}
+    for flag, path, total in (("--html", flags.html, num_samples),
+                              ("--trajectory", flags.trajectory, num_samples * num_variants)):
+        if path is not None and Path(path).name in ("", ".."):
+            raise UserError(f"{flag}: {path!r} names no file")
+        files[flag] = [] if path is None else [str(numbered(path, index, total)) for index in range(total)]
+    seen: dict[Path, str] = {}
+    for flag, paths in files.items():
+        for path in map(Path, paths):
+            if (twin := seen.setdefault(path.absolute(), flag)) != flag:
+                raise UserError(f"{twin} and {flag} would write the same file {path}")
+            with writing(flag, path):
+                if path.is_dir():
+                    raise UserError(f"{flag}: {path} is a folder")
+                exists = path.exists()
+                with path.open("ab"):
+                    pass
+                if not exists:
+                    path.unlink()
 
 
 def main(args: Sequence[str]) -> None:
@@ -318,15 +352,19 @@ def main(args: Sequence[str]) -> None:
     prompts = read_prompts(flags)
     generator = Generator.from_workdir(flags.workdir)
     variants = make_variants(flags, generator)
+    direction = steering_vector(flags)
     for _, settings in variants:
-        generator.rows(prompts, settings)
+        generator.check(prompts, settings, direction)
+    check_files(flags, len(prompts) * flags.num_samples, len(variants))
     tokens = passes = 0
     with opened(flags.output) as out:
-        for sample, settings in Writing(generator, prompts, variants, flags).samples():
+        for sample, settings in Writing(generator, prompts, variants, flags, direction).samples():
             if settings.commit == "stable":
                 tokens, passes = tokens + len(sample.tokens), passes + sample.passes
             if out is not None:
                 row = dataclasses.asdict(sample) | {"seed": flags.seed, "settings": dataclasses.asdict(settings)}
+                if flags.steering_vector is not None:
+                    row["steering_vector"] = flags.steering_vector
                 print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
     if passes:
         print(f"committed when stable: {tokens} tokens in {passes} passes, {tokens / passes:.2f} a pass",

@@ -188,6 +188,32 @@ def test_stable_commits_by_hand():
     assert state.num_committed[0] == 9
 
 
+def settling_of(tokens, budget=9):
+    """A tail of four slots that says `tokens` and, with rate 0, stays as it is; three of them may go at once."""
+    tail = tail_of([0.0] * 4, stability=Stability(jnp.int32(0), jnp.float32(9.0)))
+    return tail, start(tail, budget=budget).replace(recent=jnp.zeros((1, 3, 2)), tail=TABLE[jnp.array([tokens])])
+
+
+def test_an_end_of_text_inside_a_settled_run_is_the_last_of_it():
+    tail, state = settling_of([1, END, 2, 0])
+    state, step = decode.liquid_step(state, dream, VOCABULARY, tail, 1.0, END)
+    assert (int(step.committed[0]), bool(state.done[0]), int(state.num_committed[0])) == (2, True, 4)
+    np.testing.assert_array_equal(state.recent[0, 1:], TABLE[np.array([1, END])])
+
+
+def test_an_end_of_text_in_a_slot_that_is_not_committed_ends_nothing():
+    tail, state = settling_of([1, END, 2, 0])
+    tail = tail.replace(stability=Stability(jnp.int32(1), jnp.float32(9.0)))
+    state, step = decode.liquid_step(state, dream, VOCABULARY, tail, 1.0, END)
+    assert (int(step.committed[0]), bool(state.done[0])) == (1, False)
+
+
+def test_a_settled_run_never_goes_beyond_the_budget():
+    tail, state = settling_of([1, 2, 0, 1], budget=2)
+    state, step = decode.liquid_step(state, dream, VOCABULARY, tail, 1.0, END)
+    assert (int(step.committed[0]), bool(state.done[0])) == (2, True)
+
+
 NEUTRAL = {"guidance_scale": 1.0, "repulsion": 0.0, "fresh_noise": 0.0, "history_noise": 0.0, "history_smoothing": 0.0}
 
 

@@ -206,8 +206,31 @@ def test_a_direction_of_ones_own_is_the_words_where_it_is_their_mean(generator):
     for wrong in (np.zeros(16), np.ones(15), np.full(16, np.nan)):
         with pytest.raises(UserError, match="the steering direction must have 16 finite numbers"):
             generator.generate(PROMPTS, own, direction=wrong)
-    with pytest.raises(UserError, match="' ' has no token"):
-        generator.generate(PROMPTS, dataclasses.replace(settings, steering_words=("sea", " ")))
+    for factor in (1e-9, 1e20):
+        assert [one.tokens for one in generator.generate(PROMPTS, settings)] == [
+            one.tokens for one in generator.generate(PROMPTS, own, direction=factor * direction)]
+    with pytest.raises(UserError, match="' ' is no word"):
+        generator.direction(["sea", " "])
+
+
+def test_slots_and_schedule_are_those_that_were_asked_for(generator):
+    steered = settings_of(generator, steering=2.0, steering_words=("sea",))
+    found = {}
+    for name, fields in (("all", {}), ("front", {"steering_slots": (0,)}), ("back", {"steering_slots": (3,)}),
+                         ("fade", {"steering_schedule": "fade"}), ("rise", {"steering_schedule": "rise"})):
+        settings = dataclasses.replace(steered, **fields)
+        living, _ = generator.step(generator.begin("the cat", settings))
+        found[name] = living.slots
+    plain = generator.step(generator.begin("the cat"))[0].slots
+    # What the first step left in the slots behind the front: slot 3 became slot 2.
+    np.testing.assert_allclose(found["front"][:3], plain[:3], atol=1e-6)
+    np.testing.assert_allclose(found["back"][:2], plain[:2], atol=1e-6)
+    np.testing.assert_allclose(found["back"][2], found["all"][2], atol=1e-6)
+    for name in ("fade", "rise"):
+        moved, whole = (np.linalg.norm(found[one][:3] - plain[:3], axis=-1) for one in (name, "all"))
+        # Slots 1, 2 and 3 of the first step will be tokens 2, 3 and 4 of eight.
+        share = np.array([1, 2, 3]) / 7
+        np.testing.assert_allclose(moved / whole, share if name == "rise" else 1 - share, rtol=1e-3)
 
 
 def test_steps_are_the_stream_and_leave_what_they_came_from_as_it_was(generator):
@@ -246,10 +269,20 @@ def test_a_pinned_text_comes_where_it_is_pinned_and_another_branch_is_free(gener
 def test_a_pin_changes_what_comes_behind_it_through_the_tail_alone(generator):
     # A slot sees the slots before it: what is held in slot 1 moves slot 2 at once, and slot 0 never.
     begun, _ = generator.step(generator.begin("the cat"))
-    free, _ = generator.step(generator.step(begun)[0])
-    held, _ = generator.step(generator.step(generator.pin(begun, 2, " sea"))[0])
-    np.testing.assert_array_equal(held.slots[0], generator.vocabulary.table[generator.tokenizer.encode(" sea")[0]])
+    row = generator.vocabulary.table[generator.tokenizer.encode(" sea")[0]]
+    pinned = generator.pin(begun, 1, " sea")
+    np.testing.assert_array_equal(pinned.slots[1], row)
+    (free, one), (held, other) = generator.step(begun), generator.step(pinned)
+    assert one.tokens == other.tokens
+    np.testing.assert_array_equal(held.slots[0], row)
     assert np.abs(held.slots[1] - free.slots[1]).max() > 1e-4
+
+
+def test_a_replaced_slot_is_free_again(generator):
+    words = generator.tokenizer.encode(" sea cat")
+    pinned = generator.pin(generator.begin("the cat"), 1, words)
+    freed = generator.replace(pinned, 1, words[:1])
+    assert freed.pins == [None, None, words[1], None]
 
 
 def test_a_replaced_slot_holds_what_it_was_given_and_goes_on_to_be_refined(generator):
@@ -265,11 +298,34 @@ def test_a_replaced_slot_holds_what_it_was_given_and_goes_on_to_be_refined(gener
     assert np.abs(after.slots[2] - row).max() > 1e-4
 
 
+@pytest.mark.parametrize(("fields", "says"), [
+    ({"steering_words": "sea"}, "steering_words must be a tuple"),
+    ({"commit": "stabel"}, "must be one of front, stable"), ({"profile": "flat"}, "must be one of linear"),
+    ({"steering_schedule": "up"}, "must be one of constant, fade, rise"),
+    ({"rate": [0.1] * 4}, "must be None, a number or a tuple"), ({"patience": 10**11}, "must lie within ±1,000,000"),
+])
+def test_a_script_with_a_setting_of_the_wrong_kind_is_told(generator, fields, says):
+    with pytest.raises(UserError, match=says):
+        settings_of(generator, **fields)
+
+
+def test_a_shorter_tail_keeps_what_still_has_a_slot(generator):
+    own = settings_of(generator, rate=(0.9, 0.7, 0.5, 0.3), steering=1.0, steering_words=("a",), steering_slots=(0, 3))
+    shorter = own.with_tail_length(2)
+    assert (shorter.tail_length, shorter.rate, shorter.steering_slots) == (2, (0.9, 0.7), (0,))
+    assert dataclasses.replace(own, steering_slots=(3,)).with_tail_length(2).steering == 0.0
+    assert own.with_tail_length(4) == own
+
+
 @pytest.mark.parametrize(("change", "says"), [
     (lambda g, living: g.pin(living, 4, " sea"), "slots 0..3, found slots 4..4"),
     (lambda g, living: g.pin(living, -1, " sea"), "found slots -1..-1"),
     (lambda g, living: g.pin(living, 0, ""), "expected a text that is not empty"),
     (lambda g, living: g.pin(living, 0, [9999]), "ids in 0.."),
+    (lambda g, living: g.pin(living, 0, "\udcff"), "expected a text that is not empty"),
+    (lambda g, living: g.pin(living, 0, 5), "expected a text that is not empty"),
+    (lambda g, living: g.replace(living, 0, [0.5, 0.5]), "ids in 0.."),
+    (lambda g, living: g.record("the", num_candidates=9999), "num_candidates must lie in 0..290, found 9999"),
     (lambda g, living: g.pin(living, 2, [1, 2]), "3 tokens are left of the budget, slots 2..3 come behind it"),
     (lambda g, living: g.replace(living, 3, np.ones((2, 16))), "found slots 3..4"),
     (lambda g, living: g.replace(living, 0, np.ones(15)), "expected finite vectors of 16 numbers"),

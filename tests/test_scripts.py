@@ -296,7 +296,23 @@ def test_prompts_come_from_json_lines_too(runs_dir, tmp_path):
     (["--prompt", "x", "--fresh-noise", "-1"], "fresh_noise must not be negative, found -1.0"),
     (["--prompt", "x", "--steering", "1"], "steering needs a direction: give --steering-words"),
     (["--prompt", "x", "--steering-words", "sea"], "does nothing by itself: give its strength too"),
-    (["--prompt", "x", "--steering", "1", "--steering-words", ""], "'' has no token"),
+    (["--prompt", "x", "--steering", "1", "--steering-words", ""], "steering_words must not be blank, found ('',)"),
+    (["--prompt", "x", "--steering", "1", "--steering-words", "\udcff"], "is no word"),
+    (["--prompt", "x", "--steering", "1e39", "--steering-words", "sea"], "must lie within ±1,000,000, found 1e+39"),
+    (["--prompt", "x", "--steering", "1", "--steering-words", "a", "--steering-vector", "x.npy"], "two directions"),
+    (["--prompt", "x", "--steering-slots", "1"], "--steering-slots does nothing by itself"),
+    (["--prompt", "x", "--patience", "2"], "--patience says how --commit stable commits: give that too"),
+    (["--prompt", "x", "--commit", "stable", "--patience", "99999999999"], "must lie within ±1,000,000"),
+    (["--prompt", "x", "--show-tail", "--compare", "tail-length="], "--compare takes NAME=VALUE"),
+    (["--prompt", "x", "--show-tail", "--compare", "tail-length=2", "tail-length=3"], "each one once"),
+    (["--prompt", "x", "--stream", "--html", "x.html", "--compare", "tail-length=2"], "--stream shows one run"),
+    (["--prompt", "x", "--html", ""], "--html: '' names no file"),
+    (["--prompt", "x", "--html", "..", "--num-samples", "2"], "--html: '..' names no file"),
+    (["--prompt", "x", "--trajectory", "/"], "--trajectory: '/' names no file"),
+    (["--prompt", "x", "--html", "/tmp"], "--html: /tmp is a folder"),
+    (["--prompt", "x", "--html", f"/tmp/{'x' * 300}"], "File name too long"),
+    (["--prompt", "x", "--html", "/tmp/same", "--output", "/tmp/same"], "--html would write the same file"),
+
     (["--prompt", "x", "--steering", "1", "--steering-vector", "/nowhere.npy"], "/nowhere.npy is no .npy file"),
     (["--prompt", "x", "--steering", "1", "--steering-vector", __file__], "is no .npy file of numbers"),
     (["--prompt", "x", "--steering-slots", "4"], "steering_slots must lie in 0..3 (K = 4), found (4,)"),
@@ -317,6 +333,23 @@ def test_a_mistake_in_generating_is_one_line(runs_dir, args, says):
         generate.main(["--workdir", str(runs_dir / "run"), *args])
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mistake", [["--steering", "1"], ["--html", "/nowhere/x.html"], ["--trajectory", "/"],
+                                     ["--steering", "1", "--steering-vector", "/nowhere.npy"]])
+def test_a_refused_command_leaves_the_files_of_an_earlier_one(runs_dir, tmp_path, mistake):
+    (tmp_path / "out.jsonl").write_text("precious")
+    with pytest.raises(UserError):
+        generate.main(["--workdir", str(runs_dir / "run"), "--prompt", "x", "--output", str(tmp_path / "out.jsonl"),
+                       *mistake])
+    assert (tmp_path / "out.jsonl").read_text() == "precious"
+
+
+def test_training_refuses_steering_without_a_direction_before_its_first_step(tmp_path):
+    runs.write_corpus(tmp_path)
+    with pytest.raises(UserError, match=r"generation\.steering needs a direction"):
+        runs.run(tmp_path, "run", "--generation.steering", "0.5")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_longer_tail_than_trained_is_noted_and_the_baseline_has_none(runs_dir, capsys):

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -71,6 +72,17 @@ def test_saved_and_read_again_it_is_the_same_and_damage_is_named(tmp_path):
         np.testing.assert_array_equal(getattr(load_trajectory(tmp_path / "t.npz"), name), array)
     whole = (tmp_path / "t.npz").read_bytes()
     (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
-    for path in (tmp_path / "half.npz", tmp_path / "none.npz"):
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    dataclasses.replace(made_by_hand(), entropy=np.zeros((4, 2))).save(tmp_path / "other.npz")
+    for name in ("half.npz", "none.npz", "empty.npz", "array.npy", "other.npz"):
         with pytest.raises(UserError, match="is no trajectory"):
-            load_trajectory(path)
+            load_trajectory(tmp_path / name)
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in rng.integers(len(whole), size=3):
+            damaged[place] ^= 1 << rng.integers(8)
+        (tmp_path / "damaged.npz").write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            load_trajectory(tmp_path / "damaged.npz")

@@ -7,12 +7,15 @@ A file in `configs/` returns one `Config`; the command line overrides single fie
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from tokmat_jax.errors import ConfigError
 
 Profile = Literal["linear", "cosine", "constant"]
 SteeringSchedule = Literal["constant", "fade", "rise"]
+Commit = Literal["front", "stable"]
+_LARGEST = 1_000_000
+"""No number of a generation may be larger: its vectors stay finite, its counts fit 32 bits."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -421,7 +424,7 @@ class GenerationConfig(_Section):
     """Slots that are steered, 0 is the front; none means all."""
     steering_schedule: SteeringSchedule = "constant"
     """How strongly from a sample's first token to the last of its budget: all along, falling to 0, or rising from 0."""
-    commit: Literal["front", "stable"] = "front"
+    commit: Commit = "front"
     """`front`: one token a step; `stable`: as many from the front on as have settled, at least one."""
     max_commit: int = 4
     """The most that a step of `stable` commits (never more than K)."""
@@ -436,6 +439,7 @@ class GenerationConfig(_Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_kinds()
         _require(self.tail_length >= 1, f"generation.tail_length (K) must be at least 1, found {self.tail_length}")
         _require_share(generation__max_maturity=self.max_maturity)
         rates = self.rate if isinstance(self.rate, tuple) else (self.rate or 0.0,)
@@ -453,6 +457,30 @@ class GenerationConfig(_Section):
         _require(all(0 <= slot < self.tail_length for slot in self.steering_slots),
                  f"generation.steering_slots must lie in 0..{self.tail_length - 1} (K = {self.tail_length}), found "
                  f"{self.steering_slots}")
+        _require(all(word.strip() for word in self.steering_words),
+                 f"generation.steering_words must not be blank, found {self.steering_words}")
+        for name, value in vars(self).items():
+            _require(not isinstance(value, float | int) or abs(value) <= _LARGEST,
+                     f"generation.{name} must lie within ±{_LARGEST:,}, found {value}")
+
+    def _check_kinds(self) -> None:
+        """What a type checker would find in a script."""
+        for name, known in (("profile", Profile), ("steering_schedule", SteeringSchedule), ("commit", Commit)):
+            _require(getattr(self, name) in get_args(known), f"generation.{name} must be one of "
+                     f"{', '.join(get_args(known))}, found {getattr(self, name)!r}")
+        for name in ("steering_words", "steering_slots"):
+            _require(isinstance(getattr(self, name), tuple),
+                     f"generation.{name} must be a tuple, found {getattr(self, name)!r}")
+        _require(self.rate is None or isinstance(self.rate, tuple | float | int),
+                 f"generation.rate must be None, a number or a tuple of numbers, found {self.rate!r}")
+
+    def with_tail_length(self, tail_length: int) -> "GenerationConfig":
+        """These settings with a K that is not longer: what belongs to slots that are gone goes with them."""
+        rate = self.rate[:tail_length] if isinstance(self.rate, tuple) else self.rate
+        slots = tuple(slot for slot in self.steering_slots if slot < tail_length)
+        gone = bool(self.steering_slots) and not slots
+        return dataclasses.replace(self, tail_length=tail_length, rate=rate, steering_slots=slots,
+                                   steering=0.0 if gone else self.steering)
 
 
 @dataclass(frozen=True)
@@ -488,6 +516,8 @@ class Config:
                      f"{self.table.geometry!r}, table.tied {self.table.tied} and {self.model.head!r}")
         _require(self.init_from is None or self.table.initial is None,
                  "init_from brings a table of its own: leave out table.initial")
+        _require(self.generation.steering == 0.0 or bool(self.generation.steering_words),
+                 "generation.steering needs a direction: give generation.steering_words")
         _require(self.generation.tail_length <= self.max_positions - 2,
                  f"generation.tail_length (K) must be smaller than the model's positions by at least 2 (a prompt and a "
                  f"new token), found {self.generation.tail_length} and {self.max_positions}")

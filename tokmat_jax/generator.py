@@ -187,22 +187,29 @@ class Generator:
 
     def pin(self, living: Living, slot: int, content: str | Sequence[int]) -> Living:
         """`living` with slots held at a text, or at ids, from `slot` on: they are committed when they reach the front,
-        and until then the slots behind them see them. The front is slot 0.
+        and until then the slots behind them see them. The front is slot 0. Where end-of-text is committed before, the
+        sample ends without them.
 
         Raises UserError where the text does not fit into the tail or the budget.
         """
-        return held_at(living, slot, self._ids(content))
+        ids = self._ids(content)
+        return held_at(living, slot, ids, self._vectors(ids))
 
-    def replace(self, living: Living, slot: int, content: str | Sequence[int] | np.ndarray) -> Living:
+    def replace(self, living: Living, slot: int, content: str | Sequence[int] | np.ndarray | jax.Array) -> Living:
         """`living` with the vectors of slots replaced from `slot` on, by a text, by ids or by vectors [N, d] or [d];
-        they go on to be refined. Raises UserError where they do not fit into the tail."""
-        if isinstance(content, np.ndarray):
-            return with_vectors(living, slot, np.atleast_2d(content))
-        return with_vectors(living, slot, np.asarray(look_up(self._vocabulary.table, jnp.array(self._ids(content)))))
+        they go on to be refined, also where they were pinned. Raises UserError where they do not fit into the tail."""
+        if isinstance(content, np.ndarray | jax.Array):
+            return with_vectors(living, slot, np.atleast_2d(np.asarray(content)))
+        return with_vectors(living, slot, self._vectors(self._ids(content)))
+
+    def _vectors(self, ids: Sequence[int]) -> np.ndarray:
+        return np.asarray(look_up(self._vocabulary.table, jnp.array(ids, jnp.int32)))
 
     def _ids(self, content: str | Sequence[int]) -> list[int]:
-        ids = self.tokenizer.encode(content) if isinstance(content, str) else list(content)
-        if not ids or not all(0 <= token < self.tokenizer.vocab_size for token in ids):
+        known = isinstance(content, str) and _is_unicode(content)
+        ids = self.tokenizer.encode(content) if known else list(content) if isinstance(content, Sequence) else []
+        if not ids or not all(isinstance(token, int | np.integer) and 0 <= token < self.tokenizer.vocab_size
+                              for token in ids):
             raise UserError(f"expected a text that is not empty, or ids in 0..{self.tokenizer.vocab_size - 1}, found "
                             f"{content!r}")
         return ids
@@ -213,6 +220,8 @@ class Generator:
     ) -> Trajectory:
         """The same sample as `generate` with everything that its tail went through: the `num_candidates` nearest
         tokens of every slot at every step, and the vectors where they are to be kept."""
+        if not 0 <= num_candidates <= self.tokenizer.vocab_size:
+            raise UserError(f"num_candidates must lie in 0..{self.tokenizer.vocab_size}, found {num_candidates}")
         living = self.begin(prompt, settings, number, seed, direction)
         state, steps = living.state, []
         count = chunk(int(state.budget[0] - state.num_committed[0]))
@@ -228,13 +237,12 @@ class Generator:
 
     def direction(self, words: Sequence[str]) -> np.ndarray:
         """The mean [d] of the embeddings of some words, as they stand behind a space; a word of several tokens is their
-        mean. Raises UserError for a word without a token."""
+        mean. Raises UserError for a blank one."""
         vectors = []
         for word in words:
-            ids = self.tokenizer.encode(f" {word.strip()}") if word.strip() else []
-            if not ids:
-                raise UserError(f"steering_words: {word!r} has no token")
-            vectors.append(direction_of(look_up(self._vocabulary.table, jnp.array(ids))))
+            if not word.strip() or not _is_unicode(word):
+                raise UserError(f"steering_words: {word!r} is no word")
+            vectors.append(direction_of(jnp.asarray(self._vectors(self.tokenizer.encode(f" {word.strip()}")))))
         return np.asarray(direction_of(jnp.stack(vectors)))
 
     def next_tokens(self, ids: Sequence[int]) -> list[int]:
@@ -290,17 +298,27 @@ class Generator:
                                 settings.fresh_noise, settings.history_smoothing, self._steering(settings, direction),
                                 stability)
 
+    def check(
+        self, prompts: Sequence[str | Sequence[int]], settings: GenerationConfig, direction: np.ndarray | None = None
+    ) -> None:
+        """Raises UserError where `generate` would, before anything is computed."""
+        self.rows(prompts, settings)
+        self._tail(settings, direction)
+
     def _steering(self, settings: GenerationConfig, direction: np.ndarray | None) -> Steering | None:
         if settings.steering == 0.0:
             return None
         if direction is None and not settings.steering_words:
             raise UserError("steering needs a direction: give --steering-words WORD … or --steering-vector FILE")
-        towards = self.direction(settings.steering_words) if direction is None else np.asarray(direction, np.float32)
+        towards = self.direction(settings.steering_words) if direction is None else np.asarray(direction)
         size = self.config.model.embed_dim
-        if towards.shape != (size,) or not np.isfinite(towards).all() or not towards.any():
-            raise UserError(f"the steering direction must have {size} finite numbers that are not all 0, found the "
-                            f"shape {towards.shape}")
-        return make_steering(jnp.asarray(towards), settings.steering, settings.steering_slots,
+        if (towards.shape != (size,) or towards.dtype.kind not in "fiu" or not np.isfinite(towards).all()
+                or not towards.any()):
+            raise UserError(f"the steering direction must have {size} finite numbers that are not all 0, found "
+                            f"{towards.dtype} of the shape {towards.shape}")
+        # Whatever its norm: the largest of its numbers becomes 1 before it meets float32.
+        towards = towards.astype(np.float64) / np.abs(towards.astype(np.float64)).max()
+        return make_steering(jnp.asarray(towards, jnp.float32), settings.steering, settings.steering_slots,
                              settings.steering_schedule, settings.tail_length, settings.max_new_tokens)
 
     def _start(

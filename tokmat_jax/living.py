@@ -44,12 +44,14 @@ class Living:
         return [None if token < 0 else token for token in np.asarray(self.state.pinned[0]).tolist()]
 
 
-def held_at(living: Living, slot: int, ids: Sequence[int]) -> Living:
-    """`living` with the slots from `slot` on held at `ids`; raises UserError where they do not fit."""
+def held_at(living: Living, slot: int, ids: Sequence[int], vectors: np.ndarray) -> Living:
+    """`living` with the slots from `slot` on held at `ids`, whose `vectors` [N, d] they have from now on; raises
+    UserError where they do not fit."""
     _check(living, slot, len(ids))
     left = int(living.state.budget[0] - living.state.num_committed[0])
     if slot + len(ids) > left:
         raise UserError(f"{left} tokens are left of the budget, slots {slot}..{slot + len(ids) - 1} come behind it")
+    living = with_vectors(living, slot, vectors)
     pinned = living.state.pinned
     if pinned is None:
         pinned = jnp.full(living.state.tail.shape[:2], -1, jnp.int32)
@@ -58,13 +60,17 @@ def held_at(living: Living, slot: int, ids: Sequence[int]) -> Living:
 
 
 def with_vectors(living: Living, slot: int, vectors: np.ndarray) -> Living:
-    """`living` with `vectors` [N, d] in the slots from `slot` on; raises UserError where they do not fit."""
+    """`living` with `vectors` [N, d] in the slots from `slot` on, which are free from then on; raises UserError where
+    they do not fit."""
     size = living.state.tail.shape[-1]
     if vectors.ndim != 2 or vectors.shape[1] != size or not np.isfinite(vectors).all():
         raise UserError(f"expected finite vectors of {size} numbers, found the shape {vectors.shape}")
     _check(living, slot, len(vectors))
     tail = living.state.tail.at[0, slot : slot + len(vectors)].set(jnp.asarray(vectors, living.state.tail.dtype))
-    return replace(living, state=living.state.replace(tail=tail))
+    pinned = living.state.pinned
+    if pinned is not None:
+        pinned = pinned.at[0, slot : slot + len(vectors)].set(-1)
+    return replace(living, state=living.state.replace(tail=tail, pinned=pinned))
 
 
 def _check(living: Living, slot: int, count: int) -> None:

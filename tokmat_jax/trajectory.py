@@ -2,6 +2,7 @@
 
 import dataclasses
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,16 @@ def load_trajectory(path: str | Path) -> Trajectory:
     """What `save` wrote; raises UserError where the file is missing or damaged."""
     try:
         with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return Trajectory(**{field.name: stored[field.name] for field in dataclasses.fields(Trajectory)})
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no trajectory: {error}") from None
+            found = Trajectory(**{field.name: stored[field.name] for field in dataclasses.fields(Trajectory)})
+    # What zip, its compression and NumPy's own format raise for damage, between them.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, MemoryError,
+            SyntaxError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is no trajectory: {error or type(error).__name__}") from None
+    shapes = {field.name: getattr(found, field.name).shape for field in dataclasses.fields(Trajectory)}
+    steps, slots = (*shapes["tokens"], 0, 0)[:2]
+    wanted = {"maturity": (slots,), "committed": (steps,), "tokens": (steps, slots), "entropy": (steps, slots),
+              "movement": (steps, slots), "cosines": shapes["candidates"]}
+    if any(shapes[name] != shape for name, shape in wanted.items()) or len(shapes["prompt"]) != 1 or any(
+            len(shapes[name]) != 3 or shapes[name][:2] != (steps, slots) for name in ("candidates", "vectors")):
+        raise UserError(f"{path} is no trajectory: its arrays do not fit together, {shapes}")
+    return found

@@ -72,7 +72,7 @@ class Card:
         self._writer = Writer(run, baseline, options.max_new_tokens, options.seed, options.batch_size)
         self._reader = Judge(baseline)
         self._room = run.config.max_positions - len(prompts.ids[0]) - options.max_new_tokens
-        one_step = dataclasses.replace(run.config.generation, tail_length=1, max_new_tokens=1)
+        one_step = dataclasses.replace(run.config.generation.with_tail_length(1), max_new_tokens=1)
         self._figure_room = run.config.max_positions - len(run.rows([options.prompt], one_step)[0].ids)
         if self._figure_room < 8:
             raise UserError(f"--prompt has {run.config.max_positions - self._figure_room} tokens, which leaves "
@@ -303,7 +303,7 @@ class Card:
 
         def attractors():
             own = dataclasses.replace(run.config.generation, max_new_tokens=length)
-            own = dataclasses.replace(own, tail_length=min(own.tail_length, room - length))
+            own = own.with_tail_length(min(own.tail_length, room - length))
             samples = run.generate([options.prompt], own, options.num_seeds, options.seed, options.batch_size)
             return figures.attractors([sample.tokens for sample in samples], piece)
 
