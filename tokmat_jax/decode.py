@@ -13,6 +13,7 @@ Every control beyond the plain algorithm is None in `Tail` where it is off, so t
 plain algorithm bit for bit.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -279,8 +280,9 @@ def liquid_step(
     moved = maturation.movement(state.tail[:, shown], refined[:, shown], radius)
     count = jnp.ones_like(state.num_committed)
     if tail.stability is not None and state.settling is not None:
-        state = state.replace(settling=settle(state.settling, tokens, state.done))
-        run = jnp.clip(settled_run(state.settling, moved, tail.stability), 1, most)
+        settling = settle(state.settling, tokens, state.done)
+        state = dataclasses.replace(state, settling=settling)
+        run = jnp.clip(settled_run(settling, moved, tail.stability), 1, most)
         count = jnp.minimum(jnp.minimum(run, up_to_end(tokens[:, :most], end_of_text)),
                             state.budget - state.num_committed)
     count = jnp.where(state.done, 0, count)

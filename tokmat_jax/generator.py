@@ -206,8 +206,10 @@ class Generator:
         return np.asarray(look_up(self._vocabulary.table, jnp.array(ids, jnp.int32)))
 
     def _ids(self, content: str | Sequence[int]) -> list[int]:
-        known = isinstance(content, str) and _is_unicode(content)
-        ids = self.tokenizer.encode(content) if known else list(content) if isinstance(content, Sequence) else []
+        if isinstance(content, str):
+            ids = self.tokenizer.encode(content) if _is_unicode(content) else []
+        else:
+            ids = list(content) if isinstance(content, Sequence) else []
         if not ids or not all(isinstance(token, int | np.integer) and 0 <= token < self.tokenizer.vocab_size
                               for token in ids):
             raise UserError(f"expected a text that is not empty, or ids in 0..{self.tokenizer.vocab_size - 1}, found "

@@ -56,7 +56,7 @@ def held_at(living: Living, slot: int, ids: Sequence[int], vectors: np.ndarray) 
     if pinned is None:
         pinned = jnp.full(living.state.tail.shape[:2], -1, jnp.int32)
     pinned = pinned.at[0, slot : slot + len(ids)].set(jnp.array(ids, jnp.int32))
-    return replace(living, state=living.state.replace(pinned=pinned))
+    return replace(living, state=replace(living.state, pinned=pinned))
 
 
 def with_vectors(living: Living, slot: int, vectors: np.ndarray) -> Living:
@@ -70,7 +70,7 @@ def with_vectors(living: Living, slot: int, vectors: np.ndarray) -> Living:
     pinned = living.state.pinned
     if pinned is not None:
         pinned = pinned.at[0, slot : slot + len(vectors)].set(-1)
-    return replace(living, state=living.state.replace(tail=tail, pinned=pinned))
+    return replace(living, state=replace(living.state, tail=tail, pinned=pinned))
 
 
 def _check(living: Living, slot: int, count: int) -> None:

@@ -92,7 +92,7 @@ def settled(said: list[int], before: jax.Array, after: jax.Array, tail: Tail, ra
     assert tail.stability is not None
     patience = int(tail.stability.patience)
     moved = float(jnp.linalg.norm(after - before)) / radius
-    return len(said) > patience and len(set(said[-patience - 1 :])) == 1 and moved < tail.stability.tolerance
+    return len(said) > patience and len(set(said[-patience - 1 :])) == 1 and moved < float(tail.stability.tolerance)
 
 
 def drawn(slot: int, number: int, tail: Tail) -> jax.Array:
