@@ -33,7 +33,9 @@ def trajectory(tokens, entropy=None):
     tokens = np.array(tokens)
     numbers = np.arange(tokens.size, dtype=float).reshape(tokens.shape) if entropy is None else np.array(entropy)
     candidates = np.stack([tokens, tokens + 1], axis=-1)
-    return Trajectory(tokens, numbers, numbers / 10, candidates, np.stack([numbers, -numbers], axis=-1))
+    steps, slots = tokens.shape
+    return Trajectory(np.array([0]), 0.9 * (1 - np.arange(slots) / slots), np.ones(steps, int), tokens, numbers,
+                      numbers / 10, candidates, np.stack([numbers, -numbers], axis=-1), np.zeros((steps, slots, 0)))
 
 
 # Five steps of a tail of three, front first. Token i was slot 2 at step i − 2, slot 1 at i − 1 and the front at i, so

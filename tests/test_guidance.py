@@ -12,9 +12,11 @@ def test_guidance_is_off_at_one_and_extrapolates_beyond():
 
 
 def test_guide_keeps_the_memory_of_the_conditional_pass():
-    predict = guidance.guide(lambda s: (s + 1.0, "conditional"), lambda s: (s, "unconditional"), 3.0)
-    prediction, memory = predict(jnp.array([0.0]))
-    np.testing.assert_array_equal(prediction, [3.0])
+    # The conditional pass predicts two committed positions more; guidance leaves them out.
+    seen, free = jnp.array([[7.0, 8.0, 1.0, 2.0]])[..., None], jnp.array([[0.0, 1.0]])[..., None]
+    predict = guidance.guide(lambda s: (seen, "conditional"), lambda s: (free, "unconditional"), 3.0)
+    prediction, memory = predict(None)
+    np.testing.assert_array_equal(prediction[0, :, 0], [3.0, 4.0])
     assert memory == "conditional"
 
 

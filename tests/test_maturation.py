@@ -73,9 +73,13 @@ def test_contraction_moves_each_slot_by_its_rate():
     np.testing.assert_array_equal(got, [[[1, 1], [0.5, 0.5], [0, 0]]])
 
 
-def test_shift_moves_one_forward_and_lets_one_be_born():
-    tail = jnp.array([[[1.0], [2.0], [3.0]]])
-    np.testing.assert_array_equal(maturation.shift(tail, jnp.array([[9.0]])), [[[2], [3], [9]]])
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 1), (4, 3, 2)])
+def test_shift_moves_each_row_by_its_own_count_and_lets_as_many_be_born(shape):
+    tail = jnp.broadcast_to(jnp.reshape(jnp.array([1, 2, 3]), (1, 3) + (1,) * (len(shape) - 2)), shape)
+    born = jnp.broadcast_to(jnp.reshape(jnp.array([8, 9]), (1, 2) + (1,) * (len(shape) - 2)), (4, 2, *shape[2:]))
+    got = np.reshape(maturation.shift(tail, born, jnp.array([1, 0, 2, 1])), (4, 3, -1))
+    for last in range(got.shape[-1]):
+        np.testing.assert_array_equal(got[..., last], [[2, 3, 8], [1, 2, 3], [3, 8, 9], [2, 3, 8]])
 
 
 @pytest.mark.parametrize("radius", [1.0, 4.0])
