@@ -149,7 +149,7 @@ def make_settings(args: Args, given: dict[str, Any], generator: Generator) -> Ge
     """The run's settings with those `given`; says on standard error where K is new to the model."""
     if generator.is_autoregressive:
         tail_flags = [name for name in given if name not in _OF_EVERY_MODEL]
-        tail_flags += ["steering_vector"] if args.steering_vector else []
+        tail_flags += ["steering_vector"] if args.steering_vector is not None else []
         for name in tail_flags:
             raise UserError(f"--{name.replace('_', '-')}: {args.workdir} is an autoregressive baseline, it has no tail")
     own = generator.settings

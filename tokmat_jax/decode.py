@@ -137,7 +137,7 @@ class State:
 
 @struct.dataclass
 class Step:
-    """What one step did. R slots are read: as many as a step may commit, or all K (`read_tail`, stable commits)."""
+    """What one step did. R slots are read: the front alone, or all K (`read_tail`, stable commits)."""
 
     committed: jax.Array
     """Tokens [B] that the step committed, from the front on; 0 where the row was done."""

@@ -221,7 +221,10 @@ class Generator:
         num_candidates: int = 8, keep_vectors: bool = False, direction: np.ndarray | None = None,
     ) -> Trajectory:
         """The same sample as `generate` with everything that its tail went through: the `num_candidates` nearest
-        tokens of every slot at every step, and the vectors where they are to be kept."""
+        tokens of every slot at every step, and the vectors where they are to be kept.
+
+        Raises UserError as `generate` does, and where there are fewer tokens than candidates.
+        """
         if not 0 <= num_candidates <= self.tokenizer.vocab_size:
             raise UserError(f"num_candidates must lie in 0..{self.tokenizer.vocab_size}, found {num_candidates}")
         living = self.begin(prompt, settings, number, seed, direction)
