@@ -13,7 +13,7 @@ from tokmat_jax.model import make_forward
 
 IDS = jax.random.randint(jax.random.key(7), (4, 48), 0, tiny.VOCAB)
 KEYS = objective.row_keys(jax.random.key(8), 4)
-NEGATIVES = losses.all_of(10)
+NEGATIVES = losses.Negatives(jnp.arange(10), jnp.zeros(10))
 
 
 def variant(**maturation_fields):
@@ -41,7 +41,7 @@ def test_the_windows_weigh_a_target_by_its_maturity_and_predict_it_from_before()
     np.testing.assert_array_equal(windows.weight, maturity[:, 1:])
     draw = maturation.draw_tail(KEYS, config.maturation, 16, 1.0)
     np.testing.assert_array_equal(tail_length, draw.tail_length)
-    np.testing.assert_array_equal(mask, history_mask(48, 48 - draw.tail_length, draw.history_dropped))
+    np.testing.assert_array_equal(mask, history_mask(48, 48 - draw.tail_length, draw.history_dropped)[:, -17:])
     table = objective.vocabulary(params, config).table
     for row in range(4):
         length = int(tail_length[row])
@@ -56,8 +56,10 @@ def test_the_loss_is_the_weighted_mean_of_its_terms():
     params = tiny.shaken_params(config)
     total, sums = objective.loss_sums(params, IDS, KEYS, NEGATIVES, config, make_forward(config))
     windows = objective.run_windows(params, IDS, KEYS, config, make_forward(config))
-    terms = objective.position_losses(windows, params, NEGATIVES, config)
-    np.testing.assert_allclose(total, np.sum(np.asarray(windows.weight) * np.asarray(terms["loss"])), rtol=1e-5)
+    table = windows.vocabulary.table
+    mse = losses.regression(windows.prediction, table[windows.target_ids], config.table.radius)
+    nce = losses.info_nce(windows.prediction, windows.target_ids, table, NEGATIVES, jnp.float32(5.0))
+    np.testing.assert_allclose(total, np.sum(np.asarray(windows.weight) * np.asarray(mse + 0.5 * nce)), rtol=1e-5)
     np.testing.assert_allclose(sums["loss"], sums["mse"] + 0.5 * sums["info_nce"], rtol=1e-5)
     np.testing.assert_allclose(sums["weight"], np.sum(windows.weight), rtol=1e-6)
 
@@ -134,8 +136,11 @@ def test_the_baseline_reads_clean_vectors_without_a_tail():
     assert np.all(np.asarray(maturity) == 1.0)
     assert not np.any(tail_length)
     assert mask is None
-    terms = objective.position_losses(windows, params, NEGATIVES, config)
-    assert set(terms) == {"loss", "cross_entropy"}
+    sums = objective.weighted_sums(windows, params, NEGATIVES, config)
+    assert set(sums) == {"loss", "cross_entropy", "weight"}
+    own = losses.cross_entropy(windows.prediction, windows.target_ids, windows.vocabulary.readout,
+                               objective.ar_logit_scale(params, config))
+    np.testing.assert_allclose(sums["loss"], np.sum(own), rtol=1e-5)
 
 
 @pytest.mark.parametrize("trainable", [True, False])

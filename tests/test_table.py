@@ -54,3 +54,33 @@ def test_a_zero_vector_has_the_entropy_of_the_uniform_distribution():
     rows = table.sphere(jax.random.normal(jax.random.key(5), (32, 4)), 1.0)
     _, entropy = table.read(jnp.zeros((1, 4)), table.make_vocabulary(rows), 1.0)
     np.testing.assert_allclose(entropy, np.log(32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 20, 29])
+def test_reading_the_vocabulary_in_pieces_changes_nothing(monkeypatch, piece):
+    rows = 3.0 * jax.random.normal(jax.random.key(0), (30, 4))
+    z = jax.random.normal(jax.random.key(1), (2, 3, 4)).at[0, 0].set(rows[4])
+    targets = jnp.array([[4, 29, 0], [1, 2, 3]])
+    # Two equal rows in different pieces: the first one is the nearest.
+    vocabulary = table.make_vocabulary(rows.at[28].set(rows[4]))
+    whole = table.read(z, vocabulary, 0.3), table.rank_and_entropy(z, targets, vocabulary)
+    monkeypatch.setattr(table, "_SMALLEST_PIECE", 1)
+    monkeypatch.setattr(table, "_AT_ONCE", 6 * piece)
+    pieces = table.read(z, vocabulary, 0.3), table.rank_and_entropy(z, targets, vocabulary)
+    inner = np.asarray(z, np.float64) @ np.asarray(vocabulary.readout, np.float64).T
+    cosine = inner / np.linalg.norm(z, axis=-1, keepdims=True) / np.linalg.norm(vocabulary.readout, axis=-1)
+    for (nearest, entropy), (rank, plain) in (whole, pieces):
+        np.testing.assert_array_equal(nearest, inner.argmax(-1))
+        own = np.take_along_axis(inner, np.asarray(targets)[..., None], -1)
+        np.testing.assert_array_equal(rank, (inner > own).sum(-1))
+        for got, temperature in ((entropy, 0.3), (plain, 1.0)):
+            p = np.exp(cosine / temperature)
+            p /= p.sum(-1, keepdims=True)
+            # A sum of 30 terms below 4 in float32.
+            np.testing.assert_allclose(got, -(p * np.log(p)).sum(-1), atol=1e-5)
+
+
+def test_a_vector_that_is_not_a_number_hits_nothing():
+    rows = jax.random.normal(jax.random.key(0), (30, 4))
+    rank, _ = table.rank_and_entropy(jnp.full((1, 4), jnp.nan), jnp.array([3]), table.make_vocabulary(rows))
+    assert rank.tolist() == [30]

@@ -1,8 +1,14 @@
-"""One attention for training, prefill and decoding."""
+"""One attention for training, prefill and decoding; which kernel computes its causal part is a setting."""
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from tokmat_jax.config import AttentionKernel
+
+_BLOCK = 128
+"""Queries that are scored together where attention is causal; no block scores keys that all its queries may not see."""
+_MOST_BLOCKS = 8
 
 
 def causal_mask(seq_len: int) -> jax.Array:
@@ -12,49 +18,84 @@ def causal_mask(seq_len: int) -> jax.Array:
 
 @struct.dataclass
 class History:
-    """Keys and values of committed positions; they never change (METHOD §4, exact caching).
+    """Keys and values of committed positions in one layer; they never change (METHOD §4, exact caching).
 
     Index s of the capacity S holds position s. Entries from a row's last committed position on are not valid
     yet: whoever reads masks them.
     """
 
     key: jax.Array
-    """[L, B, S, H_kv, D], or [B, S, H_kv, D] inside one layer."""
+    """[B, H_kv, S, D]."""
     value: jax.Array
     """As `key`."""
 
+    @property
+    def capacity(self) -> int:
+        """S."""
+        return self.key.shape[2]
+
 
 def attend(
-    query: jax.Array, live: History, mask: jax.Array | None, history: History | None, visible: jax.Array | None
+    query: jax.Array, live: History, mask: jax.Array | None = None, history: History | None = None,
+    visible: jax.Array | None = None, kernel: AttentionKernel = "xla",
 ) -> jax.Array:
-    """Softmax attention of `query` [B, T, H, D] over the `live` positions and, before them, a `history`.
+    """Softmax attention of `query` [B, H, T, D] over the T `live` positions and, before them, a `history`.
 
-    `mask` [B or 1, T, T] bool says which live keys a query sees, None is causal. `visible` [B, S] bool says which
-    entries of the history every query of the row sees. The two parts share one softmax without being copied
-    into one array. H may be a multiple of the keys' H_kv: query head h reads head h // (H / H_kv). Returns
-    [B, T, H, D]; the softmax is taken in float32.
+    `mask` [B or 1, Q, T] bool says which live keys the last Q queries see; the others are causal, and so are all with
+    None. `visible` [B, S] bool says which entries of the history every query of the row sees. The two parts share one
+    softmax without being copied into one array. H may be a multiple of the keys' H_kv: query head h reads head
+    h // (H / H_kv). Returns [B, H, T, D]; the softmax is taken in float32.
     """
-    if history is None:
-        return jax.nn.dot_product_attention(
-            query, live.key, live.value, mask=None if mask is None else mask[:, None], is_causal=mask is None
-        )
-    assert visible is not None
-    if mask is None:
-        mask = causal_mask(query.shape[1])
-    batch, length, heads, size = query.shape
-    grouped = query.reshape(batch, length, live.key.shape[2], -1, size)
-    past = _masked_scores(grouped, history.key, visible[:, None, None, None, :])
-    now = _masked_scores(grouped, live.key, mask[:, None, None])
+    batch, heads, length, size = query.shape
+    grouped = query.reshape(batch, live.key.shape[1], -1, length, size)
+    if history is not None:
+        assert visible is not None
+        seen = _with_history(grouped, live, causal_mask(length) if mask is None else mask, history, visible)
+        return seen.reshape(query.shape)
+    count = 0 if mask is None else mask.shape[1]
+    parts = [] if count == length else [_causal(grouped, live, kernel)[..., : length - count, :]]
+    if mask is not None:
+        parts.append(_masked(grouped[..., length - count :, :], live.key, live.value, mask))
+    return (parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)).reshape(query.shape)
+
+
+def _causal(query: jax.Array, live: History, kernel: AttentionKernel) -> jax.Array:
+    """Causal attention of `query` [B, H_kv, G, T, D], by blocks of queries or by cuDNN's flash attention."""
+    batch, _, _, length, size = query.shape
+    if kernel == "cudnn":
+        # The library wants [B, T, H, D]; a transposition is a choice of layout for the compiler.
+        by_time = (x.reshape(batch, -1, length, size).swapaxes(1, 2) for x in (query, live.key, live.value))
+        seen = jax.nn.dot_product_attention(*by_time, is_causal=True, implementation="cudnn")
+        return seen.swapaxes(1, 2).reshape(query.shape)
+    block = max(_BLOCK, -(-length // _MOST_BLOCKS))
+    causal, parts = causal_mask(length), []
+    for begin in range(0, length, block):
+        end = min(begin + block, length)
+        parts.append(_masked(query[..., begin:end, :], live.key[:, :, :end], live.value[:, :, :end],
+                             causal[:, begin:end, :end]))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
+
+
+def _masked(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attention [B, H_kv, G, Q, D] of `query` [B, H_kv, G, Q, D] over [B, H_kv, T, D] as `mask` [B or 1, Q, T] says."""
+    weight = jax.nn.softmax(_masked_scores(query, key, mask[:, None, None]), axis=-1).astype(query.dtype)
+    return jnp.einsum("bhgts,bhsd->bhgtd", weight, value)
+
+
+def _with_history(
+    query: jax.Array, live: History, mask: jax.Array, history: History, visible: jax.Array
+) -> jax.Array:
+    past = _masked_scores(query, history.key, visible[:, None, None, None, :])
+    now = _masked_scores(query, live.key, mask[:, None, None])
     weight = jax.nn.softmax(jnp.concatenate([past, now], axis=-1), axis=-1).astype(query.dtype)
-    capacity = past.shape[-1]
-    seen = jnp.einsum("bhgts,bshd->bthgd", weight[..., :capacity], history.value) + jnp.einsum(
-        "bhgts,bshd->bthgd", weight[..., capacity:], live.value
+    capacity = history.capacity
+    return jnp.einsum("bhgts,bhsd->bhgtd", weight[..., :capacity], history.value) + jnp.einsum(
+        "bhgts,bhsd->bhgtd", weight[..., capacity:], live.value
     )
-    return seen.reshape(batch, length, heads, size)
 
 
 def _masked_scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scores [B, H_kv, G, T, S] of `query` [B, T, H_kv, G, D] against `key` [B, S, H_kv, D]."""
+    """Scores [B, H_kv, G, Q, S] of `query` [B, H_kv, G, Q, D] against `key` [B, H_kv, S, D]; float32."""
     scale = query.shape[-1] ** -0.5
-    scores = scale * jnp.einsum("bthgd,bshd->bhgts", query, key, preferred_element_type=jnp.float32)
+    scores = scale * jnp.einsum("bhgtd,bhsd->bhgts", query, key, preferred_element_type=jnp.float32)
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)

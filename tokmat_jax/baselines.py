@@ -20,11 +20,10 @@ import numpy as np
 from flax import struct
 
 from tokmat_jax import cache
-from tokmat_jax.attention import History
 from tokmat_jax.buckets import Batch, Row, chunk, make_batch, sample_key
 from tokmat_jax.errors import UserError
 from tokmat_jax.generator import Generator
-from tokmat_jax.model import Forward, Params, make_forward
+from tokmat_jax.model import Forward, Live, Params, make_forward
 from tokmat_jax.table import Vocabulary, look_up, scores, unit
 
 
@@ -70,8 +69,8 @@ class State:
     """[B], n at which a row stops."""
     done: jax.Array
     """[B] bool: the row has written end-of-text or spent its budget and changes no more."""
-    history: History
-    """Keys and values [L, B, S, H_kv, D]; like those of `context`, entries from n on are not read."""
+    history: Live
+    """Keys and values, a History per layer; like those of `context`, entries from n on are not read."""
 
 
 @struct.dataclass
@@ -196,14 +195,14 @@ def _mark(seen: jax.Array, ids: jax.Array, valid: jax.Array) -> jax.Array:
     return seen.at[jnp.arange(batch)[:, None], jnp.where(valid, ids, vocab_size)].set(True, mode="drop")
 
 
-def _read(model: LanguageModel, forward: Forward, state: State, tokens: jax.Array) -> tuple[jax.Array, History]:
-    """Predictions [B, k, d] behind each of `tokens` [B, k] at position n, and their keys and values [L, B, k, …].
+def _read(model: LanguageModel, forward: Forward, state: State, tokens: jax.Array) -> tuple[jax.Array, Live]:
+    """Predictions [B, k, d] behind each of `tokens` [B, k] at position n, and their keys and values layer by layer.
 
     The k are alternatives: each sees the history and itself.
     """
     batch, count = tokens.shape
     positions = jnp.broadcast_to(state.num_committed[:, None], (batch, count))
-    visible = jnp.arange(state.history.key.shape[2])[None, :] < state.num_committed[:, None]
+    visible = jnp.arange(state.history[0].capacity)[None, :] < state.num_committed[:, None]
     return forward(
         model.backbone, look_up(model.vocabulary.table, tokens), jnp.ones((batch, count)),
         jnp.zeros((batch,), jnp.int32), positions, mask=jnp.eye(count, dtype=bool)[None], history=state.history,
@@ -212,7 +211,7 @@ def _read(model: LanguageModel, forward: Forward, state: State, tokens: jax.Arra
 
 
 def _commit(
-    state: State, logits: jax.Array, tokens: jax.Array, prediction: jax.Array, live: History, pick: jax.Array,
+    state: State, logits: jax.Array, tokens: jax.Array, prediction: jax.Array, live: Live, pick: jax.Array,
     end_of_text: int,
 ) -> tuple[State, Step]:
     """The state after number `pick` [B] of `tokens` [B, k] took position n, with what `_read` said of it.
@@ -222,7 +221,7 @@ def _commit(
     alive = ~state.done
     token = jnp.take_along_axis(tokens, pick[:, None], axis=1)
     ahead = jnp.take_along_axis(prediction, pick[:, None, None], axis=1)[:, 0]
-    chosen = jax.tree.map(lambda x: jnp.take_along_axis(x, pick[None, :, None, None, None], axis=2), live)
+    chosen = jax.tree.map(lambda x: jnp.take_along_axis(x, pick[:, None, None, None], axis=2), live)
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token, axis=1)[:, 0]
     num_committed = state.num_committed + alive.astype(jnp.int32)
     after = State(

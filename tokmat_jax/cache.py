@@ -11,16 +11,16 @@ of them that were in the history already are written again with what they had.
 import jax
 import jax.numpy as jnp
 
-from tokmat_jax.attention import History, causal_mask
+from tokmat_jax.attention import causal_mask
 from tokmat_jax.decode import Predict, State, Tail
 from tokmat_jax.guidance import guide
-from tokmat_jax.model import Forward, Params
+from tokmat_jax.model import Forward, Live, Params
 from tokmat_jax.repulsion import Remembering, begin_trace, repel
 
 
 def prefill(
     params: Params, forward: Forward, vectors: jax.Array, tail_length: jax.Array, capacity: int, repelled: bool = False
-) -> History | Remembering:
+) -> Live | Remembering:
     """Keys and values of prompts [B, P, d] of any lengths up to P, in a history of `capacity` ≥ P positions, with the
     trace of repulsion where the decoder is `repelled`.
 
@@ -32,12 +32,12 @@ def prefill(
 
 def read_prompts(
     params: Params, forward: Forward, vectors: jax.Array, tail_length: jax.Array, capacity: int
-) -> tuple[jax.Array, History]:
+) -> tuple[jax.Array, Live]:
     """As `prefill`, with the predictions [B, P, d] before it."""
     batch, length, _ = vectors.shape
     positions = jnp.broadcast_to(jnp.arange(length)[None, :], (batch, length))
     prediction, live = forward(params, vectors, jnp.ones((batch, length)), tail_length, positions)
-    room = ((0, 0), (0, 0), (0, capacity - length), (0, 0), (0, 0))
+    room = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
     return prediction, jax.tree.map(lambda x: jnp.pad(x, room), live)
 
 
@@ -51,14 +51,14 @@ def _queries(state: State, tail: Tail, most: int) -> tuple[jax.Array, jax.Array,
     return vectors, jnp.broadcast_to(maturity[None, :], positions.shape), positions
 
 
-def append(history: History, live: History, positions: jax.Array) -> History:
+def append(history: Live, live: Live, positions: jax.Array) -> Live:
     """The history with the keys and values of the first M `live` queries written at `positions` [B, M] of each row;
     what lies below 0 is left out."""
     rows, count = jnp.arange(positions.shape[0])[:, None], positions.shape[1]
 
     def write(whole, new):
         place = jnp.where(positions < 0, whole.shape[2], positions)
-        return whole.at[:, rows, place].set(new[:, :, :count].astype(whole.dtype), mode="drop")
+        return whole.at[rows, :, place].set(new[:, :, :count].swapaxes(1, 2).astype(whole.dtype), mode="drop")
 
     return jax.tree.map(write, history, live)
 
@@ -77,8 +77,8 @@ def cached_predict(params: Params, forward: Forward, tail: Tail, told_tail_lengt
     def conditional(state):
         most = state.recent.shape[1]
         vectors, maturity, positions = _queries(state, tail, most)
-        history: History = state.memory
-        visible = jnp.arange(history.key.shape[2])[None, :] < state.num_committed[:, None] - most
+        history: Live = state.memory
+        visible = jnp.arange(history[0].capacity)[None, :] < state.num_committed[:, None] - most
         prediction, live = forward(
             params, vectors, maturity, told(state), jnp.maximum(positions, 0),
             causal_mask(positions.shape[1]) & (positions >= 0)[:, None, :] if most > 1 else None,

@@ -14,6 +14,8 @@ from tokmat_jax.errors import ConfigError
 Profile = Literal["linear", "cosine", "constant"]
 SteeringSchedule = Literal["constant", "fade", "rise"]
 Commit = Literal["front", "stable"]
+AttentionKernel = Literal["xla", "cudnn"]
+Remat = Literal["none", "products", "blocks"]
 _LARGEST = 1_000_000
 """No number of a generation may be larger: its vectors stay finite, its counts fit 32 bits."""
 
@@ -355,6 +357,8 @@ class TrainConfig(_Section):
     """Steps between two checkpoints (the last step always has one)."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    profile: tuple[int, int] | None = None
+    """First and last step of which a trace is written into the workdir's `profile/`, for TensorBoard and Perfetto."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -363,6 +367,8 @@ class TrainConfig(_Section):
         _require_positive(**{f"train__{name}": getattr(self, name) for name in names})
         _require(self.num_samples >= 0, f"train.num_samples must not be negative, found {self.num_samples}")
         _require(0 <= self.seed < 2**32, f"train.seed must lie in 0..2³²−1, found {self.seed}")
+        first, last = self.profile or (1, 1)
+        _require(1 <= first <= last, f"train.profile must be a first and a last step from 1 on, found {self.profile}")
         _require(self.batch_size % self.accumulation == 0,
                  f"train.accumulation must divide train.batch_size, found {self.accumulation} and {self.batch_size}")
 
@@ -383,6 +389,48 @@ class MeshConfig(_Section):
         sizes = dataclasses.astuple(self)
         _require(all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
                  f"mesh sizes must be positive, at most one of them -1, found {sizes}")
+
+
+@dataclass(frozen=True)
+class ComputeConfig(_Section):
+    """How the same numbers are computed on a machine: none of this changes what a run means."""
+
+    attention: AttentionKernel = "xla"
+    """Kernel of causal attention in training; `cudnn` is flash attention on NVIDIA GPUs, for bfloat16 alone."""
+    remat: Remat = "products"
+    """What the backward pass computes again instead of keeping it: nothing, all but the results of matrix products, or
+    whole blocks (least memory, a third more work)."""
+    compilation_cache: str | None = "runs/compiled"
+    """Folder in which compiled programs are kept for the next process (the variable JAX_COMPILATION_CACHE_DIR goes
+    before it); None keeps none."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig(_Section):
+    """The processes of a run, one per host as a rule; all see one file system."""
+
+    kind: Literal["none", "auto", "manual"] = "none"
+    """One process; what TPU pods, Slurm, Open MPI and Kubernetes tell JAX by themselves; or the three fields below."""
+    coordinator: str | None = None
+    """`host:port` of process 0."""
+    num_processes: int | None = None
+    """How many there are."""
+    process_index: int | None = None
+    """Which of them this is, from 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = (self.coordinator, self.num_processes, self.process_index)
+        _require((None not in given) if self.kind == "manual" else given == (None, None, None),
+                 f"cluster.coordinator, cluster.num_processes and cluster.process_index go with cluster.kind 'manual', "
+                 f"all three of them, found kind {self.kind!r} and {given}")
+        if self.num_processes is not None and self.process_index is not None:
+            _require(0 <= self.process_index < self.num_processes,
+                     f"cluster.process_index must lie in 0..{self.num_processes - 1} (cluster.num_processes "
+                     f"{self.num_processes}), found {self.process_index}")
+        host, _, port = (self.coordinator or "h:1").rpartition(":")
+        _require(bool(host) and port.isdecimal() and 0 < int(port) < 2**16,
+                 f"cluster.coordinator must be HOST:PORT, found {self.coordinator!r}")
 
 
 @dataclass(frozen=True)
@@ -501,6 +549,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
@@ -510,6 +560,9 @@ class Config:
                  f"position is left, found {self.maturation.max_tail_length} and {window}")
         _require(self.max_positions >= window,
                  f"model.max_positions must be at least data.seq_len, found {self.max_positions} and {window}")
+        _require(self.compute.attention == "xla" or (self.model.dtype == "bfloat16" and self.model.head_size % 8 == 0),
+                 f"compute.attention 'cudnn' needs model.dtype 'bfloat16' and heads whose width is a multiple of 8, "
+                 f"found {self.model.dtype!r} and {self.model.head_size}")
         if self.objective.kind == "maturation":
             _require(self.table.geometry == "sphere" and self.table.tied and self.model.head == "linear",
                      f"maturation needs table.geometry 'sphere', one tied table and model.head 'linear', found "

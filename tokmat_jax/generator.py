@@ -17,7 +17,7 @@ from tokmat_jax.config import Config, GenerationConfig
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokmat_jax.errors import UserError
 from tokmat_jax.living import Living, held_at, with_vectors
-from tokmat_jax.model import Params, make_forward
+from tokmat_jax.model import Params, apart, make_forward
 from tokmat_jax.stability import Stability
 from tokmat_jax.steering import Steering, direction_of, make_steering
 from tokmat_jax.table import Vocabulary, look_up, read
@@ -92,7 +92,7 @@ class Generator:
         shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, tokenizer.vocab_size))
         shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
         params, _ = load_params(workdir, shapes)
-        return cls(config, params, tokenizer)
+        return cls(config, params | {"backbone": apart(params["backbone"])}, tokenizer)
 
     def set_params(self, params: Params) -> None:
         """Other parameters of the same shapes; what is compiled stays."""
@@ -399,6 +399,7 @@ class Generator:
 
     def _trace_advance(self, params, vocabulary, state, tail, read_tail, num_steps, num_candidates, keep_vectors):
         self._compilations += 1
+        params = apart(params)  # once for all steps of the scan
         predict = cache.cached_predict(params, self._forward, tail, self._told_tail_length(tail))
         return decode.run(state, predict, vocabulary, tail, self.config.table.radius, self.tokenizer.end_of_text,
                           num_steps, read_tail, num_candidates, keep_vectors)

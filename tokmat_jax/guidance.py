@@ -30,13 +30,17 @@ def guide(conditional, unconditional, guidance_scale: jax.Array | float):
     return predict
 
 
-def history_mask(seq_len: int, num_committed: jax.Array, dropped: jax.Array) -> jax.Array:
-    """[B, T, T] bool: causal, and where `dropped` [B] nothing before the last committed position is seen from it on.
+def history_mask(
+    seq_len: int, num_committed: jax.Array, dropped: jax.Array, num_queries: int | None = None
+) -> jax.Array:
+    """[B, Q, T] bool, what the last `num_queries` Q (None: all) of T positions see: causal, and where `dropped` [B]
+    nothing before the last committed position is seen from it on.
 
     `num_committed` [B] counts the committed positions, so the last one is num_committed − 1.
     """
     last = num_committed[:, None, None] - 1
     position = jnp.arange(seq_len)
-    query, key = position[None, :, None], position[None, None, :]
+    first = 0 if num_queries is None else seq_len - num_queries
+    query, key = position[None, first:, None], position[None, None, :]
     hidden = dropped[:, None, None] & (query >= last) & (key < last)
-    return causal_mask(seq_len) & ~hidden
+    return causal_mask(seq_len)[:, first:] & ~hidden

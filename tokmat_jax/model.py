@@ -2,7 +2,8 @@
 
     z · (input_norm / R) + position + MLP(SinEmb(α))  →  FiLM(K)  →  blocks  →  norm  →  head  →  vectors of d
 
-The output at index t − 1 is the prediction for position t. There is no vocabulary inside. GPT-2's parts and Llama's
+The output at index t − 1 is the prediction for position t. There is no vocabulary inside. In training the blocks are one
+scan over stacked parameters; in decoding they stand apart, since slicing a stack copies every weight at every step. GPT-2's parts and Llama's
 (rotary positions, RMSNorm, SwiGLU, grouped heads) are settings of the one model.
 """
 
@@ -15,12 +16,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tokmat_jax.attention import History, attend
-from tokmat_jax.config import Config, ModelConfig
+from tokmat_jax.config import ComputeConfig, Config, ModelConfig
 from tokmat_jax.rope import turn
 from tokmat_jax.sharding import constrain_activations
 
 Params = Any
-Forward = Callable[..., tuple[jax.Array, History]]
+Live = tuple[History, ...]
+"""Keys and values of some positions, layer by layer."""
+Forward = Callable[..., tuple[jax.Array, Live]]
 
 _MATURITY_RANGE = 1000.0
 _fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -69,10 +72,12 @@ def _norm(config: ModelConfig, name: str) -> nn.Module:
 class Block(nn.Module):
     """Pre-norm attention and MLP on the residual stream h [B, T, d].
 
-    Returns h and the keys and values [B, T, H_kv, D] of its positions; the other arguments are `Backbone`'s.
+    Returns h and the keys and values of its positions; the other arguments are `Backbone`'s, `history` that of
+    this layer.
     """
 
     config: ModelConfig
+    compute: ComputeConfig
     max_tail_length: int
 
     @nn.compact
@@ -93,8 +98,10 @@ class Block(nn.Module):
         )
         if config.positions == "rotary":
             query, key = (turn(part, positions, config.rope) for part in (query, key))
+        query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))
         live = History(key, value)
-        seen = attend(query, live, mask, history, visible).reshape(*h.shape[:2], -1)
+        seen = attend(query, live, mask, history, visible, self.compute.attention)
+        seen = seen.swapaxes(1, 2).reshape(*h.shape[:2], -1)
         h = h + dense(config.embed_dim, "attention_out", config.attention_bias == "all", residual_init)(seen)
         x = _norm(config, "mlp_norm")(h)
         hidden = dense(config.mlp_size, "mlp_in", config.mlp_bias)(x)
@@ -107,12 +114,14 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """f_θ. `radius` is R; `max_tail_length` is K_max."""
+    """f_θ. `radius` is R; `max_tail_length` is K_max; `stacked` says how its blocks' parameters lie, see `apart`."""
 
     config: ModelConfig
+    compute: ComputeConfig
     max_positions: int
     max_tail_length: int
     radius: float
+    stacked: bool
 
     @nn.compact
     def __call__(
@@ -122,9 +131,9 @@ class Backbone(nn.Module):
         tail_length: jax.Array,
         positions: jax.Array,
         mask: jax.Array | None = None,
-        history: History | None = None,
+        history: Live | None = None,
         visible: jax.Array | None = None,
-    ) -> tuple[jax.Array, History]:
+    ) -> tuple[jax.Array, Live]:
         """Predictions for the positions after those given.
 
         Args:
@@ -132,13 +141,13 @@ class Backbone(nn.Module):
           maturity: α [B, T] in [0, 1], 1 = committed.
           tail_length: K [B]; 0 = no tail.
           positions: absolute positions [B, T], below `max_positions`.
-          mask: which of the T positions each sees, [B or 1, T, T] bool; None is causal.
-          history: keys and values of earlier positions [L, B, S, H_kv, D].
+          mask: which of the T positions the last Q see, [B or 1, Q, T] bool; the others are causal, all with None.
+          history: keys and values of earlier positions, one History per layer; for blocks that stand apart.
           visible: which entries of the history may be read, [B, S] bool.
 
         Returns:
           vectors [B, T, d], index t predicting position `positions[:, t]` + 1, in float32; and the keys and
-          values of the T positions [L, B, T, H_kv, D].
+          values of the T positions, one History per layer.
         """
         config, size = self.config, self.config.embed_dim
         h = z.astype(config.dtype) * (config.input_norm / self.radius)
@@ -150,21 +159,54 @@ class Backbone(nn.Module):
         if config.film == "once":
             h = TailLengthFilm(config, self.max_tail_length, name="film")(h, tail_length)
         h = constrain_activations(h)
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=config.num_layers,
-        )
-        h, live = blocks(config, self.max_tail_length, name="blocks")(
-            h, history, tail_length, positions, mask, visible)
+        rest = (tail_length, positions, mask, visible)
+        if self.stacked:
+            assert history is None
+            blocks = nn.scan(
+                _rematerialised(self.compute),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast,) * 5,  # pyright: ignore[reportArgumentType]
+                length=config.num_layers,
+            )
+            h, stack = blocks(config, self.compute, self.max_tail_length, name="blocks")(h, None, *rest)
+            live = tuple(jax.tree.map(lambda x, layer=layer: x[layer], stack) for layer in range(config.num_layers))
+        else:
+            live = ()
+            for layer in range(config.num_layers):
+                block = Block(config, self.compute, self.max_tail_length, name=f"block_{layer}")
+                h, own = block(h, None if history is None else history[layer], *rest)
+                live += (own,)
         h = _norm(config, "final_norm")(h)
         if config.head == "identity":
             return h.astype(jnp.float32), live
         # The norm's output has length √d, so this spread gives ‖ẑ‖ ≈ head_init · R.
         head_init = nn.initializers.normal(config.head_init * self.radius / size)
         return nn.Dense(size, use_bias=False, dtype=jnp.float32, kernel_init=head_init, name="head")(h), live
+
+
+def _rematerialised(compute: ComputeConfig) -> type[Block]:
+    """Block with the backward pass that `compute.remat` asks for."""
+    match compute.remat:
+        case "none":
+            return Block
+        case "products":
+            policy = jax.checkpoint_policies.dots_saveable
+        case "blocks":
+            policy = jax.checkpoint_policies.nothing_saveable
+    # Inside a scan nothing can be merged with the forward pass anyway.
+    return nn.remat(Block, policy=policy, prevent_cse=False)
+
+
+def apart(params: Params) -> Params:
+    """The backbone's `params` with those of its blocks apart (`block_0`, …), for decoding; such ones come back as they
+    are."""
+    if "blocks" not in params:
+        return params
+    stack = params["blocks"]
+    count = jax.tree.leaves(stack)[0].shape[0]
+    own = {f"block_{layer}": jax.tree.map(lambda x, layer=layer: x[layer], stack) for layer in range(count)}
+    return {name: value for name, value in params.items() if name != "blocks"} | own
 
 
 def conditioning_of_committed(params: Params, config: Config, tail_length: int) -> tuple[jax.Array, jax.Array]:
@@ -184,16 +226,21 @@ def maturity_of_committed(params: Params, config: Config) -> jax.Array:
     return jnp.reshape(jnp.asarray(added, jnp.float32), (config.model.embed_dim,))
 
 
-def make_backbone(config: Config) -> Backbone:
-    """The backbone that `config` describes."""
-    return Backbone(config.model, config.max_positions, config.maturation.max_tail_length, config.table.radius)
+def make_backbone(config: Config, stacked: bool = True) -> Backbone:
+    """The backbone that `config` describes; only one with `stacked` parameters is initialised."""
+    return Backbone(config.model, config.compute, config.max_positions, config.maturation.max_tail_length,
+                    config.table.radius, stacked)
 
 
 def make_forward(config: Config) -> Forward:
-    """f(params, z, maturity, tail_length, positions, …) of `Backbone.__call__`, as a pure function."""
-    backbone = make_backbone(config)
+    """f(params, z, maturity, tail_length, positions, …) of `Backbone.__call__`, as a pure function.
 
-    def forward(params: Params, *args, **kwargs) -> tuple[jax.Array, History]:
-        return backbone.apply({"params": params}, *args, **kwargs)  # pyright: ignore[reportReturnType]
+    The blocks of `params` may be stacked, or stand `apart`, which a history makes of them.
+    """
+
+    def forward(params: Params, *args, history: Live | None = None, **kwargs) -> tuple[jax.Array, Live]:
+        params = params if history is None else apart(params)
+        backbone = make_backbone(config, stacked="blocks" in params)
+        return backbone.apply({"params": params}, *args, history=history, **kwargs)  # pyright: ignore[reportReturnType]
 
     return forward

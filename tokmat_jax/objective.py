@@ -89,7 +89,9 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
         maturity = maturation.window_maturity(draw.tail_length, length, settings.profile, settings.max_maturity)
         mask = None
         if settings.history_dropout > 0:
-            mask = guidance.history_mask(length, length - draw.tail_length, draw.history_dropped)
+            # Whatever K is, the last committed position is among the last K_max + 1.
+            mask = guidance.history_mask(length, length - draw.tail_length, draw.history_dropped,
+                                         settings.max_tail_length + 1)
         history = jnp.arange(length)[None, :] < (length - draw.tail_length)[:, None]
         content = clean
         if settings.self_condition_prob > 0:
@@ -102,18 +104,21 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
     return Windows(tokens, ids[:, 1:], maturity[:, 1:], output[:, :-1])
 
 
-def position_losses(
+def weighted_sums(
     windows: Windows, params: Params, negatives: losses.Negatives, config: Config
 ) -> dict[str, jax.Array]:
-    """Loss terms [B, T−1] by name; `loss` is what training minimises."""
+    """Σ w_t of each loss term [] by name, and `weight` = Σ w_t; `loss` is what training minimises."""
+    dtype, total = jnp.dtype(config.model.dtype), jnp.sum(windows.weight)
     if config.objective.kind == "ar":
-        entropy = losses.cross_entropy(windows.prediction, windows.target_ids, windows.vocabulary.readout,
-                                       ar_logit_scale(params, config))
-        return {"loss": entropy, "cross_entropy": entropy}
+        entropy = losses.summed_cross_entropy(windows.prediction, windows.target_ids, windows.vocabulary.readout,
+                                              ar_logit_scale(params, config), windows.weight, dtype)
+        return {"loss": entropy, "cross_entropy": entropy, "weight": total}
     table = windows.vocabulary.table
-    mse = losses.regression(windows.prediction, look_up(table, windows.target_ids), config.table.radius)
-    nce = losses.info_nce(windows.prediction, windows.target_ids, table, negatives, logit_scale(params, config))
-    return {"loss": mse + config.objective.nce_weight * nce, "mse": mse, "info_nce": nce}
+    mse = jnp.sum(windows.weight * losses.regression(windows.prediction, look_up(table, windows.target_ids),
+                                                     config.table.radius))
+    nce = losses.summed_info_nce(windows.prediction, windows.target_ids, table, negatives,
+                                 logit_scale(params, config), windows.weight, dtype)
+    return {"loss": mse + config.objective.nce_weight * nce, "mse": mse, "info_nce": nce, "weight": total}
 
 
 def loss_sums(
@@ -121,6 +126,5 @@ def loss_sums(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Σ w_t L_t, and the sums of each term with `weight` = Σ w_t; a mean is a sum divided by `weight`."""
     windows = run_windows(params, ids, keys, config, forward)
-    terms = position_losses(windows, params, negatives, config)
-    sums = {name: jnp.sum(windows.weight * term) for name, term in terms.items()}
-    return sums["loss"], sums | {"weight": jnp.sum(windows.weight)}
+    sums = weighted_sums(windows, params, negatives, config)
+    return sums["loss"], sums

@@ -70,9 +70,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_shards() -> int:
+    """How many parts the rows of a batch are in on the mesh that is set; 1 outside of one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def constrain_activations(h: jax.Array) -> jax.Array:
     """Keeps `h` [B, …] split over the batch axes; does nothing outside a mesh or where they do not divide B."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or h.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+    if jax.sharding.get_abstract_mesh().empty or h.shape[0] % batch_shards():
         return h
     return jax.lax.with_sharding_constraint(h, PartitionSpec(BATCH_AXES))

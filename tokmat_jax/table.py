@@ -5,6 +5,9 @@ import jax.numpy as jnp
 from flax import struct
 
 _TINY = 1e-12
+_AT_ONCE = 1 << 25
+"""The most scores that exist at once (128 MB): longer products are read off in pieces of the vocabulary."""
+_SMALLEST_PIECE = 1024
 
 
 @struct.dataclass
@@ -52,8 +55,107 @@ def read(z: jax.Array, vocabulary: Vocabulary, temperature: jax.Array | float) -
     The nearest token is the projection of Algorithm 1, argmax_i ⟨z, e_i⟩.
     The entropy is that of softmax(cos(z, E)/τ) with τ = `temperature` (paper §5).
     """
-    inner = scores(z, vocabulary.readout)
-    return jnp.argmax(inner, axis=-1).astype(jnp.int32), entropy_of(inner, z, vocabulary, temperature)
+    shape = z.shape[:-1]
+    start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32), _no_spread(shape))
+    scale = _cosine_scale(z, temperature)
+
+    def fold(carry, piece):
+        best, nearest, spread = carry
+        own = jnp.max(piece.inner, axis=-1)
+        # A score that is not a number is the nearest, as for argmax.
+        better = ~(own <= best)
+        ids = piece.first + jnp.argmax(piece.inner, axis=-1).astype(jnp.int32)
+        return (jnp.where(better, own, best), jnp.where(better, ids, nearest),
+                _spread_with(spread, piece, scale))
+
+    _, nearest, spread = _fold(z, vocabulary, fold, start)
+    return nearest, _entropy(spread)
+
+
+def rank_and_entropy(z: jax.Array, target_ids: jax.Array, vocabulary: Vocabulary) -> tuple[jax.Array, jax.Array]:
+    """How many tokens are nearer to `z` [..., d] than `target_ids` [...], and the entropy of `read` at τ = 1.
+
+    For vectors that are not finite the rank is V.
+    """
+    target = jnp.sum(z * look_up(vocabulary.readout, target_ids), axis=-1)[..., None]
+    start = (jnp.zeros(target_ids.shape, jnp.int32), _no_spread(target_ids.shape))
+    scale = _cosine_scale(z, 1.0)
+
+    def fold(carry, piece):
+        rank, spread = carry
+        # The target's own score may round otherwise in the product of all.
+        own = _ids_of(piece) == target_ids[..., None]
+        nearer = jnp.sum((piece.inner > target) & ~own, axis=-1, dtype=jnp.int32)
+        return rank + nearer, _spread_with(spread, piece, scale)
+
+    rank, spread = _fold(z, vocabulary, fold, start)
+    return jnp.where(jnp.isfinite(target[..., 0]), rank, vocabulary.table.shape[0]), _entropy(spread)
+
+
+@struct.dataclass
+class _Piece:
+    """The scores of some vectors against some rows of the readout."""
+
+    inner: jax.Array
+    """⟨z, e_i⟩ [..., P]; −∞ where a row has been in another piece."""
+    norm: jax.Array
+    """‖e_i‖ [P]."""
+    first: jax.Array
+    """Id [] of the first row."""
+
+
+def _ids_of(piece: _Piece) -> jax.Array:
+    ids = piece.first + jnp.arange(piece.inner.shape[-1])
+    return jnp.reshape(ids, (1,) * (piece.inner.ndim - 1) + (-1,))
+
+
+def _fold(z: jax.Array, vocabulary: Vocabulary, fold, carry):
+    """`fold(carry, piece)` over the vocabulary, in one piece where that is no more than `_AT_ONCE` scores of `z`."""
+    vocab_size = vocabulary.readout.shape[0]
+    size = max(_SMALLEST_PIECE, _AT_ONCE // max(1, z.size // z.shape[-1]))
+    if size >= vocab_size:
+        return fold(carry, _Piece(scores(z, vocabulary.readout), vocabulary.norm, jnp.int32(0)))
+
+    def body(index, carry):
+        # The last piece begins early enough to be whole.
+        first = jnp.minimum(index * size, vocab_size - size).astype(jnp.int32)
+        rows, norm = (jax.lax.dynamic_slice_in_dim(x, first, size) for x in (vocabulary.readout, vocabulary.norm))
+        inner = scores(z, rows)
+        new = jnp.reshape(first + jnp.arange(size) >= index * size, (1,) * (inner.ndim - 1) + (-1,))
+        return fold(carry, _Piece(jnp.where(new, inner, -jnp.inf), norm, first))
+
+    return jax.lax.fori_loop(0, -(-vocab_size // size), body, carry)
+
+
+def _cosine_scale(z: jax.Array, temperature: jax.Array | float) -> jax.Array:
+    """What ⟨z, e_i⟩/‖e_i‖ is divided by [..., 1] to become cos/τ."""
+    return jnp.sqrt(jnp.sum(z * z, axis=-1, keepdims=True) + _TINY) * temperature
+
+
+def _no_spread(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(shape)
+
+
+def _spread_with(spread, piece: _Piece, scale: jax.Array):
+    """Running largest x = cos/τ, Σ exp(x − largest) and Σ (x − largest) exp(x − largest), all [...], with a `piece`."""
+    largest, total, slope = spread
+    norm = jnp.reshape(piece.norm, (1,) * (piece.inner.ndim - 1) + (-1,))
+    x = piece.inner / (scale * norm)
+    new = jnp.maximum(largest, jnp.max(x, axis=-1))
+    below = x - new[..., None]
+    weight = jnp.exp(below)
+    # Before the first piece there is nothing to be scaled down, and a row left out weighs nothing.
+    drop = jnp.where(jnp.isneginf(largest), 0.0, largest - new)
+    shrink = jnp.where(jnp.isneginf(largest), 0.0, jnp.exp(drop))
+    counted = jnp.where(jnp.isneginf(below), 0.0, below * weight)
+    return (new, shrink * total + jnp.sum(weight, axis=-1),
+            shrink * (slope + drop * total) + jnp.sum(counted, axis=-1))
+
+
+def _entropy(spread) -> jax.Array:
+    """H = log Σ exp(x − m) − Σ (x − m) exp(x − m) / Σ exp(x − m)."""
+    _, total, slope = spread
+    return jnp.log(total) - slope / total
 
 
 def candidates(z: jax.Array, vocabulary: Vocabulary, count: int) -> tuple[jax.Array, jax.Array]:

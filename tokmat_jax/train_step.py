@@ -17,7 +17,7 @@ from tokmat_jax.config import Config
 from tokmat_jax.model import Params, make_backbone, make_forward
 from tokmat_jax.optim import make_optimizer, make_schedule
 from tokmat_jax.sharding import batch_sharding, place, replicated
-from tokmat_jax.table import entropy_of, scores
+from tokmat_jax.table import rank_and_entropy
 
 MATURITY_BINS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Lower edges of the bins by which accuracy is reported; the last holds maturity 1 alone."""
@@ -135,24 +135,14 @@ def eval_sums(
     negatives = losses.draw_negatives(negatives_key, config.objective, ids[:, 1:], unigram)
     keys = objective.row_keys(rows_key, ids.shape[0])
     windows = objective.run_windows(params, ids, keys, config, make_forward(config))
-    terms = objective.position_losses(windows, params, negatives, config)
-    sums = {name: jnp.sum(windows.weight * term) for name, term in terms.items()}
-    sums["weight"] = jnp.sum(windows.weight)
-    rank, entropy = _rank_and_entropy(windows)
+    sums = objective.weighted_sums(windows, params, negatives, config)
+    rank, entropy = rank_and_entropy(windows.prediction, windows.target_ids, windows.vocabulary)
     edges = (*MATURITY_BINS, jnp.inf)
     for low, high in itertools.pairwise(edges):
         inside = (windows.weight >= low) & (windows.weight < high)
         for name, value in (("top1", rank < 1), ("top5", rank < 5), ("entropy", entropy), ("count", 1.0)):
             sums[f"{name}/maturity_{low:g}"] = jnp.sum(jnp.where(inside, value, 0.0))
     return sums
-
-
-def _rank_and_entropy(windows: objective.Windows) -> tuple[jax.Array, jax.Array]:
-    inner = scores(windows.prediction, windows.vocabulary.readout)
-    target = jnp.take_along_axis(inner, windows.target_ids[..., None], axis=-1)
-    # A prediction that is not a number is no hit.
-    rank = jnp.where(jnp.isfinite(target[..., 0]), jnp.sum(inner > target, axis=-1), inner.shape[-1])
-    return rank, entropy_of(inner, windows.prediction, windows.vocabulary)
 
 
 def eval_means(totals: dict[str, Any]) -> dict[str, float]:
