@@ -14,8 +14,8 @@ from tokmat_jax.config import ObjectiveConfig
 from tokmat_jax.sharding import batch_shards
 from tokmat_jax.table import look_up, scores, unit
 
-_AT_ONCE = 1 << 25
-"""The most scores that a device holds at once in training (128 MB)."""
+_AT_ONCE = 1 << 24
+"""The most scores that a device holds at once in training (64 MB)."""
 _MASKED = -1e9
 """A logit whose share is exactly 0 in float32, and whose gradient stays finite where every negative is masked."""
 
@@ -76,7 +76,9 @@ def _among(rows: jax.Array, negatives: Negatives) -> tuple[jax.Array, jax.Array,
     return look_up(rows, negatives.ids), negatives.ids, negatives.log_weight
 
 
-def _others(query: jax.Array, target_ids: jax.Array, rows: jax.Array, ids: jax.Array, log_weight: jax.Array):
+def _others(
+    query: jax.Array, target_ids: jax.Array, rows: jax.Array, ids: jax.Array, log_weight: jax.Array
+) -> jax.Array:
     """Logits [B, T, N] of the negatives; where one is the target itself it has no share."""
     logits = scores(query, rows) + log_weight[None, None]
     return jnp.where(ids[None, None, :] == target_ids[..., None], _MASKED, logits)
@@ -93,28 +95,35 @@ def _summed(
     """
     def add(total, piece):
         query, positive, target_ids, weight = piece
-        own, everything, _ = _shares(query, positive, rows, target_ids, ids, log_weight, dtype)
+        own, everything, *_ = _shares(query, positive, rows, target_ids, ids, log_weight, dtype)
         return total + jnp.sum(weight * (everything - own)), None
 
     return _over_pieces(add, jnp.float32(0.0), (query, positive, target_ids, weight), len(ids))[0]
 
 
 def _shares(query, positive, rows, target_ids, ids, log_weight, dtype):
-    """The target's logit [B, T], log Σ exp over it and the others [B, T], and the others' logits [B, T, N]."""
+    """The target's logit o and l = log Σ exp over it and the others [B, T]; exp(x − m) of the others' logits x
+    [B, T, N], and what multiplies it to become exp(x − l) [B, T].
+    """
     own = jnp.sum(query * positive, axis=-1)
     others = _others(query.astype(dtype), target_ids, rows.astype(dtype), ids, log_weight)
-    return own, jnp.logaddexp(own, jax.nn.logsumexp(others, axis=-1)), others
+    largest = jnp.max(others, axis=-1)
+    share = jnp.exp(others - largest[..., None])
+    everything = jnp.logaddexp(own, largest + jnp.log(jnp.sum(share, axis=-1)))
+    return own, everything, share, jnp.exp(largest - everything)
 
 
 def _summed_with_gradient(query, positive, rows, target_ids, ids, log_weight, weight, dtype):
     def add(carry, piece):
         total, to_rows = carry
         query, positive, target_ids, weight = piece
-        own, everything, others = _shares(query, positive, rows, target_ids, ids, log_weight, dtype)
-        share = (weight[..., None] * jnp.exp(others - everything[..., None])).astype(dtype)
+        own, everything, share, scale = _shares(query, positive, rows, target_ids, ids, log_weight, dtype)
+        # The short side of a product is scaled, so that [B, T, N] is written once.
+        share, scale = share.astype(dtype), (weight * scale)[..., None]
         lacking = (weight * jnp.expm1(own - everything))[..., None]
-        to_query = jnp.einsum("btn,nd->btd", share, rows.astype(dtype), preferred_element_type=jnp.float32)
-        to_rows += jnp.einsum("btn,btd->nd", share, query.astype(dtype), preferred_element_type=jnp.float32)
+        to_query = scale * jnp.einsum("btn,nd->btd", share, rows.astype(dtype), preferred_element_type=jnp.float32)
+        to_rows += jnp.einsum("btn,btd->nd", share, (scale * query).astype(dtype),
+                              preferred_element_type=jnp.float32)
         total += jnp.sum(weight * (everything - own))
         return (total, to_rows), (to_query + lacking * positive, lacking * query)
 

@@ -86,7 +86,9 @@ class Block(nn.Module):
         residual_init = nn.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "truncated_normal")
 
         def dense(features, name, bias, init=_fan_in):
-            return nn.Dense(features, use_bias=bias, dtype=config.dtype, kernel_init=init, name=name)
+            layer = nn.Dense(features, use_bias=bias, dtype=config.dtype, kernel_init=init, name=name)
+            # A product of two matrices: contracting rows and positions apart costs a copy in the backward pass.
+            return lambda x: layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
         if config.film == "per_layer":
             h = TailLengthFilm(config, self.max_tail_length, name="film")(h, tail_length)
