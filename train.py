@@ -1,6 +1,7 @@
 """Train a model: python train.py --config configs/quickstart.py [--section.field value …]
 
-Running the same command again resumes. Reads top to bottom: corpus, mesh, state, loop.
+Running the same command again resumes, on any other number of devices and processes too. Reads top to bottom: cluster,
+mesh, corpus, state, loop. Of several processes the first one prints and writes.
 """
 
 import contextlib
@@ -11,17 +12,29 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh
 
 from tokmat_jax.checkpoint import Checkpoints, open_checkpoints
 from tokmat_jax.cli import parse_config, run_script
-from tokmat_jax.config import Config
-from tokmat_jax.data.loader import train_batches, validation_batches
+from tokmat_jax.config import Config, MeshConfig
+from tokmat_jax.data.loader import Batches, train_batches, validation_batches
 from tokmat_jax.data.prepare import Corpus, prepare
 from tokmat_jax.errors import UserError
 from tokmat_jax.generator import Generator
 from tokmat_jax.init_from import begin, load_source
+from tokmat_jax.machine import (
+    check_fits,
+    is_first,
+    join_cluster,
+    leave_broken_cluster,
+    on_first,
+    use_compilation_cache,
+)
 from tokmat_jax.metrics_log import JsonLines, MetricsLog
-from tokmat_jax.sharding import batch_sharding, make_mesh
+from tokmat_jax.model import Params
+from tokmat_jax.sharding import make_mesh, process_rows, put_rows, put_whole
+from tokmat_jax.throughput import flops_per_token, measures, memory
 from tokmat_jax.train_step import TrainFunctions, TrainState, eval_means, make_train_functions
 from tokmat_jax.view.progress import Bar, bar
 from tokmat_jax.view.terminal import tail_text
@@ -83,28 +96,53 @@ class Stopwatch:
         self._begin += time.monotonic() - pause
 
 
+class Tracing:
+    """The trace of the steps that `train.profile` names, in `folder`."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path):
+        self._steps, self._folder, self._running = steps, folder, False
+
+    def before(self, step: int) -> None:
+        if self._steps is not None and step == self._steps[0]:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+
+    def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        if self._running and self._steps is not None and step >= self._steps[1]:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
 class Loop:
     """One run from its first or latest step to its last."""
 
     def __init__(self, config: Config, workdir: Path, corpus: Corpus, functions: TrainFunctions, state: TrainState,
-                 progress: Bar):
+                 progress: Bar, mesh: Mesh):
         self.config, self.workdir, self.corpus, self.functions = config, workdir, corpus, functions
-        self.state, self.progress = state, progress
-        self.unigram = corpus.unigram()
-        self.log = MetricsLog(workdir, int(state.step))
-        self.samples = JsonLines(workdir / "samples.jsonl", int(state.step))
+        self.state, self.progress, self.mesh = state, progress, mesh
+        self.unigram = put_whole(corpus.unigram(), mesh)
+        self.log = MetricsLog(workdir, int(state.step)) if is_first() else None
+        self.samples = JsonLines(workdir / "samples.jsonl", int(state.step)) if is_first() else None
+        self.tracing = Tracing(config.train.profile if is_first() else None, workdir / "profile")
         self.generator: Generator | None = None
 
-    def run(self, batches, rows: jax.sharding.NamedSharding, checkpoints: Checkpoints) -> None:
+    def run(self, batches: Batches, rows: slice, checkpoints: Checkpoints) -> None:
         """Updates until `num_steps`, with everything that happens in between."""
         train = self.config.train
         waiting: list[dict[str, jax.Array]] = []
         first = int(self.state.step) + 1
         watch = Stopwatch(first - 1)
         for step in range(first, train.num_steps + 1):
-            ids = jax.make_array_from_process_local_data(rows, next(batches))
+            self.tracing.before(step)
+            ids = put_rows(next(batches), rows, train.batch_size, self.mesh)
             self.state, metrics = self.functions.step(self.state, ids, self.unigram)
             waiting.append(metrics)
+            self.tracing.after(step, metrics)
             if step == first:  # the time to compile is not the speed of training
                 jax.block_until_ready(metrics)
                 watch = Stopwatch(step)
@@ -112,10 +150,9 @@ class Loop:
             if last or step % train.log_every == 0 or step % train.checkpoint_every == 0:
                 means = self._means(waiting, step, checkpoints)
                 if (steps_per_second := watch.rate(step)) is not None:
-                    means["tokens_per_second"] = steps_per_second * train.batch_size * self.config.data.seq_len
-                self.log.write(step, "train", means)
-                speed = f" · {means['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in means else ""
-                self.progress.update(step, f"loss {means['loss']:.3f}{speed}")
+                    means |= measures(self.config, self.corpus.tokenizer.vocab_size, steps_per_second)
+                self._write(step, "train", means | memory())
+                self.progress.update(step, f"loss {means['loss']:.3f}{speed(means)}")
                 waiting, watch = [], Stopwatch(step)
             with watch.paused():
                 if last or step % train.eval_every == 0:
@@ -124,7 +161,7 @@ class Loop:
                     self.show_samples(step)
                 # Last, so that a run that is stopped here does all of this step again.
                 if last or step % train.checkpoint_every == 0:
-                    checkpoints.save(self.state, batches)
+                    checkpoints.save(self.state, batches.position)
 
     def _means(self, waiting: list[dict[str, jax.Array]], step: int, checkpoints: Checkpoints) -> dict[str, float]:
         rows = jax.device_get(waiting)
@@ -146,10 +183,11 @@ class Loop:
         # As many rows at a time as a micro-batch has: what fits in training fits here.
         rows, count = train.batch_size // train.accumulation, train.eval_batches * train.accumulation
         for index, ids in enumerate(validation_batches(windows, rows, count)):
-            sums = jax.device_get(self.functions.evaluate(self.state.params, ids, self.unigram, index))
+            batch, number = put_rows(ids, slice(0, rows), rows, self.mesh), put_whole(np.asarray(index), self.mesh)
+            sums = jax.device_get(self.functions.evaluate(self.state.params, batch, self.unigram, number))
             totals = {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
         means = eval_means(totals)
-        self.log.write(step, "validation", means)
+        self._write(step, "validation", means)
         shown = ("mse", "info_nce", "perplexity", "top1/maturity_1", "top5/maturity_1")
         self.progress.print(f"step {step} validation  " + "  ".join(
             f"{name.removesuffix('/maturity_1')} {means[name]:.3f}" for name in shown if name in means))
@@ -158,9 +196,18 @@ class Loop:
         """Continues the beginnings of held-out windows and prints them with their tail."""
         if self.config.train.num_samples == 0:
             return
+        params, here = self.state.params, self.mesh
+        if jax.process_count() > 1:
+            # The first process writes alone, so it needs all of them.
+            params, here = process_allgather(params, tiled=True), make_mesh(MeshConfig(), jax.local_devices()[:1])
+        if self.samples is not None:
+            with jax.set_mesh(here):
+                self._write_samples(step, params, self.samples)
+
+    def _write_samples(self, step: int, params: Params, out: JsonLines) -> None:
         if self.generator is None:
-            self.generator = Generator(self.config, self.state.params, self.corpus.tokenizer)
-        self.generator.set_params(self.state.params)
+            self.generator = Generator(self.config, params, self.corpus.tokenizer)
+        self.generator.set_params(params)
         windows = self.corpus.windows("validation")
         settings = self.generator.settings
         room = self.config.max_positions - settings.tail_length
@@ -171,38 +218,61 @@ class Loop:
             prompt = self.corpus.tokenizer.decode(ids)
             moment = list(self.generator.stream(ids, settings))[-1]
             self.progress.print(tail_text(prompt, moment, self.corpus.tokenizer))
-            self.samples.write({"step": step, "prompt": prompt, "text": moment.text})
+            out.write({"step": step, "prompt": prompt, "text": moment.text})
+
+    def _write(self, step: int, prefix: str, means: dict[str, float]) -> None:
+        if self.log is not None:
+            self.log.write(step, prefix, means)
 
     def close(self) -> None:
-        self.log.close()
-        self.samples.close()
+        self.tracing.close()
+        if self.log is not None and self.samples is not None:
+            self.log.close()
+            self.samples.close()
+
+
+def speed(means: dict[str, float]) -> str:
+    """What the progress line says of it; nothing before a step has been timed."""
+    if "tokens_per_second" not in means:
+        return ""
+    share = f" · {100 * means['mfu']:.1f} % of the peak" if "mfu" in means else ""
+    return f" · {means['tokens_per_second']:,.0f} tokens/s{share}"
+
+
+def say(*parts: object) -> None:
+    """Prints, in the first process."""
+    if is_first():
+        print(*parts)
+
+
+def keep(config: Config, corpus: Corpus, workdir: Path) -> None:
+    """Writes what a run needs besides its checkpoints."""
+    keep_corpus(corpus.facts, workdir)
+    save_config(config, workdir)
+    corpus.tokenizer.save(workdir / TOKENIZER)
 
 
 def main(args: Sequence[str]) -> None:
     """Trains the run that `args` describe, from the start or from its newest checkpoint."""
     config = parse_config(args)
-    workdir = open_workdir(config)
+    join_cluster(config.cluster)
+    use_compilation_cache(config.compute)
     mesh = make_mesh(config.mesh)
-    rows = batch_sharding(mesh)
-    micro_batch, split = config.train.batch_size // config.train.accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
-    if micro_batch % split:
-        raise UserError(f"train.batch_size / train.accumulation = {micro_batch} does not split over the {split} "
-                        f"devices of data × fsdp")
-    corpus = prepare(config)
-    keep_corpus(corpus.facts, workdir)
-    save_config(config, workdir)
-    corpus.tokenizer.save(workdir / TOKENIZER)
-    facts = corpus.facts
-    print(f"corpus {corpus.folder}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, vocabulary "
-          f"{corpus.tokenizer.vocab_size:,}; {facts['train_windows']:,} windows of {facts['seq_len']} to train on, "
-          f"{facts['validation_windows']:,} held out")
+    check_fits(config, mesh)
+    workdir = on_first(lambda: open_workdir(config)) or Path(config.workdir)
+    corpus = on_first(lambda: prepare(config)) or prepare(config)
+    on_first(lambda: keep(config, corpus, workdir))
+    facts, vocab_size = corpus.facts, corpus.tokenizer.vocab_size
+    say(f"corpus {corpus.folder}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, vocabulary "
+        f"{vocab_size:,}; {facts['train_windows']:,} windows of {facts['seq_len']} to train on, "
+        f"{facts['validation_windows']:,} held out")
 
-    batches = train_batches(corpus.windows("train"), config.train.batch_size // jax.process_count(), config.train.seed,
-                            jax.process_index(), jax.process_count())
+    rows = process_rows(mesh, config.train.batch_size)
+    batches = train_batches(corpus.windows("train"), config.train.batch_size, config.train.seed, rows)
     with jax.set_mesh(mesh), open_checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
-        functions = make_train_functions(config, corpus.tokenizer.vocab_size, mesh)
+        functions = make_train_functions(config, vocab_size, mesh)
         if checkpoints.latest_step() is None:
-            table = initial_table(config, corpus.tokenizer.vocab_size)
+            table = initial_table(config, vocab_size)
             state = functions.init(jax.random.key(config.train.seed), table)
             if config.init_from is not None:
                 source, of_source = load_source(config, corpus.tokenizer, mesh)
@@ -211,20 +281,26 @@ def main(args: Sequence[str]) -> None:
                 placed = jax.tree.map(lambda s: s.sharding, functions.shapes.params)
                 start = jax.jit(begin, static_argnums=(3, 4), out_shardings=placed)
                 state = dataclasses.replace(state, params=start(source, state.params, ids, of_source, config))
-                print(f"starting from {config.init_from} ({of_source.objective.kind})")
+                say(f"starting from {config.init_from} ({of_source.objective.kind})")
         else:
-            state = checkpoints.restore(functions.shapes, batches)
-            print(f"{workdir}: resuming after step {int(state.step):,}")
+            state, position = checkpoints.restore(functions.shapes)
+            batches.seek(position)
+            say(f"{workdir}: resuming after step {int(state.step):,}")
         size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        print(f"{config.objective.kind} objective, {size:,} parameters, mesh {dict(mesh.shape)}, "
-              f"{config.train.num_steps:,} steps of {config.train.batch_size} × {config.data.seq_len} tokens")
-        with bar("training", config.train.num_steps, int(state.step)) as progress:
-            loop = Loop(config, workdir, corpus, functions, state, progress)
+        say(f"{config.objective.kind} objective, {size:,} parameters, {flops_per_token(config, vocab_size) / 1e6:,.1f} "
+            f"MFLOP per token, mesh {dict(mesh.shape)}, {config.train.num_steps:,} steps of "
+            f"{config.train.batch_size} × {config.data.seq_len} tokens")
+        with bar("training", config.train.num_steps, int(state.step), is_first()) as progress:
+            loop = Loop(config, workdir, corpus, functions, state, progress, mesh)
             try:
                 loop.run(batches, rows, checkpoints)
+            except jax.errors.JaxRuntimeError as error:
+                if jax.process_count() == 1:
+                    raise
+                leave_broken_cluster(error)
             finally:
                 loop.close()
-    print(f'done: python generate.py --workdir {workdir} --prompt "…"')
+    say(f'done: python generate.py --workdir {workdir} --prompt "…"')
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ answers every line on its standard input by a round of work and a line {"seconds
 import json
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,44 @@ def alternate(script: str, names: Sequence[str], settings: Sequence[str], rounds
         return found
     finally:
         for one in started:
-            one.process.kill()
+            with one.process:  # which closes its pipes and waits for it
+                one.process.kill()
+
+
+def take_turns(works: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, Any]]:
+    """As `alternate` for contestants that may share this process; `works` return when they are done.
+
+    Each is called once before anything is timed, so that no timing includes a compilation.
+    """
+    for work in works.values():
+        work()
+    found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in works}
+    for number in range(rounds):
+        for name in list(works) if number % 2 == 0 else list(works)[::-1]:
+            begin = time.perf_counter()
+            works[name]()
+            found[name]["seconds"].append(time.perf_counter() - begin)
+    return found
+
+
+def median(found: dict[str, dict[str, Any]], name: str) -> float:
+    """Seconds of a round of `name`."""
+    return statistics.median(found[name]["seconds"])
+
+
+def words_of(flags: Any) -> list[str]:
+    """The command line of a dataclass of numbers and texts, for a contestant; switches are its parent's alone."""
+    return [word for name, value in asdict(flags).items() if value is not None and not isinstance(value, bool)
+            for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def ratio(found: dict[str, dict[str, Any]], fast: str, slow: str) -> dict[str, float]:
     """How many times as fast `fast` is as `slow`: the median over rounds, and the middle half."""
-    each = np.array(found[slow]["seconds"]) / np.array(found[fast]["seconds"])
+    return quartiles(np.array(found[slow]["seconds"]) / np.array(found[fast]["seconds"]))
+
+
+def quartiles(each: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """The median of some ratios, and the middle half."""
     low, middle, high = np.quantile(each, [0.25, 0.5, 0.75])
     return {"median": float(middle), "low": float(low), "high": float(high)}
 
@@ -100,8 +133,8 @@ def machine() -> dict[str, Any]:
     name = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line[:10] == "model name"]
-        name = models[0] if models else name
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].split(":", 1)[1].strip() if lines else name
     return {"cpu": name, "cores": os.cpu_count(), "device": jax.devices()[0].device_kind, "jax": jax.__version__,
             "python": platform.python_version()}
 

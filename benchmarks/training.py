@@ -2,8 +2,8 @@
 
     pip install -e '.[parity]' && python benchmarks/training.py
 
-The same shape (GPT-2 small unless told otherwise), batch, optimiser (AdamW, clipping) and machine, in float32. The three
-take turns, each in a process of its own; a card is followed by a line of JSON.
+The same shape (GPT-2 small unless told otherwise), batch, optimiser (AdamW, clipping) and machine, in float32. The
+three take turns, each in a process of its own; a card is followed by a line of JSON.
 """
 
 import json

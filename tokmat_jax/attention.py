@@ -46,7 +46,7 @@ def attend(
     softmax without being copied into one array. H may be a multiple of the keys' H_kv: query head h reads head
     h // (H / H_kv). Returns [B, H, T, D]; the softmax is taken in float32.
     """
-    batch, heads, length, size = query.shape
+    batch, _, length, size = query.shape
     grouped = query.reshape(batch, live.key.shape[1], -1, length, size)
     if history is not None:
         assert visible is not None

@@ -1,15 +1,14 @@
 """Checkpoints through Orbax: parameters, optimiser and data position as separate items of one step.
 
 Generation reads the parameters alone. Saving is asynchronous; a step is listed only when all its items are complete.
+Nothing in a checkpoint depends on the mesh or on the number of processes that wrote it.
 """
 
 import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
@@ -26,7 +25,7 @@ def _open_manager(
     handlers = {
         "params": params or ocp.StandardCheckpointHandler(),
         "optimizer": ocp.StandardCheckpointHandler(),
-        "data": grain.checkpoint.CheckpointHandler(),
+        "data": ocp.JsonCheckpointHandler(),
     }
     return ocp.CheckpointManager(workdir.resolve() / CHECKPOINTS, options=options, item_handlers=handlers)
 
@@ -43,19 +42,19 @@ class Checkpoints:
         """The newest complete step, None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data: Any) -> None:
-        """Starts saving `state` and the position of the iterator `data`; returns before it is on disk."""
+    def save(self, state: TrainState, position: int) -> None:
+        """Starts saving `state` and the `position` in the data; returns before it is on disk."""
         step = int(state.step)
         if step == self.latest_step():
             return
         self._manager.save(step, args=ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            data=grain.checkpoint.CheckpointSave(data),
+            data=ocp.args.JsonSave({"position": position}),
         ))
 
-    def restore(self, shapes: TrainState, data: Any) -> TrainState:
-        """The newest state, placed as `shapes` says; moves the iterator `data` to where it was."""
+    def restore(self, shapes: TrainState) -> tuple[TrainState, int]:
+        """The newest state, placed as `shapes` says, and its position in the data."""
         step = self.latest_step()
         assert step is not None
         _check(self._manager, step, shapes.params)
@@ -64,9 +63,10 @@ class Checkpoints:
             found = self._manager.restore(step, args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(shapes.params),
                 optimizer=ocp.args.StandardRestore(optimizer),
-                data=grain.checkpoint.CheckpointRestore(data),
+                data=ocp.args.JsonRestore(),
             ))
-        return TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["opt_state"])
+            position = int(found["data"]["position"])
+        return TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["opt_state"]), position
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tokmat_jax.config import MeshConfig
@@ -63,6 +64,27 @@ def place(shapes: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch [B, …] over the axes `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of a batch that the devices of this process hold (and, where these do not lie together, those between)."""
+    held = [index[0] for index in batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values() if index]
+    return slice(min(rows.start or 0 for rows in held),
+                 max(batch_size if rows.stop is None else rows.stop for rows in held))
+
+
+def put_rows(local: np.ndarray, rows: slice, batch_size: int, mesh: Mesh) -> jax.Array:
+    """The batch [batch_size, …] of which this process has read `local`, its `rows`."""
+    def held(index):
+        begin, stop, _ = index[0].indices(batch_size)
+        return local[begin - rows.start : stop - rows.start]
+
+    return jax.make_array_from_callback((batch_size, *local.shape[1:]), batch_sharding(mesh), held)
+
+
+def put_whole(value: np.ndarray, mesh: Mesh) -> jax.Array:
+    """`value`, the same in every process, on every device."""
+    return jax.make_array_from_callback(value.shape, replicated(mesh), lambda index: value[index])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,30 +1,58 @@
-"""Batches of windows through Grain: a global shuffle, one shard per process, a position that can be saved."""
+"""Batches of windows through Grain: one global order, of which every process reads the rows that its devices hold.
 
-from collections.abc import Iterator
-from typing import Any
+The order is a function of the seed and the batch size alone, and a position in it is a number of batches: a run goes on
+under any other number of processes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 
 
-def train_batches(windows: Any, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1) -> Any:
-    """An endless, resumable iterator of ids [batch_size, T] int32 for one process.
+class Windows(Protocol):
+    """Random access to records {"tokens": int32 [T]}."""
 
-    Every epoch is a new permutation of all `windows`, a function of `seed`; a process takes every
-    `process_count`-th of it. The iterator has `get_state` and `set_state`.
-    """
-    dataset = (
-        grain.MapDataset.source(windows)
-        .seed(seed)
-        .shuffle()[process_index::process_count]
-        .repeat()
-        .map(lambda record: record["tokens"])
-        .batch(batch_size, drop_remainder=True)
-    )
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)))
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Any: ...
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[Any]: ...
 
 
-def validation_batches(windows: Any, batch_size: int, num_batches: int) -> Iterator[np.ndarray]:
+class Batches:
+    """An endless iterator of ids [rows, T] int32 that can be put to any position."""
+
+    def __init__(self, iterator: Any):
+        self._iterator = iterator
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> np.ndarray:
+        return next(self._iterator)
+
+    @property
+    def position(self) -> int:
+        """How many batches lie behind."""
+        return self._iterator.get_state()["next_index"]
+
+    def seek(self, position: int) -> None:
+        """Goes on behind the first `position` batches."""
+        self._iterator.set_state({"next_index": position})
+
+
+def train_batches(windows: Windows, batch_size: int, seed: int, rows: slice = slice(None)) -> Batches:
+    """The `rows` of every batch of `batch_size` windows; each epoch is a new permutation of all `windows` by `seed`."""
+
+    def read(indices: np.ndarray) -> np.ndarray:
+        return np.stack([record["tokens"] for record in windows.__getitems__(indices[rows].tolist())])
+
+    # Numbers are shuffled, not windows, so that no process reads a row of another one.
+    batches = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
+    return Batches(iter(batches.map(read).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))))
+
+
+def validation_batches(windows: Windows, batch_size: int, num_batches: int) -> Iterator[np.ndarray]:
     """The first `num_batches` batches [batch_size, T] of `windows`, in order; starts over where they run out."""
     for batch in range(num_batches):
         rows = range(batch * batch_size, (batch + 1) * batch_size)

@@ -14,7 +14,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Bar:
     """What a loop tells its progress bar."""
 
-    def __init__(self, name: str, total: float | None, start: int, progress: Progress | None):
+    def __init__(self, name: str, total: float | None, start: int, progress: Progress | None, shown: bool = True):
+        self._shown = shown
         self._name, self._total, self._start, self._progress = name, total, start, progress
         self._task = progress.add_task(name, total=total, completed=start, note="") if progress else None
         self._begin = self._last = time.monotonic()
@@ -23,7 +24,7 @@ class Bar:
         """`done` of the total is behind us; `note` is shown beside it."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, note=note)
-        elif time.monotonic() - self._last > _SECONDS_BETWEEN_LINES or done == self._total:
+        elif self._shown and (time.monotonic() - self._last > _SECONDS_BETWEEN_LINES or done == self._total):
             self._last = time.monotonic()
             of = f"/{self._total:,.0f}" if self._total else ""
             left = self._left(done)
@@ -40,16 +41,19 @@ class Bar:
         """Prints above the bar, or to standard output where there is none."""
         if self._progress is not None:
             self._progress.console.print(*parts, soft_wrap=True)
-        else:
+        elif self._shown:
             Console(soft_wrap=True, highlight=False).print(*parts)
 
 
 @contextmanager
-def bar(name: str, total: float | None = None, start: int = 0) -> Iterator[Bar]:
-    """A progress bar called `name`; `total` None where the end is not known, `start` what was done before."""
+def bar(name: str, total: float | None = None, start: int = 0, shown: bool = True) -> Iterator[Bar]:
+    """A progress bar called `name`; `total` None where the end is not known, `start` what was done before.
+
+    Not `shown`, it says nothing at all.
+    """
     console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        yield Bar(name, total, start, None)
+    if not shown or not console.is_terminal:
+        yield Bar(name, total, start, None, shown)
         return
     columns: list[str | ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=24)]
     if total is not None:
