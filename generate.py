@@ -20,8 +20,10 @@ from tokmat_jax.cli import parse, run_script
 from tokmat_jax.config import GenerationConfig, Profile, SteeringSchedule
 from tokmat_jax.errors import UserError
 from tokmat_jax.generator import Generator, Sample
+from tokmat_jax.machine import use_compilation_cache
 from tokmat_jax.view.replay import Run, replay
 from tokmat_jax.view.terminal import show_tails, stream_text, visible
+from tokmat_jax.workdir import load_config
 
 
 @dataclass(frozen=True)
@@ -350,6 +352,7 @@ def main(args: Sequence[str]) -> None:
     flags = parse(Args, args)
     check(flags)
     prompts = read_prompts(flags)
+    use_compilation_cache(load_config(Path(flags.workdir)).compute)
     generator = Generator.from_workdir(flags.workdir)
     variants = make_variants(flags, generator)
     direction = steering_vector(flags)

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from tokmat_jax.config import TokenizerConfig
 from tokmat_jax.data.tokenizer import make_tokenizer
 from tokmat_jax.errors import UserError
 from tokmat_jax.generator import Generator
+from tokmat_jax.workdir import load_config
 
 
 @pytest.fixture(scope="module")
@@ -336,3 +338,27 @@ def test_an_edit_that_does_not_fit_says_why(generator, change, says):
     with pytest.raises(UserError) as caught:
         change(generator, living)
     assert says in str(caught.value)
+
+
+def test_a_batch_is_spread_over_the_devices_and_gives_the_same_samples(runs_dir):
+    whole = Generator.from_workdir(runs_dir / "run")
+    settings = settings_of(whole, max_new_tokens=8)
+    prompts = ["the cat", "a dog ran", "who", "the sea is"]
+    state, _ = whole._start(whole.rows(prompts, settings), settings, 0, None)
+    assert len(jax.devices()) == 4
+    for array in (state.tail, state.memory[0].key, state.memory[1].value):
+        assert len(array.sharding.device_set) == 4
+        assert array.addressable_shards[0].data.shape[0] == 1
+    spread = whole.generate(prompts, settings)
+    # Rows that the devices do not divide stay on one, and so do those of a process with one device.
+    assert [whole.generate([prompt], settings)[0].tokens for prompt in prompts] == [one.tokens for one in spread]
+
+
+def test_what_was_trained_with_another_kernel_is_written_on_any_machine(runs_dir):
+    config = load_config(runs_dir / "run")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"),
+                                 compute=dataclasses.replace(config.compute, attention="cudnn"))
+    one = Generator.from_workdir(runs_dir / "run")
+    with jax.numpy_dtype_promotion("standard"):
+        written = Generator(config, one.params, one.tokenizer).generate(["the cat"])
+    assert written[0].tokens

@@ -1,4 +1,11 @@
 import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -9,7 +16,7 @@ import pytest
 
 import tiny
 from tokmat_jax import sharding
-from tokmat_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
+from tokmat_jax.config import ComputeConfig, MeshConfig, ObjectiveConfig, OptimizerConfig
 from tokmat_jax.optim import make_optimizer, make_schedule
 from tokmat_jax.train_step import eval_means, eval_sums, init_params, make_train_functions
 
@@ -55,10 +62,11 @@ def test_training_lowers_the_loss(objective):
     assert last["loss"] < 0.9 * first["loss"]
 
 
-def test_accumulation_is_one_large_batch():
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_is_one_large_batch(parts):
     # Micro-batches add in another order: errors of a few units in the last place of gradients of size ~1, times lr.
     whole, metrics = steps(tiny.CONFIG, 1)
-    parts, micro_metrics = steps(with_train(accumulation=2), 1)
+    parts, micro_metrics = steps(with_train(accumulation=parts), 1)
     assert metrics["loss"] == pytest.approx(micro_metrics["loss"], rel=1e-5)
     assert metrics["grad_norm"] == pytest.approx(micro_metrics["grad_norm"], rel=1e-5)
     chex.assert_trees_all_close(whole.opt_state[1][0].mu, parts.opt_state[1][0].mu, atol=1e-6, rtol=1e-7)
@@ -72,6 +80,61 @@ def test_a_step_on_four_devices_is_a_step_on_one(mesh):
     four, metrics_of_four = steps(dataclasses.replace(config, mesh=mesh), 1, devices=4)
     assert metrics["loss"] == pytest.approx(metrics_of_four["loss"], rel=1e-5)
     chex.assert_trees_all_close(one.opt_state[1][0].mu, four.opt_state[1][0].mu, atol=1e-5, rtol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["maturation", "ar"])
+def test_a_step_on_eight_devices_is_a_step_on_one_under_every_mesh(kind):
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = Path(__file__).with_name("eight_devices.py")
+    ran = subprocess.run([sys.executable, script, kind], env=env, capture_output=True, text=True, check=True)
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert [tuple(row["shard"]) for row in found] == [(2, 16, 64), (2, 2, 64), (2, 16, 32), (2, 16, 8), (2, 8, 32)]
+    for row in found:
+        assert row["apart"] < 1e-5, row
+        assert row["compiled"] == 1, row
+        np.testing.assert_allclose(*row["losses"], rtol=1e-5)
+
+
+def test_remat_changes_nothing_but_what_is_kept():
+    config = dataclasses.replace(tiny.CONFIG, optimizer=OptimizerConfig(warmup_steps=0))
+    found = [steps(dataclasses.replace(config, compute=ComputeConfig(remat=remat)), 1)
+             for remat in ("none", "products", "blocks")]
+    for state, metrics in found[1:]:
+        assert metrics["loss"] == pytest.approx(found[0][1]["loss"], rel=1e-6)
+        # The same sums, fused otherwise: a few units in the last place of gradients of size ~1.
+        chex.assert_trees_all_close(state.opt_state[1][0].mu, found[0][0].opt_state[1][0].mu, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["maturation", "ar"])
+def test_bfloat16_stays_near_float32(kind):
+    config = dataclasses.replace(tiny.CONFIG, objective=ObjectiveConfig(kind=kind))
+    low = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    one, metrics = steps(config, 1)
+    other, rounded = steps(low, 1)
+    # 2⁻⁸ is a unit in the last place; errors of a step add up at random over two blocks.
+    assert rounded["loss"] == pytest.approx(metrics["loss"], rel=2**-8)
+    exact, near = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.opt_state[1][0].mu)])
+                   for state in (one, other))
+    assert np.linalg.norm(exact - near) < 0.05 * np.linalg.norm(exact)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(other.params))
+
+
+def largest_array(config, vocab_size):
+    """Elements of the largest value in a step's program."""
+    functions = make_train_functions(config, vocab_size, sharding.make_mesh(ONE, jax.devices()[:1]))
+    ids = jax.ShapeDtypeStruct((config.train.batch_size, config.data.seq_len), jnp.int32)
+    unigram = jax.ShapeDtypeStruct((vocab_size,), jnp.float32)
+    program = functions.step.lower(functions.shapes, ids, unigram).as_text()
+    shapes = re.findall(r"tensor<([0-9x]+)x[a-z]", program)
+    return max(math.prod(map(int, shape.split("x"))) for shape in shapes)
+
+
+@pytest.mark.parametrize("objective", [ObjectiveConfig(), ObjectiveConfig(negatives="full"), ObjectiveConfig(kind="ar")],
+                         ids=["uniform", "full", "ar"])
+def test_no_array_has_the_scores_of_all_positions_against_all_of_v(objective):
+    vocab_size, config = 50_000, dataclasses.replace(tiny.CONFIG, objective=objective)
+    config = with_train(dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=512)), batch_size=4)
+    assert largest_array(config, vocab_size) < 2**25 < 4 * 511 * vocab_size
 
 
 def test_parameters_and_moments_are_split_and_stay_so():

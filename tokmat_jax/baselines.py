@@ -20,7 +20,7 @@ import numpy as np
 from flax import struct
 
 from tokmat_jax import cache
-from tokmat_jax.buckets import Batch, Row, chunk, make_batch, sample_key
+from tokmat_jax.buckets import Batch, Row, chunk, sample_key
 from tokmat_jax.errors import UserError
 from tokmat_jax.generator import Generator
 from tokmat_jax.model import Forward, Live, Params, make_forward
@@ -331,13 +331,9 @@ class Baselines:
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
         for begin in range(0, len(rows), batch_size):
             chosen = order[begin : begin + batch_size]
-            batch = self._batch([rows[index] for index in chosen], max_new_tokens, seed)
+            batch = self.generator.batch([rows[index] for index in chosen], max_new_tokens, seed)
             written |= zip(chosen, self._finish(model, batch, len(chosen), advance), strict=True)
         return [written[index] for index in range(len(rows))]
-
-    def _batch(self, rows: Sequence[Row], max_new_tokens: int, seed: int) -> Batch:
-        generator = self.generator
-        return make_batch(rows, max_new_tokens, seed, generator.config.max_positions, generator.tokenizer.end_of_text)
 
     def _finish(
         self, model: LanguageModel, batch: Batch, count: int,

@@ -29,13 +29,13 @@ class Row:
 class Batch:
     """Rows in their bucket of shapes; rows that only fill it have no budget."""
 
-    ids: np.ndarray
+    ids: np.ndarray | jax.Array
     """Prompts [B, P] int32, filled up behind their end."""
-    lengths: np.ndarray
+    lengths: np.ndarray | jax.Array
     """[B] int32, ids of each prompt."""
-    budgets: np.ndarray
+    budgets: np.ndarray | jax.Array
     """[B] int32, tokens that each row may commit."""
-    names: np.ndarray
+    names: np.ndarray | jax.Array
     """[B, 3] uint32, what `sample_key` makes each row's key of."""
     capacity: int
     """Positions of the history, the same for every length in the bucket."""

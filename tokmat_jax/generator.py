@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokmat_jax import cache, decode, objective
-from tokmat_jax.buckets import SMALLEST_PROMPT, Row, bucket, chunk, make_batch, sample_key
+from tokmat_jax.buckets import SMALLEST_PROMPT, Batch, Row, bucket, chunk, make_batch, sample_key
 from tokmat_jax.checkpoint import load_params
-from tokmat_jax.config import Config, GenerationConfig
+from tokmat_jax.config import ComputeConfig, Config, GenerationConfig, MeshConfig
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokmat_jax.errors import UserError
 from tokmat_jax.living import Living, held_at, with_vectors
 from tokmat_jax.model import Params, apart, make_forward
+from tokmat_jax.sharding import make_mesh, replicated, spread
 from tokmat_jax.stability import Stability
 from tokmat_jax.steering import Steering, direction_of, make_steering
 from tokmat_jax.table import Vocabulary, look_up, read
@@ -88,7 +89,7 @@ class Generator:
         workdir = Path(workdir)
         config = load_config(workdir)
         tokenizer = load_tokenizer(workdir / TOKENIZER)
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        here = replicated(make_mesh(MeshConfig(), jax.local_devices()))
         shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, tokenizer.vocab_size))
         shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
         params, _ = load_params(workdir, shapes)
@@ -97,6 +98,10 @@ class Generator:
     def set_params(self, params: Params) -> None:
         """Other parameters of the same shapes; what is compiled stays."""
         self.params = params
+        # Rows are spread over the devices that all hold the parameters.
+        table = params["table"]
+        whole = isinstance(table, jax.Array) and table.sharding.is_fully_replicated
+        self._devices = sorted(table.sharding.device_set, key=lambda device: device.id) if whole else [None]
         self._params = params["backbone"]
         self._vocabulary = objective.vocabulary(params, self.config)
         self._logit_scale = objective.ar_logit_scale(params, self.config)
@@ -326,11 +331,17 @@ class Generator:
         return make_steering(jnp.asarray(towards, jnp.float32), settings.steering, settings.steering_slots,
                              settings.steering_schedule, settings.tail_length, settings.max_new_tokens)
 
+    def batch(self, rows: Sequence[Row], max_new_tokens: int, seed: int) -> Batch:
+        """`rows` in their bucket of shapes, spread over the devices that hold the model where their number allows it."""
+        made = make_batch(rows, max_new_tokens, seed, self.config.max_positions, self.tokenizer.end_of_text)
+        arrays = {name: getattr(made, name) for name in ("ids", "lengths", "budgets", "names")}
+        return dataclasses.replace(made, **spread(arrays, self._devices))
+
     def _start(
         self, rows: Sequence[Row], settings: GenerationConfig, seed: int, direction: np.ndarray | None
     ) -> tuple[decode.State, decode.Tail]:
         """The state behind the prompts of `rows`, and how its tail is run."""
-        batch = make_batch(rows, settings.max_new_tokens, seed, self.config.max_positions, self.tokenizer.end_of_text)
+        batch = self.batch(rows, settings.max_new_tokens, seed)
         tail = jax.tree.map(np.asarray, self._tail(settings, direction))
         most = 1 if tail.stability is None else min(settings.max_commit, settings.tail_length)
         state = self._prefill(self._params, self._vocabulary, batch.ids, batch.lengths, batch.budgets, batch.names,
@@ -374,7 +385,8 @@ class Generator:
 
     @functools.cached_property
     def _forward(self):
-        return make_forward(self.config)
+        # Whatever kernel it was trained with, it writes on any machine.
+        return make_forward(dataclasses.replace(self.config, compute=ComputeConfig()))
 
     def _told_tail_length(self, tail: decode.Tail) -> int:
         return 0 if self.is_autoregressive else tail.maturity.shape[0]

@@ -98,6 +98,14 @@ def batch_shards() -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def spread(batch: Any, devices: Sequence[Any]) -> Any:
+    """The arrays of a decoder's `batch` [B, …] with their rows over `devices`; as they are where these do not divide B."""
+    leaves = jax.tree.leaves(batch)
+    if len(devices) == 1 or leaves[0].shape[0] % len(devices):
+        return batch
+    return jax.device_put(batch, batch_sharding(make_mesh(MeshConfig(), devices)))
+
+
 def constrain_activations(h: jax.Array) -> jax.Array:
     """Keeps `h` [B, …] split over the batch axes; does nothing outside a mesh or where they do not divide B."""
     if jax.sharding.get_abstract_mesh().empty or h.shape[0] % batch_shards():
