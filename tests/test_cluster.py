@@ -19,8 +19,9 @@ STEPS = 8
 
 def command(folder, name, devices, *more):
     """A command and its environment: a run of `name` in one process of `devices` fake devices."""
-    flags = runs.arguments(folder, name, "--train.batch-size", "8", "--train.num-steps", str(STEPS), "--train.log-every",
-                           "1", "--train.eval-every", "4", "--train.checkpoint-every", "2", "--mesh.data", "-1",
+    flags = runs.arguments(folder, name, "--train.batch-size", "8", "--train.num-steps", str(STEPS),
+                           "--train.log-every", "1", "--train.eval-every", "4", "--train.checkpoint-every",
+                           "2", "--mesh.data", "-1",
                            "--mesh.fsdp", "2", "--optimizer.schedule", "constant", *more)
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
     return [sys.executable, str(ROOT / "train.py"), *flags], env

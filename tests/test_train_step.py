@@ -84,7 +84,8 @@ def test_a_step_on_four_devices_is_a_step_on_one(mesh):
 
 @pytest.mark.parametrize("kind", ["maturation", "ar"])
 def test_a_step_on_eight_devices_is_a_step_on_one_under_every_mesh(kind):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+                        "PYTHONPATH": os.pathsep.join(sys.path)}
     script = Path(__file__).with_name("eight_devices.py")
     ran = subprocess.run([sys.executable, script, kind], env=env, capture_output=True, text=True, check=True)
     found = json.loads(ran.stdout.splitlines()[-1])
@@ -129,8 +130,8 @@ def largest_array(config, vocab_size):
     return max(math.prod(map(int, shape.split("x"))) for shape in shapes)
 
 
-@pytest.mark.parametrize("objective", [ObjectiveConfig(), ObjectiveConfig(negatives="full"), ObjectiveConfig(kind="ar")],
-                         ids=["uniform", "full", "ar"])
+@pytest.mark.parametrize("objective", [
+    ObjectiveConfig(), ObjectiveConfig(negatives="full"), ObjectiveConfig(kind="ar")], ids=["uniform", "full", "ar"])
 def test_no_array_has_the_scores_of_all_positions_against_all_of_v(objective):
     vocab_size, config = 50_000, dataclasses.replace(tiny.CONFIG, objective=objective)
     config = with_train(dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=512)), batch_size=4)

@@ -20,7 +20,7 @@ import numpy as np
 from flax import struct
 
 from tokmat_jax import cache
-from tokmat_jax.buckets import Batch, Row, chunk, sample_key
+from tokmat_jax.buckets import Batch, chunk, sample_key
 from tokmat_jax.errors import UserError
 from tokmat_jax.generator import Generator
 from tokmat_jax.model import Forward, Live, Params, make_forward

@@ -332,7 +332,7 @@ class Generator:
                              settings.steering_schedule, settings.tail_length, settings.max_new_tokens)
 
     def batch(self, rows: Sequence[Row], max_new_tokens: int, seed: int) -> Batch:
-        """`rows` in their bucket of shapes, spread over the devices that hold the model where their number allows it."""
+        """`rows` in their bucket of shapes, spread over the devices that hold the model, if these divide it."""
         made = make_batch(rows, max_new_tokens, seed, self.config.max_positions, self.tokenizer.end_of_text)
         arrays = {name: getattr(made, name) for name in ("ids", "lengths", "budgets", "names")}
         return dataclasses.replace(made, **spread(arrays, self._devices))

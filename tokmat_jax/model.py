@@ -2,9 +2,9 @@
 
     z · (input_norm / R) + position + MLP(SinEmb(α))  →  FiLM(K)  →  blocks  →  norm  →  head  →  vectors of d
 
-The output at index t − 1 is the prediction for position t. There is no vocabulary inside. In training the blocks are one
-scan over stacked parameters; in decoding they stand apart, since slicing a stack copies every weight at every step. GPT-2's parts and Llama's
-(rotary positions, RMSNorm, SwiGLU, grouped heads) are settings of the one model.
+The output at index t − 1 is the prediction for position t. There is no vocabulary inside. In training the blocks are
+one scan over stacked parameters; in decoding they stand apart, since slicing a stack copies every weight at every step.
+GPT-2's parts and Llama's (rotary positions, RMSNorm, SwiGLU, grouped heads) are settings of the one model.
 """
 
 import math

@@ -67,7 +67,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The rows of a batch that the devices of this process hold (and, where these do not lie together, those between)."""
+    """The rows of a batch that the devices of this process hold, and those between them where they lie apart."""
     held = [index[0] for index in batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values() if index]
     return slice(min(rows.start or 0 for rows in held),
                  max(batch_size if rows.stop is None else rows.stop for rows in held))
@@ -99,7 +99,7 @@ def batch_shards() -> int:
 
 
 def spread(batch: Any, devices: Sequence[Any]) -> Any:
-    """The arrays of a decoder's `batch` [B, …] with their rows over `devices`; as they are where these do not divide B."""
+    """The arrays of a decoder's `batch` [B, …] with their rows over `devices`, if these divide B."""
     leaves = jax.tree.leaves(batch)
     if len(devices) == 1 or leaves[0].shape[0] % len(devices):
         return batch

@@ -1,9 +1,9 @@
 """How much of a machine training uses: operations per token, the devices' peak, memory.
 
 A token costs 6 operations per weight of the matrices it passes (2 forward, 4 backward: Kaplan et al. 2020,
-arXiv:2001.08361, §2.1), and its attention 12 · L · H · D per position it sees, on average (T + 1)/2 of them (Chowdhery et
-al. 2022, arXiv:2204.02311, appendix B, who count all T). What `compute.remat` computes again is not counted. Norms, softmax,
-GELU, embeddings and the optimiser are left out: docs/scaling.md says by how much the compiler's own count differs.
+arXiv:2001.08361, §2.1), and its attention 12 · L · H · D per position it sees, on average (T + 1)/2 of them (Chowdhery
+et al. 2022, arXiv:2204.02311, appendix B, who count all T). What `compute.remat` computes again is not counted. Norms,
+softmax, GELU, embeddings and the optimiser are left out: docs/scaling.md says how far the compiler's count is from it.
 """
 
 import re
@@ -26,7 +26,7 @@ PEAK: tuple[tuple[str, float], ...] = (
     (r"TPU v5p?$", 4.59e14),
     (r"TPU v4$", 2.75e14),
 )
-"""Dense bfloat16 operations per second of a device by its kind, from the makers' data sheets; the first match counts."""
+"""Dense bfloat16 operations per second of a device by its kind, by the makers' data sheets; the first match counts."""
 
 
 def matrix_weights(config: Config, vocab_size: int) -> int:

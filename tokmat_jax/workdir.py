@@ -28,8 +28,8 @@ from tokmat_jax.errors import UserError
 CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
 IMPORTED = "imported.json"
 
-_FREE = ("workdir", "mesh", "compute", "cluster", "generation", "data.prepared_dir", "train.num_steps", "train.log_every",
-         "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples",
+_FREE = ("workdir", "mesh", "compute", "cluster", "generation", "data.prepared_dir", "train.num_steps",
+         "train.log_every", "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples",
          "train.checkpoint_every", "train.keep_checkpoints", "train.profile")
 """Fields that a resumed run may change; any other would make it another run."""
 
