@@ -36,7 +36,7 @@ class Args:
     """Attention heads."""
     vocab_size: int = 50_257
     """V."""
-    rounds: int = 9
+    rounds: int = 7
     """Steps of each."""
     contestant: str | None = None
     """Used between the processes of a benchmark."""
