@@ -362,3 +362,24 @@ def test_what_was_trained_with_another_kernel_is_written_on_any_machine(runs_dir
     with jax.numpy_dtype_promotion("standard"):
         written = Generator(config, one.params, one.tokenizer).generate(["the cat"])
     assert written[0].tokens
+
+
+def test_a_day_of_mixed_prompts_compiles_its_buckets_once(runs_dir):
+    generator = Generator.from_workdir(runs_dir / "run")
+    rng = np.random.default_rng(0)
+
+    def request():
+        prompts = [rng.integers(1, 200, rng.integers(1, 33)).tolist() for _ in range(rng.integers(1, 9))]
+        settings = settings_of(generator, max_new_tokens=int(rng.integers(1, 9)),
+                               guidance_scale=float(rng.uniform(1.5, 3.0)), tail_noise=float(rng.uniform(0.0, 1.0)))
+        return prompts, settings, int(rng.integers(0, 100))
+
+    # Batches of 1, 2, 4 and 8; prompts of up to 16 and 32 (and 48, the model's positions); scans of 4 and 8 steps.
+    for size, length, new in itertools.product((1, 2, 4, 8), (16, 32), (4, 8)):
+        generator.generate([[1] * length] * size, settings_of(generator, max_new_tokens=new, guidance_scale=2.0))
+    warm = generator.compilations()
+    assert warm <= 8 + 16
+    for _ in range(40):
+        prompts, settings, seed = request()
+        generator.generate(prompts, settings, seed=seed)
+    assert generator.compilations() == warm
