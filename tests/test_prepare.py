@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -7,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokmat_jax.config import Config, DataConfig, TokenizerConfig
-from tokmat_jax.data import loader, prepare
+from tokmat_jax.data import prepare
 from tokmat_jax.errors import UserError
 
 
@@ -70,14 +69,22 @@ def test_a_prepared_corpus_is_a_source_itself(tmp_path):
         prepare.prepare(wrong)
 
 
-def test_an_interrupted_preparation_leaves_nothing_to_find(tmp_path, monkeypatch):
+def test_an_interrupted_preparation_leaves_no_corpus_and_is_gone_on_with(tmp_path, monkeypatch):
     config = config_for(tmp_path, texts(40), holdout=0.2)
+
+    def forbidden(*_):
+        raise AssertionError("tokenised again")
+
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare.prepare(config)
-    assert list((tmp_path / "prepared").iterdir()) == []
-    assert prepare.prepare(config).facts["documents"] == 40
+    assert [path.name.split("-")[0] for path in (tmp_path / "prepared").iterdir()] == ["unfinished"]
+    monkeypatch.setattr(prepare, "_tokenise_unit", forbidden)
+    corpus = prepare.prepare(config)
+    assert corpus.facts["documents"] == 40
+    assert list((tmp_path / "prepared").iterdir()) == [corpus.folder]
+    assert {path.name for path in corpus.folder.iterdir()} == {"corpus.json", "tokenizer", "unigram.npy", "windows"}
 
 
 def test_few_documents_give_their_last_ones(tmp_path):
@@ -110,72 +117,14 @@ def test_a_damaged_corpus_is_named(tmp_path):
         prepare.prepare(config)
 
 
-def test_a_corpus_that_another_run_made_meanwhile_is_taken(tmp_path, monkeypatch):
-    config = config_for(tmp_path, texts(40), holdout=0.2)
-    original, inside = prepare._make, []
-
-    def slow(*args):
-        original(*args)
-        if not inside:
-            inside.append(1)
-            prepare.prepare(config)
-
-    monkeypatch.setattr(prepare, "_make", slow)
-    corpus = prepare.prepare(config)
-    assert len(corpus.windows("train")) == corpus.facts["train_windows"]
-    assert [path.name for path in (tmp_path / "prepared").iterdir()] == [corpus.folder.name]
-
-
 @pytest.mark.parametrize("text", ["short", "x" * 30])
 def test_a_corpus_shorter_than_two_windows_is_refused(tmp_path, text):
     with pytest.raises(UserError, match=r"fewer than two windows of 16"):
         prepare.prepare(config_for(tmp_path, [text]))
+    assert list((tmp_path / "prepared").iterdir()) == []
 
 
 @given(st.text(), st.floats(0.01, 0.5), st.floats(0.01, 0.5))
 def test_what_is_held_out_stays_so_when_more_is(text, one, other):
     few, many = sorted((one, other))
     assert not prepare.is_held_out(text, few) or prepare.is_held_out(text, many)
-
-
-class Source(list):
-    """Windows that say who they are."""
-
-    def __init__(self, count):
-        super().__init__({"tokens": np.full(4, index, np.int32)} for index in range(count))
-
-
-def taken(iterator, count):
-    return [next(iterator)[:, 0].tolist() for _ in range(count)]
-
-
-def flat(lists):
-    return list(itertools.chain.from_iterable(lists))
-
-
-def test_an_epoch_is_a_permutation_and_the_next_one_another():
-    seen = flat(taken(loader.train_batches(Source(12), 3, seed=0), 8))
-    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
-    assert seen[:12] != seen[12:]
-    assert seen != flat(taken(loader.train_batches(Source(12), 3, seed=1), 8))
-
-
-def test_processes_share_an_epoch_without_overlap():
-    parts = [flat(taken(loader.train_batches(Source(12), 2, 0, index, 3), 2)) for index in range(3)]
-    assert sorted(flat(parts)) == list(range(12))
-
-
-@given(st.integers(0, 7), st.integers(1, 5))
-def test_a_saved_position_continues_exactly(before, batch_size):
-    one = loader.train_batches(Source(7), batch_size, seed=3)
-    taken(one, before)
-    state = one.get_state()
-    want = taken(one, 5)
-    other = loader.train_batches(Source(7), batch_size, seed=3)
-    other.set_state(state)
-    assert taken(other, 5) == want
-
-
-def test_validation_reads_in_order_and_starts_over():
-    got = [batch[:, 0].tolist() for batch in loader.validation_batches(Source(5), 2, 3)]
-    assert got == [[0, 1], [2, 3], [4, 0]]

@@ -57,13 +57,35 @@ def test_parquet_gives_its_field(tmp_path):
     assert read(f"files:{tmp_path}/a.parquet") == TEXTS
 
 
+def test_row_groups_of_parquet_are_units_with_the_same_documents(tmp_path, monkeypatch):
+    texts = [f"text number {index}" for index in range(1000)]
+    pyarrow.parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=100)
+    config = DataConfig(source=f"files:{tmp_path}/a.parquet")
+    assert len(sources.units(config)) == 1
+    group = pyarrow.parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0).column(0).total_compressed_size
+    monkeypatch.setattr(sources, "_UNIT_BYTES", group * 5 // 2)  # three groups, then the next three, …
+    units = sources.units(config)
+    assert [(unit.begin, unit.end) for unit in units] == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    assert [text for unit in units for text in sources.documents(config, unit)] == texts
+
+
+def test_a_bad_record_of_parquet_is_counted_from_the_start_of_the_file(tmp_path, monkeypatch):
+    table = pa.table({"text": pa.array([*[b"x"] * 400, b"\xff"], pa.binary())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=100)
+    monkeypatch.setattr(sources, "_UNIT_BYTES", 1)
+    config = DataConfig(source=f"files:{tmp_path}/a.parquet")
+    for unit in (None, sources.units(config)[-1]):
+        with pytest.raises(UserError, match=r"a\.parquet record 400: field 'text' is not UTF-8"):
+            list(sources.documents(config, unit))
+
+
 def test_globs_come_sorted_and_in_the_order_given(tmp_path):
     for name in ("b1", "b0", "a"):
         (tmp_path / f"{name}.txt").write_text(name)
     assert read(f"files:{tmp_path}/b*.txt,{tmp_path}/a.txt") == ["b0", "b1", "a"]
 
 
-def test_several_field_types_of_a_tfds_folder(tmp_path):
+def test_several_field_types_of_a_tfds_folder(tmp_path, monkeypatch):
     import numpy as np
     import tensorflow_datasets as tfds
 
@@ -84,6 +106,9 @@ def test_several_field_types_of_a_tfds_folder(tmp_path):
     builder.download_and_prepare()
     assert read(f"tfds:{builder.data_dir}") == TEXTS
     assert read(f"tfds:{builder.data_dir}#train[1:]") == TEXTS[1:]
+    config = DataConfig(source=f"tfds:{builder.data_dir}#train[1:]")
+    monkeypatch.setattr(sources, "_UNIT_RECORDS", 1)
+    assert [list(sources.documents(config, unit)) for unit in sources.units(config)] == [[text] for text in TEXTS[1:]]
     with pytest.raises(UserError, match="nope"):
         read(f"tfds:{builder.data_dir}#nope")
 

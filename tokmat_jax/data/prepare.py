@@ -7,35 +7,56 @@
       windows/        TFDS dataset, splits `train` and `validation`, feature `tokens` int32 [T]
 
 It is made once: another run with the same text and settings finds it by its fingerprint. It appears under its name
-only when it is complete.
+only when it is complete. Until then there is a folder beside it, from which a run that was stopped goes on:
+
+    <prepared_dir>/unfinished-<name>-<fingerprint>/
+      plan.json       what it is made from, and the units of the source
+      tokenizer/
+      units/          of every unit <number>.train.ids and <number>.validation.ids, int32, and the counts
+                      <number>.json, which are written last: a unit that has them is finished
+
+Units are read, and windows written, by several processes if that is wished; what they write depends on the text alone.
+Nothing is held in memory that grows with the corpus.
 """
 
 import contextlib
 import dataclasses
+import fcntl
+import functools
 import hashlib
-import io
-import itertools
 import json
+import multiprocessing
+import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import IO, Any
 
 import numpy as np
 
 from tokmat_jax.config import Config, DataConfig, TokenizerConfig
 from tokmat_jax.data import sources
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
-from tokmat_jax.errors import UserError
-from tokmat_jax.view.progress import Bar, bar
-from tokmat_jax.workdir import TOKENIZER
+from tokmat_jax.errors import UserError, one_line
+from tokmat_jax.view.progress import bar
+from tokmat_jax.workdir import TOKENIZER, read_json, write_json
 
 _FORMAT = 2
-_FACTS = "corpus.json"
-_BATCH = 256
+_FACTS, _PLAN, _UNITS, _WINDOWS = "corpus.json", "plan.json", "units", "windows"
+_SPLITS = ("train", "validation")
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
+_BLOCK = 1 << 20
+"""Ids that are read at once."""
+_SHARD = 1 << 26
+"""Ids in one file of windows."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +77,17 @@ class Corpus:
         """Random access to the windows of `train` or `validation`: records {"tokens": int32 [T]}."""
         import tensorflow_datasets as tfds
 
-        builder: Any = tfds.builder_from_directory(self.folder / "windows")
+        builder: Any = tfds.builder_from_directory(self.folder / _WINDOWS)
         return builder.as_data_source(split=split)
 
 
-def prepare(config: Config) -> Corpus:
-    """The corpus of `config.data` and `config.tokenizer`, made now or found.
+def prepare(config: Config, workers: int = 1) -> Corpus:
+    """The corpus of `config.data` and `config.tokenizer`, made now, by as many as `workers` processes, or found.
 
-    Raises UserError where the source cannot be read or is shorter than two windows, one to train on and one held out.
+    The corpus is the same for any number of them. Of several runs that want the same corpus one makes it, and the
+    others wait. What a stopped run has finished is not done again. Raises UserError where the source cannot be read or
+    is shorter than two windows, one to train on and one held out, where `prepared_dir` cannot be written, and where a
+    worker dies.
     """
     kind, _, rest = config.data.source.partition(":")
     if kind == "tfds" and (Path(rest) / _FACTS).is_file():
@@ -78,20 +102,48 @@ def prepare(config: Config) -> Corpus:
     fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     name = re.sub(r"[^A-Za-z0-9]+", "-", config.data.source).strip("-")[-40:]
     folder = Path(config.data.prepared_dir) / f"{name}-{fingerprint}"
-    if (folder / _FACTS).is_file():
+    if folder.exists():
         return _load(folder, config.data)
+    unfinished = folder.with_name(f"unfinished-{folder.name}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
+        with _locked(unfinished.with_name(unfinished.name + ".lock")):
+            if not folder.exists():  # the run that was waited for may have made it
+                _make(unfinished, config, made_from | {"fingerprint": fingerprint}, workers)
+                unfinished.rename(folder)
     except OSError as error:
-        raise UserError(f"data.prepared_dir: cannot write into {folder.parent}: {error.strerror}") from None
-    try:
-        _make(unfinished, config, made_from | {"fingerprint": fingerprint})
-        with contextlib.suppress(OSError):  # another run made the same corpus meanwhile: its one is taken
-            unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"data.prepared_dir: cannot write into {folder.parent}: "
+                        f"{error.strerror or one_line(error)}") from None
     return _load(folder, config.data)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """While it lasts no other process holds the lock of this file, which a process that dies gives back."""
+    file = _lock(path)
+    try:
+        yield
+    finally:
+        path.unlink()
+        file.close()
+
+
+def _lock(path: Path) -> IO[bytes]:
+    waits = False
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not waits:
+                print("waiting for another process, which prepares the same corpus", file=sys.stderr, flush=True)
+            waits = True
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # Who held the lock has removed its file: what is locked then is no longer what others will find.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
 
 
 def _identity(config: TokenizerConfig) -> dict[str, Any]:
@@ -117,28 +169,40 @@ def _load(folder: Path, config: DataConfig) -> Corpus:
     return Corpus(folder, load_tokenizer(folder / "tokenizer"), facts)
 
 
-def _make(folder: Path, config: Config, made_from: dict[str, Any]) -> None:
-    tokenizer = make_tokenizer(config.tokenizer, _training_texts(config))
-    tokenizer.save(folder / "tokenizer")
-    with bar("tokenising") as progress:
-        num_documents = _tokenise(folder, tokenizer, config, progress)
-    train, held_out = _read_ids(folder / "train.ids"), _read_ids(folder / "validation.ids")
-    train, held_out, rule = _ensure_held_out(train, held_out, tokenizer.end_of_text, config.data)
-    windows = {"train": _windows(train, config.data.seq_len), "validation": _windows(held_out, config.data.seq_len)}
-    _write(folder / "windows", windows)
-    counts = np.zeros(tokenizer.vocab_size, np.int64)
-    for begin in range(0, len(windows["train"]), _BATCH):
-        block = windows["train"][begin : begin + _BATCH].reshape(-1)
-        counts += np.bincount(block, minlength=tokenizer.vocab_size)
-    np.save(folder / "unigram.npy", (counts / counts.sum()).astype(np.float32))
-    for split in ("train", "validation"):
-        (folder / f"{split}.ids").unlink()
-    facts = {
-        **made_from, "seq_len": config.data.seq_len, "documents": num_documents,
-        "tokens": int(train.size + held_out.size), "held_out_by": rule, "vocab_size": tokenizer.vocab_size,
-        "train_windows": len(windows["train"]), "validation_windows": len(windows["validation"]),
-    }
-    (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+def _make(folder: Path, config: Config, made_from: dict[str, Any], workers: int) -> None:
+    """Fills `folder` with the corpus, from what is in it already."""
+    try:
+        if not (folder / _FACTS).is_file():
+            _open_unfinished(folder, made_from, units := sources.units(config.data))
+            tokenizer = _tokenizer(folder / "tokenizer", config)
+            counts = _tokenise(folder, tokenizer, config, units, workers)
+            _assemble(folder, tokenizer, config.data, counts, made_from, workers)
+    except BaseException:
+        if not any(folder.glob(f"{_UNITS}/*.json")):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder / _UNITS, ignore_errors=True)
+    (folder / _PLAN).unlink(missing_ok=True)
+
+
+def _open_unfinished(folder: Path, made_from: dict[str, Any], units: Sequence[sources.Unit]) -> None:
+    """Keeps what is in `folder` if it belongs to the same units of the same text."""
+    plan = json.loads(json.dumps(made_from | {"units": [dataclasses.asdict(unit) for unit in units]}))
+    with contextlib.suppress(UserError):
+        if read_json(folder / _PLAN) == plan:
+            return
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / _UNITS).mkdir(parents=True)
+    write_json(folder / _PLAN, plan)
+
+
+def _tokenizer(folder: Path, config: Config) -> Tokenizer:
+    """The tokenizer in `folder`, made if it is not there; it is there only when it is complete."""
+    if not folder.exists():
+        half = folder.with_name("tokenizer.unfinished")
+        make_tokenizer(config.tokenizer, _training_texts(config)).save(half)
+        half.rename(folder)
+    return load_tokenizer(folder)
 
 
 def is_held_out(text: str, holdout: float) -> bool:
@@ -163,72 +227,299 @@ def _training_texts(config: Config) -> Iterator[str]:
                 return
 
 
-def _tokenise(folder: Path, tokenizer: Tokenizer, config: Config, progress: Bar) -> int:
-    documents = sources.documents(config.data)
-    num_documents, num_tokens = 0, 0
-    with (folder / "train.ids").open("wb") as train, (folder / "validation.ids").open("wb") as validation:
-        while batch := list(itertools.islice(documents, _BATCH)):
+@dataclass(frozen=True)
+class _Counts:
+    """What a finished unit holds: documents, and tokens of each split."""
+
+    documents: int = 0
+    train: int = 0
+    validation: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.train + self.validation
+
+    def __add__(self, other: "_Counts") -> "_Counts":
+        return _Counts(self.documents + other.documents, self.train + other.train, self.validation + other.validation)
+
+    def __str__(self) -> str:
+        return f"{self.tokens:,} tokens, {self.documents:,} documents"
+
+
+@dataclass(frozen=True)
+class _UnitJob:
+    """A unit to tokenise into files of `folder`, which holds the tokenizer too."""
+
+    folder: Path
+    index: int
+    unit: sources.Unit
+    data: DataConfig
+
+    def path(self, suffix: str) -> Path:
+        return self.folder / _UNITS / f"{self.index:06d}.{suffix}"
+
+    def counts(self) -> _Counts | None:
+        """None for a unit that is not finished, or whose files a power failure has cut short."""
+        with contextlib.suppress(UserError, OSError, TypeError):
+            found = _Counts(**read_json(self.path("json")))
+            if all(self.path(f"{split}.ids").stat().st_size == 4 * getattr(found, split) for split in _SPLITS):
+                return found
+        return None
+
+
+def _tokenise(
+    folder: Path, tokenizer: Tokenizer, config: Config, units: Sequence[sources.Unit], workers: int
+) -> list[_Counts]:
+    """Counts of every unit, all of which are finished then."""
+    jobs = [_UnitJob(folder, index, unit, config.data) for index, unit in enumerate(units)]
+    found = [job.counts() for job in jobs]
+    waiting = [job for job, counts in zip(jobs, found, strict=True) if counts is None]
+    done, total = len(jobs) - len(waiting), sum(filter(None, found), _Counts())
+    workers = min(workers, len(waiting))
+    with bar("tokenising", len(jobs), done) as progress, _processes(workers) as run:
+        here = functools.partial(_tokenise_unit, tokenizer, lambda counts: progress.update(done, str(total + counts)))
+        for index, counts in run(_tokenise_apart if workers > 1 else here, waiting):
+            found[index] = counts
+            done, total = done + 1, total + counts
+            progress.update(done, str(total))
+    return [counts for counts in found if counts is not None]
+
+
+def _tokenise_unit(tokenizer: Tokenizer, report: Callable[[_Counts], None], job: _UnitJob) -> tuple[int, _Counts]:
+    """Number and counts of the unit; `report` is told the counts now and then."""
+    counts = _Counts()
+    with contextlib.ExitStack() as files:
+        out = {split: files.enter_context(job.path(f"{split}.ids").open("wb")) for split in _SPLITS}
+        for batch in _batches(sources.documents(job.data, job.unit)):
             for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                out = validation if is_held_out(text, config.data.holdout) else train
+                split = "validation" if is_held_out(text, job.data.holdout) else "train"
                 document = np.array([tokenizer.end_of_text, *tokenizer.prefix, *ids], np.int32)
-                document.tofile(out)
-                num_tokens += document.size
-            num_documents += len(batch)
-            progress.update(num_tokens, f"tokens, {num_documents:,} documents")
-    return num_documents
+                out[split].write(document.tobytes())
+                counts += _Counts(1, **{split: document.size})
+            report(counts)
+    write_json(job.path("json"), dataclasses.asdict(counts))
+    return job.index, counts
 
 
-def _read_ids(path: Path) -> np.ndarray:
-    return np.memmap(path, np.int32, "r") if path.stat().st_size else np.zeros(0, np.int32)
+def _tokenise_apart(job: _UnitJob) -> tuple[int, _Counts]:
+    """`_tokenise_unit` in a process of its own."""
+    return _tokenise_unit(_loaded(job.folder / "tokenizer"), lambda _: None, job)
 
 
-def _ensure_held_out(
-    train: np.ndarray, held_out: np.ndarray, end_of_text: int, config: DataConfig
-) -> tuple[np.ndarray, np.ndarray, str]:
+_loaded = functools.cache(load_tokenizer)
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents to encode together: many, as long as they are short."""
+    batch, size = [], 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == _BATCH_DOCUMENTS or size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _processes(workers: int) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]]:
+    """A `map` whose results come as they are ready: in this process, or in several that end with the block."""
+    if workers <= 1:
+        yield map
+        return
+    # Not forked: a fork takes the threads' locks with it, of the tokenizers and of JAX.
+    context = multiprocessing.get_context("spawn")
+    theirs, ours = context.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(workers, context, _start_worker, (theirs,))
+
+    def run(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+        for future in as_completed([executor.submit(function, job) for job in jobs]):
+            yield future.result()
+
+    try:
+        yield run
+        executor.shutdown()
+    except BrokenProcessPool:
+        raise UserError(f"one of {workers} workers died, most likely for want of memory: what is finished is kept, "
+                        f"run it again with fewer --workers") from None
+    finally:
+        ours.close()
+        executor.shutdown(cancel_futures=True)
+        theirs.close()
+
+
+def _start_worker(parent: Connection) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: Connection) -> None:
+    """Ends this process when the other end of `parent` is closed, as it is when that process is killed."""
+    with contextlib.suppress(EOFError, OSError):
+        parent.recv_bytes()
+    os._exit(1)
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """A stream of int32 ids that lies in files, of which a block at a time is read."""
+
+    parts: tuple[tuple[Path, int, int], ...]
+    """File, first and behind the last id of each part."""
+
+    @property
+    def size(self) -> int:
+        return sum(end - begin for _, begin, end in self.parts)
+
+    def piece(self, begin: int, end: int) -> "_Ids":
+        """The ids `begin` .. `end` of the stream."""
+        parts, offset = [], 0
+        for path, first, last in self.parts:
+            low, high = max(begin - offset, 0), min(end - offset, last - first)
+            if low < high:
+                parts.append((path, first + low, first + high))
+            offset += last - first
+        return _Ids(tuple(parts))
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The stream in pieces [n], none of them long."""
+        for path, first, last in self.parts:
+            for begin in range(first, last, _BLOCK):
+                yield np.fromfile(path, np.int32, min(_BLOCK, last - begin), offset=4 * begin)
+
+
+def _assemble(
+    folder: Path, tokenizer: Tokenizer, data: DataConfig, counts: Sequence[_Counts], made_from: dict[str, Any],
+    workers: int,
+) -> None:
+    """Windows, unigram and facts out of all units, which are done again from the start where that was interrupted."""
+    total = sum(counts, _Counts())
+    if total.tokens < 2 * data.seq_len:
+        shutil.rmtree(folder / _UNITS)  # not worth keeping
+        raise UserError(f"data.source {data.source!r} has {total.tokens} tokens, fewer than two windows of "
+                        f"{data.seq_len} (one to train on, one held out): give more text or a smaller --data.seq-len")
+    train, held_out = (
+        _Ids(tuple((folder / _UNITS / f"{index:06d}.{split}.ids", 0, getattr(unit, split))
+                   for index, unit in enumerate(counts)))
+        for split in _SPLITS
+    )
+    train, held_out, rule = _ensure_held_out(train, held_out, tokenizer.end_of_text, data)
+    unigram = _write(folder / _WINDOWS, {"train": train, "validation": held_out}, data.seq_len, tokenizer.vocab_size,
+                     workers)
+    np.save(folder / "unigram.npy", unigram)
+    write_json(folder / _FACTS, {
+        **made_from, "seq_len": data.seq_len, "documents": total.documents, "tokens": total.tokens,
+        "held_out_by": rule, "vocab_size": tokenizer.vocab_size,
+        "train_windows": train.size // data.seq_len, "validation_windows": held_out.size // data.seq_len,
+    })
+
+
+def _ensure_held_out(train: _Ids, held_out: _Ids, end_of_text: int, config: DataConfig) -> tuple[_Ids, _Ids, str]:
     """Both splits with at least one window; a corpus of few documents gives its last ones, or its end."""
     window, total = config.seq_len, train.size + held_out.size
-    if total < 2 * window:
-        raise UserError(f"data.source {config.source!r} has {total} tokens, fewer than two windows of {window} (one to "
-                        f"train on, one held out): give more text or a smaller --data.seq-len")
     if held_out.size >= window and train.size >= window:
         return train, held_out, "hash of the document"
-    everything = np.concatenate([train, held_out])
+    everything = _Ids(train.parts + held_out.parts)
     latest = max(window, total - max(window, int(config.holdout * total)))
-    starts = np.flatnonzero(everything == end_of_text)
-    starts = starts[(starts >= window) & (starts <= latest)]
-    cut, rule = (int(starts[-1]), "last documents") if starts.size else (latest, "end of the only document")
-    return everything[:cut], everything[cut:], rule
+    cut = _last(end_of_text, everything, window, latest + 1)
+    rule = "end of the only document" if cut is None else "last documents"
+    cut = latest if cut is None else cut
+    return everything.piece(0, cut), everything.piece(cut, total), rule
 
 
-def _windows(ids: np.ndarray, seq_len: int) -> np.ndarray:
-    """Windows [N, T] of a stream of ids; a remainder shorter than a window is dropped."""
-    return ids[: ids.size // seq_len * seq_len].reshape(-1, seq_len)
+def _last(token: int, ids: _Ids, begin: int, end: int) -> int | None:
+    """Where `token` stands for the last time in `begin` .. `end`."""
+    while begin < end:
+        start = max(begin, end - _BLOCK)
+        found = np.flatnonzero(np.concatenate([*ids.piece(start, end).blocks()]) == token)
+        if found.size:
+            return start + int(found[-1])
+        end = start
+    return None
 
 
-def _write(folder: Path, windows: dict[str, np.ndarray]) -> None:
+@dataclass(frozen=True)
+class _ShardJob:
+    """Windows of `seq_len` ids to write into one file."""
+
+    path: Path
+    split: str
+    ids: _Ids
+    seq_len: int
+    vocab_size: int
+
+
+def _write(folder: Path, streams: dict[str, _Ids], seq_len: int, vocab_size: int, workers: int) -> np.ndarray:
+    """Writes the windows as a TFDS dataset; returns the share of each token in `train` [V], float32.
+
+    A remainder shorter than a window is dropped. TFDS's own builder would hold a split in memory to sort it; these
+    shards have the format and the names that it reads.
+    """
     import tensorflow_datasets as tfds
 
-    class PackedWindows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self) -> Any:
-            tokens = tfds.features.Tensor(shape=windows["train"].shape[1:], dtype=np.int32)
-            return self.dataset_info_from_configs(
-                features=tfds.features.FeaturesDict({"tokens": tokens}), disable_shuffling=True
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    jobs = [job for split, ids in streams.items() for job in _shards(folder, split, ids, seq_len, vocab_size)]
+    num_bytes, counts = dict.fromkeys(streams, 0), np.zeros(vocab_size, np.int64)
+    total, done = sum(job.ids.size // seq_len for job in jobs), 0
+    with bar("writing windows", total) as progress, _processes(min(workers, len(jobs) - 1)) as run:
+        for job, size, tokens in run(_write_shard, jobs):
+            num_bytes[job.split] += size
+            counts += tokens if job.split == "train" else 0
+            done += job.ids.size // seq_len
+            progress.update(done)
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=_features(seq_len), check_data=False, disable_shuffling=True,
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=split, num_bytes=num_bytes[split],
+                shard_lengths=[job.ids.size // seq_len for job in jobs if job.split == split],
             )
+            for split in streams
+        ],
+    )
+    return (counts / counts.sum()).astype(np.float32)
 
-        def _split_generators(self, dl_manager: Any) -> Any:  # noqa: ARG002
-            return {split: self._generate_examples(split) for split in windows}
 
-        def _generate_examples(self, split: str) -> Any:
-            with bar(f"writing {split} windows", len(windows[split])) as progress:
-                for index, row in enumerate(windows[split]):
-                    yield index, {"tokens": row}
-                    progress.update(index + 1)
+def _shards(folder: Path, split: str, ids: _Ids, seq_len: int, vocab_size: int) -> list[_ShardJob]:
+    num_windows, each = ids.size // seq_len, max(1, _SHARD // seq_len)
+    starts = range(0, num_windows, each)
+    return [
+        _ShardJob(folder / f"packed_windows-{split}.array_record-{index:05d}-of-{len(starts):05d}", split,
+                  ids.piece(start * seq_len, min(start + each, num_windows) * seq_len), seq_len, vocab_size)
+        for index, start in enumerate(starts)
+    ]
 
-    tfds.disable_progress_bar()
-    builder = PackedWindows(data_dir=str(folder.parent / "tfds"), file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()
-    Path(builder.data_dir).rename(folder)
-    shutil.rmtree(folder.parent / "tfds")
+
+def _features(seq_len: int) -> Any:
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict({"tokens": tfds.features.Tensor(shape=(seq_len,), dtype=np.int32)})
+
+
+def _write_shard(job: _ShardJob) -> tuple[_ShardJob, int, np.ndarray]:
+    """The job, how many bytes its records have, and how often each token occurs [V]."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    features, num_bytes, counts = _features(job.seq_len), 0, np.zeros(job.vocab_size, np.int64)
+    writer = ArrayRecordWriter(str(job.path), "group_size:1")  # for random access
+    for windows in _windows(job.ids, job.seq_len):
+        counts += np.bincount(windows.reshape(-1), minlength=job.vocab_size)
+        for row in windows:
+            record = features.serialize_example({"tokens": row})
+            writer.write(record)
+            num_bytes += len(record)
+    writer.close()
+    return job, num_bytes, counts
+
+
+def _windows(ids: _Ids, seq_len: int) -> Iterator[np.ndarray]:
+    """Windows [n, T] of a stream of ids, some at a time; a remainder shorter than a window is dropped."""
+    rest = np.zeros(0, np.int32)
+    for block in ids.blocks():
+        stream = np.concatenate([rest, block])
+        whole = stream.size // seq_len * seq_len
+        yield stream[:whole].reshape(-1, seq_len)
+        rest = stream[whole:]

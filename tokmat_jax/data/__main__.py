@@ -1,0 +1,72 @@
+"""`python -m tokmat_jax.data`: corpora at scale.
+
+    prepare [--workers N] [--config FILE] [--section.field value …]
+
+tokenises the text of `data.source` in N processes, by default one per CPU, and cuts it into windows. The other flags
+are those of `train.py`, which finds the corpus by the same `data` and `tokenizer` settings. Running the same command
+again goes on where it was stopped.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokmat_jax.cli import parse, parse_config, run_script
+from tokmat_jax.data.prepare import prepare
+from tokmat_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """What `prepare` takes besides the flags of a config."""
+
+    workers: int = len(os.sched_getaffinity(0))
+    """Processes that tokenise and write; 1 does it in this one."""
+
+
+def run_prepare(args: Sequence[str]) -> None:
+    """Prepares, and says what came of it."""
+    begin = time.monotonic()
+    own, rest = _split(args)
+    workers = parse(Prepare, own).workers
+    if workers < 1:
+        raise UserError(f"--workers must be at least 1, found {workers}")
+    config = parse_config(rest)
+    corpus = prepare(config, workers)
+    facts = corpus.facts
+    print(f"corpus {corpus.folder}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, vocabulary "
+          f"{corpus.tokenizer.vocab_size:,}; {facts['train_windows']:,} windows of {facts['seq_len']} to train on, "
+          f"{facts['validation_windows']:,} held out; {time.monotonic() - begin:.0f} s")
+
+
+def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that belong to `--workers`, and all others."""
+    own, rest, words = [], [], iter(args)
+    for word in words:
+        if word == "--workers":
+            own += [word, *(value for value in [next(words, None)] if value is not None)]
+        elif word.startswith("--workers="):
+            own.append(word)
+        else:
+            rest.append(word)
+    return own, rest
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs the command that `args` begin with."""
+    if not args:
+        raise UserError("no command given; there is prepare")
+    if args[0] in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0)
+    if args[0] != "prepare":
+        raise UserError(f"unknown command {args[0]!r}; there is prepare")
+    if set(args[1:]) & {"-h", "--help"}:
+        print(__doc__)
+    run_prepare(args[1:])
+
+
+if __name__ == "__main__":
+    run_script(main)
