@@ -243,11 +243,12 @@ def write_parquet(path, megabytes):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """120 MB more of text are 480 MB more of ids: neither may show. The first corpus fills every buffer and heap."""
+    """120 MB more of text are 480 MB more of ids: held whole, either would show. The first corpus fills buffers and
+    heap; what may differ are the mapped pages of a unit, which count until the system wants them back."""
     write_parquet(tmp_path / "small.parquet", 60)
     write_parquet(tmp_path / "large.parquet", 180)
     run = start("-c", _GROWTH, str(tmp_path))
     said, wrong = run.communicate(timeout=1200)
     assert run.returncode == 0, wrong
     small, large = said.split()
-    assert int(large) - int(small) < 60e6, said
+    assert int(large) - int(small) < 120e6, said
