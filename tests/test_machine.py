@@ -120,3 +120,16 @@ def test_measures_by_hand(monkeypatch):
     monkeypatch.undo()
     assert "mfu" not in throughput.measures(config, 61, 2.0)
     assert 0 < throughput.memory()["host_memory_gb"] < 100
+
+
+def test_compiled_programs_are_kept_where_the_config_says_unless_the_environment_does(monkeypatch, tmp_path):
+    told = {}
+    monkeypatch.setattr(jax.config, "update", told.__setitem__)
+    config = dataclasses.replace(tiny.CONFIG.compute, compilation_cache=str(tmp_path))
+    machine.use_compilation_cache(config)
+    assert told == {}  # the tests have chosen a folder
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    machine.use_compilation_cache(dataclasses.replace(config, compilation_cache=None))
+    assert told == {}
+    machine.use_compilation_cache(config)
+    assert told["jax_compilation_cache_dir"] == str(tmp_path)

@@ -408,3 +408,10 @@ def test_the_quickstart_with_few_steps_then_text_from_what_it_left(tmp_path):
     wrong = script("generate.py", "--workdir", tmp_path / "quickstart", "--prompt", "x", "--tail-length", 0)
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
+
+
+def test_a_trace_of_chosen_steps_is_written(tmp_path):
+    runs.write_corpus(tmp_path)
+    workdir = runs.run(tmp_path, "traced", "--train.profile", "2", "3", "--train.num-steps", "4")
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    assert not (runs.run(tmp_path, "plain", "--train.num-steps", "2") / "profile").exists()
