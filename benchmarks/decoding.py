@@ -214,14 +214,14 @@ def in_torch(flags: Args, batch_size: int) -> Callable[[], list[list[int]]]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     # Without an end-of-text that never comes, so that no time goes into ruling it out.
-    model = GPT2LMHeadModel(GPT2Config(
+    model: Any = GPT2LMHeadModel(GPT2Config(
         vocab_size=flags.vocab_size, n_positions=flags.max_positions, n_embd=flags.embed_dim, n_layer=flags.num_layers,
         n_head=flags.num_heads, bos_token_id=None, eos_token_id=None))
     model.eval()
     ids = torch.tensor(prompts_of(flags.vocab_size, batch_size, flags.prompt_tokens))
 
     def work() -> list[list[int]]:
-        found: Any = model.generate(  # pyright: ignore[reportCallIssue]
+        found = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True, pad_token_id=0,
             min_new_tokens=flags.new_tokens, max_new_tokens=flags.new_tokens)
         return found[:, flags.prompt_tokens:].tolist()
