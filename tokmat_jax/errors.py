@@ -1,5 +1,7 @@
 """Mistakes that a user can mend."""
 
+from typing import Any
+
 
 class UserError(Exception):
     """Something the user gave does not fit: scripts show the message as one line and exit with code 2.
@@ -12,6 +14,19 @@ class ConfigError(UserError, ValueError):
     """A configuration value is out of its range or contradicts another one."""
 
 
-def one_line(error: Exception) -> str:
-    """What another library's `error` says, for a message of ours: line breaks become spaces, 300 characters at most."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+def one_line(error: Exception | str) -> str:
+    """What another library's `error` says, or a text from elsewhere, for a message of ours.
+
+    It is printable, on one line, and has 300 characters at most.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:300])[:300]
+
+
+def shown(value: Any) -> str:
+    """A value from a file, as a message of ours quotes it: printable, on one line, 100 characters at most."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; an integer of thousands of digits
+        text = type(value).__name__
+    return text if len(text) <= 100 else f"{text[:99]}…"
