@@ -23,7 +23,7 @@ from typing import Any
 import pydantic
 
 from tokmat_jax.config import Config
-from tokmat_jax.errors import UserError
+from tokmat_jax.errors import UserError, one_line, shown
 
 CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
 IMPORTED = "imported.json"
@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} is damaged: {one_line(error)}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: it holds no object")
     return found
@@ -97,10 +97,10 @@ def keep_corpus(facts: dict[str, Any], workdir: Path) -> None:
     if path.exists():
         try:
             known = json.loads(path.read_text())["fingerprint"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path} is damaged: this run cannot tell which corpus it has learned from") from None
         if known != facts["fingerprint"]:
-            raise UserError(f"{workdir} holds a run on another state of its corpus (fingerprint {known}, now "
+            raise UserError(f"{workdir} holds a run on another state of its corpus (fingerprint {shown(known)}, now "
                             f"{facts['fingerprint']}): bring the text back, or choose another --workdir")
     write_json(path, facts)
 
@@ -113,7 +113,7 @@ def load_config(workdir: Path) -> Config:
     try:
         return parse_config_json(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} is damaged: {one_line(error)}") from None
 
 
 def parse_config_json(text: str, where: str) -> Config:
@@ -121,12 +121,12 @@ def parse_config_json(text: str, where: str) -> Config:
     try:
         _refuse_unknown(json.loads(text), Config, where)
         return pydantic.TypeAdapter(Config).validate_json(text, strict=True)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where} is damaged: {error}") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "its values"
-        raise UserError(f"{where}: {field}: {first['msg']}") from None
+        raise UserError(f"{where}: {field}: {one_line(first['msg'])}") from None
+    except (ValueError, RecursionError) as error:  # pydantic's errors are ValueErrors too
+        raise UserError(f"{where} is damaged: {one_line(error)}") from None
 
 
 def _refuse_unknown(data: Any, kind: type, where: str) -> None:
@@ -136,7 +136,7 @@ def _refuse_unknown(data: Any, kind: type, where: str) -> None:
     for name, value in data.items():
         if name not in fields:
             near = difflib.get_close_matches(name, fields, 1)
-            raise UserError(f"{where}: unknown field {name!r}" + (f"; nearest: {near[0]!r}" if near else ""))
+            raise UserError(f"{where}: unknown field {shown(name)}" + (f"; nearest: {near[0]!r}" if near else ""))
         default = fields[name].default_factory
         if dataclasses.is_dataclass(default) and isinstance(default, type):
             _refuse_unknown(value, default, f"{where}: {name}")
