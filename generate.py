@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TextIO
 import numpy as np
 import tyro
 
+from tokmat_jax.arrays import open_npy
 from tokmat_jax.cli import parse, run_script
 from tokmat_jax.config import GenerationConfig, Profile, SteeringSchedule
 from tokmat_jax.errors import UserError
@@ -135,7 +136,7 @@ def _prompts_file(path: Path) -> Iterator[str]:
             continue
         try:
             prompt = json.loads(line)["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError):  # ValueError: digits without end, too
             prompt = None
         if not isinstance(prompt, str):
             raise UserError(f"--prompts-file: {path} line {number} is no JSON object with a text field 'prompt'")
@@ -204,9 +205,9 @@ def steering_vector(args: Args) -> np.ndarray | None:
     if args.steering_vector is None:
         return None
     try:
-        return np.load(args.steering_vector, allow_pickle=False)
-    except (OSError, ValueError, EOFError, AttributeError, TypeError) as error:
-        raise UserError(f"--steering-vector: {args.steering_vector} is no .npy file of numbers: {error}") from None
+        return open_npy(args.steering_vector)
+    except UserError as error:
+        raise UserError(f"--steering-vector: {error}") from None
 
 
 class Writing:

@@ -1,13 +1,12 @@
 """What a tail went through while one sample was written, as arrays and as a file."""
 
 import dataclasses
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from tokmat_jax.arrays import read_npz
 from tokmat_jax.errors import UserError
 
 
@@ -61,13 +60,7 @@ class Trajectory:
 
 def load_trajectory(path: str | Path) -> Trajectory:
     """What `save` wrote; raises UserError where the file is missing or damaged."""
-    try:
-        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            found = Trajectory(**{field.name: stored[field.name] for field in dataclasses.fields(Trajectory)})
-    # What zip, its compression and NumPy's own format raise for damage, between them.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, MemoryError,
-            SyntaxError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is no trajectory: {error or type(error).__name__}") from None
+    found = Trajectory(**read_npz(path, [field.name for field in dataclasses.fields(Trajectory)], "trajectory"))
     shapes = {field.name: getattr(found, field.name).shape for field in dataclasses.fields(Trajectory)}
     steps, slots = (*shapes["tokens"], 0, 0)[:2]
     wanted = {"maturity": (slots,), "committed": (steps,), "tokens": (steps, slots), "entropy": (steps, slots),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokmat_jax import objective
+from tokmat_jax.arrays import open_npy
 from tokmat_jax.config import GenerationConfig
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import figures, frontier, metrics, scores
@@ -356,10 +357,13 @@ def starting_table(generator: Generator) -> np.ndarray | None:
         if config.init_from is not None:
             rows = Generator.from_workdir(config.init_from).params["table"]
         elif config.table.initial is not None:
-            rows = jnp.asarray(np.load(config.table.initial, allow_pickle=False).astype(np.float32))
+            stored = open_npy(config.table.initial)
+            if stored.shape != shape:
+                return None
+            rows = jnp.asarray(stored.astype(np.float32))
         else:
             rows = jax.jit(lambda: init_params(jax.random.key(config.train.seed), config, shape[0])["table"])()
-    except (UserError, OSError, ValueError, EOFError):
+    except UserError:
         return None
     return np.asarray(objective.vocabulary({"table": rows}, config).table) if rows.shape == shape else None
 
