@@ -32,7 +32,7 @@ from tokmat_jax.config import (
     TokenizerConfig,
 )
 from tokmat_jax.data.tokenizer import Tokenizer, hugging_face, load_tokenizer
-from tokmat_jax.errors import UserError, one_line
+from tokmat_jax.errors import UserError, one_line, shown
 from tokmat_jax.hf import families
 from tokmat_jax.hf.families import Weight
 from tokmat_jax.hf.files import Safetensors, Stored, find_source, write_safetensors
@@ -130,6 +130,8 @@ def _open_folder(folder: Path, out: Path) -> _Source:
 
     facts = read_json(folder / "config.json")
     _check_model_type(facts.get("model_type"), folder / "config.json")
+    for field in families.LISTED:
+        families.check_count(facts.get(field, 0), field, folder / "config.json")
     try:
         settings: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model, tied = families.read_settings(settings)
@@ -160,7 +162,7 @@ def _open_gguf(file: Path, out: Path) -> _Source:
 
 def _check_model_type(found: Any, path: Path) -> None:
     if found not in families.MODEL_TYPES:
-        raise UserError(f"{path}: model_type {found!r} is not supported; supported are "
+        raise UserError(f"{path}: model_type {shown(found)} is not supported; supported are "
                         f"{', '.join(families.MODEL_TYPES)}")
 
 
@@ -177,7 +179,7 @@ def _ends(folder: Path, of_config: Any) -> Any:
     ends = read_json(generation).get("eos_token_id", of_config) if generation.is_file() else of_config
     several = ends if isinstance(ends, list) else [ends]
     if ends is not None and not all(isinstance(end, int) for end in several):
-        raise UserError(f"{generation} is damaged: eos_token_id = {ends!r} is no id")
+        raise UserError(f"{generation} is damaged: eos_token_id = {shown(ends)} is no id")
     return ends
 
 

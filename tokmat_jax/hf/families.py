@@ -6,15 +6,26 @@ written down, they follow from the parameters that the config asks for.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tokmat_jax.config import Config, ModelConfig, RopeConfig
-from tokmat_jax.errors import UserError
+from tokmat_jax.errors import UserError, shown
 
 MODEL_TYPES = ("gpt2", "llama", "qwen2")
 """What `model_type` in a config.json may say."""
+
+LISTED = ("num_hidden_layers", "n_layer", "num_labels")
+"""Numbers in a config.json of which `transformers` makes lists as long."""
+_LONGEST_LIST = 1 << 16
+
+
+def check_count(found: Any, field: str, where: Path) -> None:
+    """Raises UserError where a `field` of `LISTED` says more than memory should be taken for."""
+    if isinstance(found, int | float) and found > _LONGEST_LIST:
+        raise UserError(f"{where}: {field} = {shown(found)} is not supported; it must be at most {_LONGEST_LIST}")
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ def get(weight: Weight, layer: int, params: dict[str, np.ndarray]) -> np.ndarray
 
 def _require(condition: bool, field: str, found: Any, wanted: str) -> None:
     if not condition:
-        raise UserError(f"config.json: {field} = {found!r} is not supported; it must be {wanted}")
+        raise UserError(f"config.json: {field} = {shown(found)} is not supported; it must be {wanted}")
 
 
 def read_settings(stored: Any) -> tuple[ModelConfig, bool]:

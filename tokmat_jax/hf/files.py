@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import safetensors
 import safetensors.numpy
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 
-from tokmat_jax.errors import UserError, one_line
+from tokmat_jax.errors import UserError, one_line, shown
 from tokmat_jax.workdir import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -83,7 +84,7 @@ class Safetensors:
         listed = read_json(index)["weight_map"]
         for name, file in listed.items():
             if name not in self._places or self._places[name].file.name != file:
-                raise UserError(f"{index}: {name!r} is not in {file}; fetch both again")
+                raise UserError(f"{index}: {shown(name)} is not in {shown(file)}; fetch both again")
         for name, place in self._places.items():
             if name not in listed:
                 raise UserError(f"{place.file}: {name} is not in {index.name}; fetch both again")
@@ -93,7 +94,7 @@ class Safetensors:
         try:
             with safetensors.safe_open(file, "np") as opened:
                 array = opened.get_tensor(name).astype(np.float32, copy=False)
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise UserError(f"{file} is damaged at {name}: {one_line(error)}; fetch it again") from None
         return check_finite(name, array, file)
 
@@ -114,11 +115,11 @@ def _weight_files(folder: Path) -> list[Path]:
             raise UserError(f"{folder / INDEX} is damaged: it has no weight_map")
         for file in listed.values():
             if file in ("", ".", "..") or Path(file).name != file:
-                raise UserError(f"{folder / INDEX} names {file!r}: a shard must lie in the folder itself")
+                raise UserError(f"{folder / INDEX} names {shown(file)}: a shard must lie in the folder itself")
         files = [folder / file for file in sorted(set(listed.values()))]
         for file in files:
-            if not file.is_file():
-                raise UserError(f"{folder / INDEX} lists {file.name}, which is not there; fetch it too")
+            if not os.path.isfile(file):  # which also takes a name that no file can have
+                raise UserError(f"{folder / INDEX} lists {shown(file.name)}, which is not there; fetch it too")
         return files
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
@@ -142,7 +143,7 @@ def _places(file: Path) -> dict[str, _Place]:
         raise UserError(f"{file} is damaged: {one_line(error)}; fetch it again") from None
     for name, (_, dtype) in places.items():
         if not name.isprintable():
-            raise UserError(f"{file} is damaged: a weight is called {name!r}; fetch it again")
+            raise UserError(f"{file} is damaged: a weight is called {shown(name)}; fetch it again")
         if dtype not in _DTYPES and not re.search(r"\.attn\.(masked_)?bias$", name):
             raise UserError(f"{file}: {name} has type {dtype}; supported are {', '.join(_DTYPES)}")
     return {name: _Place(file, shape, _DTYPES.get(dtype, "float32")) for name, (shape, dtype) in places.items()}

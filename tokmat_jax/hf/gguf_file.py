@@ -1,14 +1,18 @@
 """A GGUF file as stored weights: names, layouts and settings of llama.cpp turned into those of `transformers`."""
 
+import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tokmat_jax.data.tokenizer import Tokenizer
-from tokmat_jax.errors import UserError, one_line
+from tokmat_jax.errors import UserError, one_line, shown
+from tokmat_jax.hf import families
 from tokmat_jax.hf.files import check_finite
+from tokmat_jax.hf.gguf_header import Place, read_header
 
 _EXTRA = "a GGUF file needs the package gguf: pip install -e '.[gguf]'"
 
@@ -37,6 +41,17 @@ _GPT2 = {
 _NAMES = {"llama": _LLAMA, "qwen2": _LLAMA, "gpt2": _GPT2}
 
 
+@dataclass(frozen=True)
+class _Weight:
+    name: str
+    """As llama.cpp calls it."""
+    kind: Any
+    """Type, a `GGMLQuantizationType`."""
+    shape: tuple[int, ...]
+    data: np.ndarray
+    """Bytes of its rows, mapped into memory."""
+
+
 class Gguf:
     """The weights of a GGUF file, dequantised as they are read, under the names of `transformers`."""
 
@@ -47,25 +62,36 @@ class Gguf:
             import gguf
         except ImportError:
             raise UserError(_EXTRA) from None
-        self._file, self._dequantize = file, gguf.dequantize
+        self._file, self._gguf = file, gguf
         try:
-            reader: Any = gguf.GGUFReader(str(file))
-            self._facts = {name: field.contents() for name, field in reader.fields.items()}
-            tensors = list(reader.tensors)
-        except Exception as error:
+            self._facts, places = read_header(file)
+            content = np.memmap(file, mode="r")
+            weights = [self._weight(place, content) for place in places]
+        except (OSError, ValueError) as error:
             raise UserError(f"{file} is damaged: {one_line(error)}; fetch it again") from None
         self.architecture = str(self._facts.get("general.architecture"))
         if self.architecture not in _NAMES:
-            raise UserError(f"{file}: architecture {self.architecture!r} is not supported; supported are "
+            raise UserError(f"{file}: architecture {shown(self.architecture)} is not supported; supported are "
                             f"{', '.join(_NAMES)}")
-        self._tensors = {self._rename(tensor.name): tensor for tensor in tensors}
-        head = self._tensors.get("lm_head.weight")
-        table = self._tensors.get(f"{_NAMES[self.architecture]['token_embd']}.weight")
+        self._weights = {self._rename(weight.name): weight for weight in weights}
+        head = self._weights.get("lm_head.weight")
+        table = self._weights.get(f"{_NAMES[self.architecture]['token_embd']}.weight")
         # GPT-2's files carry a copy of the table as their head.
-        if head is not None and table is not None and head.tensor_type == table.tensor_type \
-                and np.array_equal(head.data, table.data):
-            del self._tensors["lm_head.weight"]
-        self.shapes = {name: self._shape(name, tensor) for name, tensor in self._tensors.items()}
+        if head is not None and table is not None and head.kind == table.kind and np.array_equal(head.data, table.data):
+            del self._weights["lm_head.weight"]
+        self.shapes = {name: self._shape(name, weight) for name, weight in self._weights.items()}
+
+    def _weight(self, place: Place, content: np.ndarray) -> _Weight:
+        """What lies at `place`; raises ValueError unless the file has all of it."""
+        kind = self._gguf.GGMLQuantizationType(place.kind)
+        block, size = self._gguf.GGML_QUANT_SIZES[kind]
+        rows, row = place.shape[:0:-1], place.shape[0]
+        shape = (*rows, row // block * size)
+        end = place.begin + math.prod(shape)
+        if row % block or end > len(content):
+            raise ValueError(f"{place.name} of the type {kind.name} and the shape {place.shape} ends at byte {end:,} "
+                             f"of {len(content):,}, or inside a block")
+        return _Weight(place.name, kind, (*rows, row), content[place.begin : end].reshape(shape))
 
     def _rename(self, name: str) -> str:
         stem, _, part = name.rpartition(".")
@@ -75,25 +101,23 @@ class Gguf:
             raise UserError(f"{self._file}: its rotary frequencies are scaled by a table (rope_freqs.weight); import "
                             f"the safetensors it was made from")
         if known is None:
-            raise UserError(f"{self._file}: unknown weight {name!r}")
+            raise UserError(f"{self._file}: unknown weight {shown(name)}")
         return f"{known.format(layer=layer[1]) if layer else known}.{part}"
 
     def _is_transposed(self, name: str) -> bool:
         """GPT-2's matrices are [in, out] for `transformers` and [out, in] here."""
         return self.architecture == "gpt2" and name.endswith(".weight") and ".c_" in name
 
-    def _shape(self, name: str, tensor: Any) -> tuple[int, ...]:
-        shape = tuple(int(size) for size in tensor.shape)  # the innermost axis comes first
-        return shape if self._is_transposed(name) else shape[::-1]
+    def _shape(self, name: str, weight: _Weight) -> tuple[int, ...]:
+        return weight.shape[::-1] if self._is_transposed(name) else weight.shape
 
     def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
+        weight = self._weights[name]
         try:
-            array = np.asarray(self._dequantize(tensor.data, tensor.tensor_type), np.float32)
-            array = array.reshape(tuple(int(size) for size in tensor.shape)[::-1])
+            array = np.asarray(self._gguf.dequantize(weight.data, weight.kind), np.float32).reshape(weight.shape)
         except Exception as error:
-            raise UserError(f"{self._file} is damaged at {tensor.name}: {one_line(error)}; fetch it again") from None
-        check_finite(tensor.name, array, self._file)
+            raise UserError(f"{self._file} is damaged at {weight.name}: {one_line(error)}; fetch it again") from None
+        check_finite(weight.name, array, self._file)
         if self._is_transposed(name):
             return array.T
         if self.architecture == "llama" and (part := re.search(r"self_attn\.([qk])_proj", name)):
@@ -105,7 +129,7 @@ class Gguf:
         """What the metadata say of the architecture; raises UserError unless it is a `kind`."""
         found = self._facts.get(f"{self.architecture}.{name}", default)
         if type(found) is not kind:
-            what = "missing" if found is None else repr(found)
+            what = "missing" if found is None else shown(found)
             raise UserError(f"{self._file}: {self.architecture}.{name} is {what}, it must be one {kind.__name__}")
         return _short(found) if kind is float else found
 
@@ -115,7 +139,7 @@ class Gguf:
 
         kind, fields = {"gpt2": (GPT2Config, self._gpt2_fields), "llama": (LlamaConfig, self._llama_fields),
                         "qwen2": (Qwen2Config, self._llama_fields)}[self.architecture]
-        shared = {"tie_word_embeddings": "lm_head.weight" not in self._tensors}
+        shared = {"tie_word_embeddings": "lm_head.weight" not in self._weights}
         try:
             return kind(**shared, **fields())
         except UserError:
@@ -128,10 +152,15 @@ class Gguf:
             raise UserError(f"{self._file}: weight {name} is missing")
         return self.shapes[name][0]
 
+    def _num_layers(self) -> int:
+        found = self._fact("block_count", int)
+        families.check_count(found, f"{self.architecture}.block_count", self._file)
+        return found
+
     def _gpt2_fields(self) -> dict[str, Any]:
         return {
             "vocab_size": self._rows("transformer.wte.weight"), "n_embd": self._fact("embedding_length", int),
-            "n_layer": self._fact("block_count", int), "n_head": self._fact("attention.head_count", int),
+            "n_layer": self._num_layers(), "n_head": self._fact("attention.head_count", int),
             "n_inner": self._fact("feed_forward_length", int), "n_positions": self._fact("context_length", int),
             "layer_norm_epsilon": self._fact("attention.layer_norm_epsilon", float),
         }
@@ -146,21 +175,21 @@ class Gguf:
         fields = {
             "vocab_size": self._rows("model.embed_tokens.weight"), "hidden_size": size,
             "intermediate_size": self._fact("feed_forward_length", int),
-            "num_hidden_layers": self._fact("block_count", int), "num_attention_heads": heads,
+            "num_hidden_layers": self._num_layers(), "num_attention_heads": heads,
             "num_key_value_heads": self._fact("attention.head_count_kv", int, heads),
             "head_dim": None if head_dim * heads == size else head_dim,  # as a config.json has it
             "rms_norm_eps": self._fact("attention.layer_norm_rms_epsilon", float),
             "max_position_embeddings": self._fact("context_length", int), "rope_parameters": self._rope(),
         }
         if self.architecture == "llama":
-            fields |= {"attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._tensors,
-                       "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self._tensors}
+            fields |= {"attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._weights,
+                       "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self._weights}
         return fields
 
     def _rope(self) -> dict[str, Any]:
         kind = self._fact("rope.scaling.type", str, "none")
         if kind not in ("none", "linear"):
-            raise UserError(f"{self._file}: rotary scaling {kind!r} is not supported in a GGUF file; import the "
+            raise UserError(f"{self._file}: rotary scaling {shown(kind)} is not supported in a GGUF file; import the "
                             f"safetensors it was made from")
         theta = {"rope_theta": self._fact("rope.freq_base", float, 10_000.0)}
         if kind == "none":
