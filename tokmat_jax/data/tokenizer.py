@@ -1,18 +1,21 @@
 """Text ↔ ids. Every kind of tokenizer ends as one `tokenizers.Tokenizer` in a file, so that a workdir needs no hub."""
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tokmat_jax.config import TokenizerConfig
-from tokmat_jax.errors import UserError, one_line
+from tokmat_jax.errors import UserError, one_line, shown
 from tokmat_jax.workdir import TOKENIZER
 
 END_OF_TEXT = "<|endoftext|>"
 _FILE, _META = "tokenizer.json", "tokenizer_meta.json"
+_MOST_IDS = 1 << 24
+"""Tables have as many rows: an id is not believed to any size."""
 
 
 class Tokenizer:
@@ -22,7 +25,7 @@ class Tokenizer:
     read as ordinary text. An imported model may have more rows than its tokenizer has ids: V then counts the rows.
     """
 
-    def __init__(self, fast: FastTokenizer, end_of_text: int, prefix: Sequence[int] = (), num_rows: int = 0):
+    def __init__(self, fast: FastTokenizer, end_of_text: int, prefix: Iterable[int] = (), num_rows: int = 0):
         fast.encode_special_tokens = True
         fast.no_truncation()
         fast.no_padding()
@@ -31,6 +34,10 @@ class Tokenizer:
         self.prefix = tuple(prefix)
         # Ids may have gaps: what counts is the largest.
         self.vocab_size = max(num_rows, max(fast.get_vocab(with_added_tokens=True).values()) + 1)
+        most = min(self.vocab_size, _MOST_IDS) - 1
+        if self.vocab_size > _MOST_IDS or not all(0 <= one <= most for one in (end_of_text, *self.prefix)):
+            raise UserError(f"ids go from 0 to {most}; found a vocabulary up to {self.vocab_size - 1}, the end-of-text "
+                            f"{end_of_text} and the prefix {shown(self.prefix)}")
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special token around them; `prefix` is left out too."""
@@ -63,12 +70,28 @@ class Tokenizer:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that `save` wrote; raises UserError where the files are missing or damaged."""
-    try:
+    with _refused(f"no usable tokenizer in {folder}"):
         meta = json.loads((folder / _META).read_text())
         fast = FastTokenizer.from_file(str(folder / _FILE))
-        return Tokenizer(fast, int(meta["end_of_text"]), meta["prefix"], int(meta["vocab_size"]))
-    except Exception as error:
-        raise UserError(f"no usable tokenizer in {folder}: {one_line(error)}") from None
+        return _tried(Tokenizer(fast, int(meta["end_of_text"]), map(int, meta["prefix"]), int(meta["vocab_size"])))
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is a UserError that begins with `what`."""
+    try:
+        yield
+    except BaseException as error:
+        # What the library's Rust code did not foresee arrives as a panic, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {one_line(str(error))}") from None
+
+
+def _tried(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer`, once it has gone there and back: much of what is wrong with a file shows only then."""
+    tokenizer.decode(tokenizer.encode("a b"))
+    return tokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -93,18 +116,17 @@ def hugging_face(name: str) -> Tokenizer:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with _refused(f"cannot load the tokenizer {name!r}"):
         loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"cannot load the tokenizer {name!r}: {one_line(error)}") from None
     fast = getattr(loaded, "backend_tokenizer", None)
     if fast is None:
         raise UserError(f"the tokenizer {name!r} has no fast form (tokenizer.json); convert it first")
     if loaded.eos_token_id is None:
         raise UserError(f"the tokenizer {name!r} has no end-of-text (eos_token), which separates documents")
-    plain, whole = (fast.encode("a", add_special_tokens=special).ids for special in (False, True))
-    prefix = next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), ())
-    return Tokenizer(fast, int(loaded.eos_token_id), prefix)
+    with _refused(f"the tokenizer {name!r} cannot be used"):
+        plain, whole = (fast.encode("a", add_special_tokens=special).ids for special in (False, True))
+        prefix = next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), ())
+        return _tried(Tokenizer(fast, int(loaded.eos_token_id), prefix))
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
