@@ -3,7 +3,7 @@
 import functools
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from tokmat_jax.config import Config, DataConfig, MaturationConfig, ModelConfig, TrainConfig
 from tokmat_jax.model import make_forward
@@ -50,10 +50,10 @@ def padded_forward(config: Config = CONFIG):
     def padded(params, z, maturity, tail_length, positions, mask):
         length = z.shape[1]
         room = size - length
-        z = jnp.pad(z, ((0, 0), (0, room), (0, 0)))
-        maturity, positions = (jnp.pad(x, ((0, 0), (0, room))) for x in (maturity, positions))
-        mask = jnp.pad(mask, ((0, 0), (0, room), (0, room))) | jnp.eye(size, dtype=bool)[None]
+        z = np.pad(z, ((0, 0), (0, room), (0, 0)))
+        maturity, positions = (np.pad(x, ((0, 0), (0, room))) for x in (maturity, positions))
+        mask = np.pad(mask, ((0, 0), (0, room), (0, room))) | np.eye(size, dtype=bool)[None]
         output, live = forward(params, z, maturity, tail_length, positions, mask)
-        return output[:, :length], live
+        return np.asarray(output)[:, :length], live
 
     return padded
