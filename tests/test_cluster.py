@@ -23,7 +23,8 @@ def command(folder, name, devices, *more):
                            "--train.log-every", "1", "--train.eval-every", "4", "--train.checkpoint-every",
                            "2", "--mesh.data", "-1",
                            "--mesh.fsdp", "2", "--optimizer.schedule", "constant", *more)
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+    pretended = os.environ["XLA_FLAGS"].replace("count=4", f"count={devices}")
+    env = os.environ | {"XLA_FLAGS": pretended, "PYTHONPATH": str(ROOT)}
     return [sys.executable, str(ROOT / "train.py"), *flags], env
 
 

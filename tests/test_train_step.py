@@ -84,7 +84,7 @@ def test_a_step_on_four_devices_is_a_step_on_one(mesh):
 
 @pytest.mark.parametrize("kind", ["maturation", "ar"])
 def test_a_step_on_eight_devices_is_a_step_on_one_under_every_mesh(kind):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    env = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=4", "count=8"),
                         "PYTHONPATH": os.pathsep.join(sys.path)}
     script = Path(__file__).with_name("eight_devices.py")
     ran = subprocess.run([sys.executable, script, kind], env=env, capture_output=True, text=True, check=True)
