@@ -34,10 +34,8 @@ class Tokenizer:
         self.prefix = tuple(prefix)
         # Ids may have gaps: what counts is the largest.
         self.vocab_size = max(num_rows, max(fast.get_vocab(with_added_tokens=True).values()) + 1)
-        most = min(self.vocab_size, _MOST_IDS) - 1
-        if self.vocab_size > _MOST_IDS or not all(0 <= one <= most for one in (end_of_text, *self.prefix)):
-            raise UserError(f"ids go from 0 to {most}; found a vocabulary up to {self.vocab_size - 1}, the end-of-text "
-                            f"{end_of_text} and the prefix {shown(self.prefix)}")
+        if self.vocab_size > _MOST_IDS:
+            raise UserError(f"a vocabulary of {self.vocab_size:,} ids is not supported; it may have {_MOST_IDS:,}")
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special token around them; `prefix` is left out too."""
@@ -90,6 +88,9 @@ def _refused(what: str) -> Iterator[None]:
 
 def _tried(tokenizer: Tokenizer) -> Tokenizer:
     """`tokenizer`, once it has gone there and back: much of what is wrong with a file shows only then."""
+    if not all(0 <= one < tokenizer.vocab_size for one in (tokenizer.end_of_text, *tokenizer.prefix)):
+        raise UserError(f"its end-of-text {tokenizer.end_of_text} and prefix {shown(tokenizer.prefix)} must be among "
+                        f"its {tokenizer.vocab_size} ids")
     tokenizer.decode(tokenizer.encode("a b"))
     return tokenizer
 
