@@ -12,10 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokmat_jax.config import RopeConfig
+from tokmat_jax.errors import ConfigError
+
+_LARGEST_HEAD = 1 << 14
+"""The frequencies exist before any weight does: a config from elsewhere must not claim memory with them."""
 
 
 def frequencies(config: RopeConfig, head_size: int) -> np.ndarray:
-    """Radians per position of each pair [D/2], float32."""
+    """Radians per position of each pair [D/2], float32; raises ConfigError for a head larger than any in use."""
+    if head_size > _LARGEST_HEAD:
+        raise ConfigError(f"heads of {head_size} numbers are not supported with rotary positions; they may have "
+                          f"{_LARGEST_HEAD}")
     plain = config.theta ** -(np.arange(0, head_size, 2) / head_size)
     match config.scaling:
         case "none" | "dynamic":

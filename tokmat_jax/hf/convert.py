@@ -194,6 +194,8 @@ def _end_of_text(ends: Any, of_tokenizer: int) -> tuple[int, tuple[str, ...]]:
 
 def _fit(loaded: Tokenizer, end_of_text: int, num_rows: int, where: Path) -> Tokenizer:
     """The tokenizer with V = `num_rows` ids."""
+    if not all(0 <= one < num_rows for one in loaded.prefix):
+        raise UserError(f"{where}: text begins with the ids {shown(loaded.prefix)}, the table has {num_rows} rows")
     if not 0 <= end_of_text < num_rows:
         raise UserError(f"{where}: text ends at the id {end_of_text}, the table has {num_rows} rows")
     if loaded.vocab_size > num_rows:
@@ -218,7 +220,12 @@ def _plain_config(model: ModelConfig, tied: bool, out: Path) -> Config:
 
 
 def _shapes(config: Config, vocab_size: int) -> Shapes:
-    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, vocab_size))
+    try:
+        shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, vocab_size))
+    except UserError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:  # sizes for which no array has room
+        raise UserError(f"the settings describe no model that could be: {one_line(error)}") from None
     return {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
 
 
