@@ -42,7 +42,7 @@ from tokmat_jax.workdir import keep_corpus, load_config, save_config
 
 FEW = 200
 SECONDS = 5.0
-"""What a reader may take for one tiny input."""
+"""What a reader may compute for one tiny input, whatever else the machine does meanwhile."""
 ROOM = 2 << 30
 """Address space that it may take: a length that is believed takes more."""
 
@@ -377,7 +377,7 @@ def watched() -> Iterator[None]:
     def stop(*_):
         raise Hang
 
-    before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
+    before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGPROF, stop)
     taken = Path("/proc/self/statm")
     if taken.exists():
         size = int(taken.read_text().split()[0]) * resource.getpagesize() + ROOM
@@ -386,8 +386,8 @@ def watched() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
@@ -416,9 +416,9 @@ def failures(name: str, folder: Path, count: int) -> Iterator[str]:
     with watched():
         for number in range(count):
             data = mutate(random.Random(f"{name} {number}"), seeds)
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             wrong = failure(reader, folder, data)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             if wrong is not None:
                 yield f"input {number}: {wrong}"
     if new := {path.name for path in folder.iterdir()} - before - {reader.file, "corpus.json"}:
