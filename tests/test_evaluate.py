@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 
@@ -73,6 +74,40 @@ def test_a_report_has_all_its_rows_columns_and_files(reported):
     for name in drawn:
         assert f"plots/{name}.svg" in markdown
     assert page.count("<figure") == len(drawn)
+
+
+HOSTILE = "</script></style><script>alert(1)</script><img src=x onerror=alert(2)> & \"'` \u2028\u202e\x1b\udcff"
+
+
+def hostile(value):
+    """`value` with something in every text of it that a page or a file could not take as it is."""
+    if isinstance(value, dict):
+        return {name: hostile(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [hostile(inner) for inner in value]
+    return value + HOSTILE if isinstance(value, str) else value
+
+
+def test_no_text_in_a_report_does_anything(reported, tmp_path):
+    data = read(reported)
+    for row in data["rows"]:  # what is infinite is null in the file
+        row["values"] = {key: {name: float("nan") if one is None else one for name, one in value.items()}
+                         for key, value in row["values"].items()}
+    for name in ("title", "run", "baseline", "prompts", "judge", "mismatch", "brier_note", "command", "rows"):
+        data[name] = hostile(data[name])
+    figures = data["figures"]
+    for name in ("maturing", "readout", "attractors", "prompt"):
+        figures[name] = hostile(figures[name])
+    figures["geometry"] = {name + HOSTILE: found for name, found in figures["geometry"].items()}
+    data["mismatch"] = [HOSTILE]
+    evaluate.write(data, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("&lt;img src=x onerror=alert(2)&gt;") > 50
+    for tag in ("<script", "<img", "</script"):
+        assert tag not in page
+    assert page.count("</style>") == 1 + page.count("<style type")
+    assert not re.search("[\u202e\x1b]", page + (tmp_path / "report.md").read_text(encoding="utf-8"))
+    assert read(tmp_path)["title"].endswith(HOSTILE)
 
 
 def test_the_human_row_is_the_text_behind_the_prompts(reported, runs_dir):

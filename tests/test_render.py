@@ -55,6 +55,14 @@ def test_nothing_that_a_model_wrote_becomes_a_tag(block):
     assert page.text.count(EVIL) >= 2  # the title of the page, and the block
 
 
+def test_what_would_turn_lines_or_cannot_be_written_is_replaced():
+    blocks = [Heading("a\u202eb\x1b[2J\udcff\0"), Quote([("\u2066\ud800", "new")])]
+    for page in (to_html("t", blocks, {}), to_markdown(blocks)):
+        assert "a\N{REPLACEMENT CHARACTER}b" in page
+        assert not set("\u202e\x1b\udcff\0\u2066\ud800") & set(page)
+        page.encode("utf-8")
+
+
 def test_a_page_holds_its_plots_and_names_no_other_place():
     page = to_html("t", [Plot("one"), Paragraph("text")], {"one": "<svg><text>inside</text></svg>"})
     assert "<svg><text>inside</text></svg>" in page

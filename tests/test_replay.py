@@ -16,7 +16,7 @@ from tokmat_jax.view.terminal import visible
 
 TOKENIZER = train_bpe(["one two three\n"] * 9, 290)
 WORDS = TOKENIZER.encode("one two three\n one abc xyz")
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028\u202e&amp;\x1b"
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028\u202e&amp;\x1b\"'"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -119,6 +119,11 @@ def test_nothing_but_this_script_and_this_style_may_run():
         digest = base64.b64encode(hashlib.sha256(found.encode()).digest()).decode()
         assert f"{directive} 'sha256-{digest}'" in policy
     assert policy.startswith("default-src 'none'; img-src data:;")
+
+
+def test_a_name_that_is_no_unicode_can_be_written():
+    run = Run("\udcff", made(), {"\ud800": "\udfff"})
+    replay("runs/\udcff: one", [run], TOKENIZER).encode("utf-8")
 
 
 def test_names_of_places_in_a_title_are_only_text():

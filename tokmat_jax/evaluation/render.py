@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from tokmat_jax.view.terminal import visible
+
 Plots = dict[str, str]
 """SVG by name."""
 
@@ -35,7 +37,7 @@ class Heading:
         return f"{'#' * self.level} {self.text}"
 
     def html(self, plots: Plots) -> str:  # noqa: ARG002
-        return f"<h{self.level}>{html.escape(self.text)}</h{self.level}>"
+        return f"<h{self.level}>{_shown(self.text)}</h{self.level}>"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Paragraph:
         return f"**{self.text}**" if self.is_warning else self.text
 
     def html(self, plots: Plots) -> str:  # noqa: ARG002
-        return f"<p{' class=warning' if self.is_warning else ''}>{html.escape(self.text)}</p>"
+        return f"<p{' class=warning' if self.is_warning else ''}>{_shown(self.text)}</p>"
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class Table:
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
     def html(self, plots: Plots) -> str:  # noqa: ARG002
-        head = "".join(f"<th scope=col>{html.escape(cell)}</th>" for cell in self.header)
-        body = "".join(f"<tr><th scope=row>{html.escape(row[0])}</th>"
-                       + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:]) + "</tr>" for row in self.rows)
+        head = "".join(f"<th scope=col>{_shown(cell)}</th>" for cell in self.header)
+        body = "".join(f"<tr><th scope=row>{_shown(row[0])}</th>"
+                       + "".join(f"<td>{_shown(cell)}</td>" for cell in row[1:]) + "</tr>" for row in self.rows)
         return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
@@ -80,7 +82,7 @@ class Plot:
         return f"![{self.name}](plots/{self.name}.svg)"
 
     def html(self, plots: Plots) -> str:
-        return f"<figure role=img aria-label='{html.escape(self.name)}'>{plots[self.name]}</figure>"
+        return f"<figure role=img aria-label='{_shown(self.name)}'>{plots[self.name]}</figure>"
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Bullets:
         return "\n".join(f"- {item}" for item in self.items)
 
     def html(self, plots: Plots) -> str:  # noqa: ARG002
-        return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in self.items) + "</ul>"
+        return "<ul>" + "".join(f"<li>{_shown(item)}</li>" for item in self.items) + "</ul>"
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Quote:
     def html(self, plots: Plots) -> str:  # noqa: ARG002
         tags = {"prompt": "b", "new": "span", "tail": "i", "mark": "mark"}
         return "<div class=text>" + "".join(
-            f"<{tags[kind]}>{html.escape(text)}</{tags[kind]}>" for text, kind in self.spans) + "</div>"
+            f"<{tags[kind]}>{_shown(text)}</{tags[kind]}>" for text, kind in self.spans) + "</div>"
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,12 @@ class Folded:
 
     def html(self, plots: Plots) -> str:
         held = "".join(block.html(plots) for block in self.blocks)
-        return f"<details><summary>{html.escape(self.title)}</summary>{held}</details>"
+        return f"<details><summary>{_shown(self.title)}</summary>{held}</details>"
+
+
+def _shown(text: str) -> str:
+    """`text` as HTML that is read and not obeyed, by a page or by the direction of its lines."""
+    return html.escape(visible(text))
 
 
 def _code(text: str) -> str:
@@ -136,7 +143,7 @@ def _code(text: str) -> str:
 
 def to_markdown(blocks: Sequence[Block]) -> str:
     """`blocks` as Markdown."""
-    return "\n\n".join(block.markdown() for block in blocks) + "\n"
+    return visible("\n\n".join(block.markdown() for block in blocks)) + "\n"
 
 
 def to_html(title: str, blocks: Sequence[Block], plots: Plots) -> str:
@@ -145,7 +152,7 @@ def to_html(title: str, blocks: Sequence[Block], plots: Plots) -> str:
     return ("<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta http-equiv=Content-Security-Policy "
             "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
             "<meta name=viewport content='width=device-width, initial-scale=1'><link rel=icon href='data:,'>"
-            f"<title>{html.escape(title)}</title><style>{_CSS}</style></head><body>\n"
+            f"<title>{_shown(title)}</title><style>{_CSS}</style></head><body>\n"
             + "\n".join(block.html(plots) for block in blocks) + "\n</body></html>\n")
 
 

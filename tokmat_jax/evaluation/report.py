@@ -23,7 +23,9 @@ def to_json(data: Data) -> str:
             return [clean(inner) for inner in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(clean(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(clean(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    # Half of a surrogate pair, as in the name of a folder that is not UTF-8, is spelt as JSON spells it.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def number(value: float | None, percent: bool = False, signed: bool = False) -> str:
