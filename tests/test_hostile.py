@@ -27,13 +27,14 @@ import checkpoints
 import generate
 from test_fuzz import made_trajectory
 from tokmat_jax.arrays import open_npy
-from tokmat_jax.config import DataConfig
+from tokmat_jax.config import Config, DataConfig
 from tokmat_jax.data import sources
 from tokmat_jax.data.tokenizer import hugging_face, load_tokenizer, train_bpe
 from tokmat_jax.errors import UserError
 from tokmat_jax.hf.convert import import_weights
 from tokmat_jax.hf.files import Safetensors
 from tokmat_jax.trajectory import load_trajectory
+from tokmat_jax.workdir import load_config, save_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = [*sorted((ROOT / "tokmat_jax").rglob("*.py")), ROOT / "train.py", ROOT / "generate.py",
@@ -339,6 +340,16 @@ def test_a_checkpoints_config_takes_no_memory_for_what_it_claims(model_type, fie
     refused(import_weights, str(folder), tmp_path / "out")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["num_layers", "embed_dim", "mlp_dim", "head_dim", "max_positions"])
+def test_a_runs_config_takes_no_memory_for_what_it_claims(name, tmp_path):
+    save_config(Config(), tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    for value in (2**25, 2**40, 2**63):
+        data["model"][name] = value
+        (tmp_path / "config.json").write_text(json.dumps(data))
+        refused(load_config, tmp_path, says=f"model.{name}")
 
 
 def gguf_of(*parts: bytes, num_weights: int = 0, num_facts: int = 0, version: int = 3) -> bytes:

@@ -32,6 +32,7 @@ _FREE = ("workdir", "mesh", "compute", "cluster", "generation", "data.prepared_d
          "train.log_every", "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples",
          "train.checkpoint_every", "train.keep_checkpoints", "train.profile")
 """Fields that a resumed run may change; any other would make it another run."""
+_MOST_LAYERS, _LARGEST_SIZE = 1 << 12, 1 << 24
 
 
 def save_config(config: Config, workdir: Path) -> None:
@@ -120,13 +121,23 @@ def parse_config_json(text: str, where: str) -> Config:
     """The Config in the JSON `text`; raises UserError, which names `where`, if it is damaged or does not fit."""
     try:
         _refuse_unknown(json.loads(text), Config, where)
-        return pydantic.TypeAdapter(Config).validate_json(text, strict=True)
+        config = pydantic.TypeAdapter(Config).validate_json(text, strict=True)
+        _refuse_giant(config, where)
+        return config
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "its values"
         raise UserError(f"{where}: {field}: {one_line(first['msg'])}") from None
     except (ValueError, RecursionError) as error:  # pydantic's errors are ValueErrors too
         raise UserError(f"{where} is damaged: {one_line(error)}") from None
+
+
+def _refuse_giant(config: Config, where: str) -> None:
+    """A model's shape is worked out before its weights are looked for: what a file claims must stay within reason."""
+    for name, value in dataclasses.asdict(config.model).items():
+        most = _MOST_LAYERS if name == "num_layers" else _LARGEST_SIZE
+        if type(value) is int and value > most:
+            raise UserError(f"{where}: model.{name} = {shown(value)} is not supported; it must be at most {most}")
 
 
 def _refuse_unknown(data: Any, kind: type, where: str) -> None:
