@@ -147,7 +147,7 @@ class Loop:
                 jax.block_until_ready(metrics)
                 watch = Stopwatch(step)
             last = step == train.num_steps
-            if last or step % train.log_every == 0 or step % train.checkpoint_every == 0:
+            if logged := last or step % train.log_every == 0 or step % train.checkpoint_every == 0:
                 means = self._means(waiting, step, checkpoints)
                 if (steps_per_second := watch.rate(step)) is not None:
                     means |= measures(self.config, self.corpus.tokenizer.vocab_size, steps_per_second)
@@ -160,7 +160,9 @@ class Loop:
                 if last or step % train.sample_every == 0:
                     self.show_samples(step)
                 # Last, so that a run that is stopped here does all of this step again.
-                if last or step % train.checkpoint_every == 0:
+                if last:
+                    checkpoints.finish(self.state, batches.position)
+                elif step % train.checkpoint_every == 0 or (logged and checkpoints.due()):
                     checkpoints.save(self.state, batches.position)
 
     def _means(self, waiting: list[dict[str, jax.Array]], step: int, checkpoints: Checkpoints) -> dict[str, float]:
@@ -168,11 +170,9 @@ class Loop:
         for number, row in enumerate(rows, step - len(rows) + 1):
             for name in ("loss", "grad_norm", "param_norm"):
                 if not np.isfinite(row[name]):
-                    checkpoints.wait()
-                    good = checkpoints.latest_step()
-                    where = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
-                    raise UserError(f"{name} is {row[name]} at step {number}; {where} in {self.workdir}: lower the "
-                                    f"learning rate or --optimizer.clip-norm, in a new --workdir")
+                    raise UserError(f"{name} is {row[name]} at step {number}; {checkpoints.newest()} in "
+                                    f"{self.workdir}: lower the learning rate or --optimizer.clip-norm, in a new "
+                                    f"--workdir")
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
     def validate(self, step: int) -> None:
@@ -247,9 +247,12 @@ def say(*parts: object) -> None:
 
 def keep(config: Config, corpus: Corpus, workdir: Path) -> None:
     """Writes what a run needs besides its checkpoints."""
-    keep_corpus(corpus.facts, workdir)
-    save_config(config, workdir)
-    corpus.tokenizer.save(workdir / TOKENIZER)
+    try:
+        keep_corpus(corpus.facts, workdir)
+        save_config(config, workdir)
+        corpus.tokenizer.save(workdir / TOKENIZER)
+    except OSError as error:
+        raise UserError(f"--workdir: cannot write into {workdir}: {error.strerror}") from None
 
 
 def main(args: Sequence[str]) -> None:

@@ -1,22 +1,40 @@
 """Checkpoints through Orbax: parameters, optimiser and data position as separate items of one step.
 
 Generation reads the parameters alone. Saving is asynchronous; a step is listed only when all its items are complete.
-Nothing in a checkpoint depends on the mesh or on the number of processes that wrote it.
+Nothing in a checkpoint depends on the mesh or on the number of processes that wrote it. The item `data` describes the
+arrays (see `integrity.py`), so that damage is found whatever file it is in.
 """
 
 import contextlib
+import gc
 import logging
-from collections.abc import Iterator
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from tokmat_jax.errors import UserError
+from tokmat_jax.errors import UserError, one_line
+from tokmat_jax.integrity import describe, is_sealed, seal, summed
+from tokmat_jax.machine import everywhere, on_first
 from tokmat_jax.model import Params
-from tokmat_jax.sharding import path_name
 from tokmat_jax.train_step import TrainState
-from tokmat_jax.workdir import CHECKPOINTS
+from tokmat_jax.workdir import CHECKPOINTS, DAMAGED
+
+RETRY_SECONDS = 30.0
+"""At least so long after a checkpoint could not be saved it is tried again."""
+
+LAST_RETRIES = 20
+"""So often it is tried again where there is nothing else left to do."""
+
+
+class _DamageError(Exception):
+    """What is wrong with the files of a checkpoint."""
 
 
 def _open_manager(
@@ -34,46 +52,131 @@ class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: Path, keep: int):
-        self._manager = _open_manager(
-            workdir, ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-        )
+        self._workdir, self._keep = workdir, keep
+        self._manager = self._open()
+        self._failed_at: float | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        """Removes what was left half-written: Orbax would do so beside what comes next, and not wait for it."""
+        on_first(self._clean_up)
+        return _open_manager(self._workdir, ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True))
+
+    def _clean_up(self) -> None:
+        for unfinished in (self._workdir / CHECKPOINTS).glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def latest_step(self) -> int | None:
         """The newest complete step, None where there is none."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, position: int) -> None:
-        """Starts saving `state` and the `position` in the data; returns before it is on disk."""
+        """Starts saving `state` and the `position` in the data; returns before it is on disk.
+
+        Where that fails a line says so, and `due` asks for another attempt. With several processes it raises.
+        """
         step = int(state.step)
         if step == self.latest_step():
             return
-        self._manager.save(step, args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            data=ocp.args.JsonSave({"position": position}),
-        ))
+        optimizer = {"step": state.step, "opt_state": state.opt_state}
+        items = {"params": state.params, "optimizer": optimizer}
+        facts = seal({"step": step, "position": position, "arrays": summed(items)})
+        args = ocp.args.Composite(params=ocp.args.StandardSave(state.params),
+                                  optimizer=ocp.args.StandardSave(optimizer), data=ocp.args.JsonSave(facts))
+
+        def write() -> None:
+            _check_room(self._manager.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
+            self._manager.save(step, args=args)
+
+        self._attempt(write)
+
+    def due(self) -> bool:
+        """Whether what was last saved could not be written, and it is time for another attempt."""
+        if self._failed_at is None and not self._manager.is_saving_in_progress():
+            self._attempt(self._manager.wait_until_finished)
+        if self._failed_at is not None:
+            self._clean_up()  # what was still being written when the attempt failed
+        return self._failed_at is not None and time.monotonic() >= self._failed_at + RETRY_SECONDS
+
+    def finish(self, state: TrainState, position: int) -> None:
+        """Saves, and returns when it is on disk; raises UserError where it cannot be written, after some attempts."""
+        for attempt in range(1 + LAST_RETRIES):
+            if attempt:
+                time.sleep(RETRY_SECONDS)
+            self.save(state, position)
+            if self._failed_at is None:
+                self._attempt(self._manager.wait_until_finished)
+            if self.latest_step() == int(state.step):
+                return
+        raise UserError(f"step {int(state.step)} could not be saved in {self._workdir}, see above; {self._newest()}: "
+                        f"make room there and run the same command again")
+
+    def newest(self) -> str:
+        """The newest checkpoint in words, once everything that was saved is on disk."""
+        self._attempt(self._manager.wait_until_finished)
+        return self._newest()
+
+    def _newest(self) -> str:
+        step = self.latest_step()
+        return "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
+
+    def _attempt(self, write: Callable[[], Any]) -> None:
+        self._failed_at = None
+        try:
+            write()
+        except Exception as error:
+            if jax.process_count() > 1:
+                raise
+            # A manager does not get over a failure; a new one removes what is half-written.
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            self._manager = self._open()
+            self._failed_at = time.monotonic()
+            print(f"warning: cannot save a checkpoint in {self._workdir} ({one_line(error)}); {self._newest()}, and it "
+                  f"is tried again", file=sys.stderr, flush=True)
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, int]:
-        """The newest state, placed as `shapes` says, and its position in the data."""
-        step = self.latest_step()
-        assert step is not None
-        _check(self._manager, step, shapes.params)
-        optimizer = {"step": shapes.step, "opt_state": shapes.opt_state}
-        with _named(self._manager, step):
-            found = self._manager.restore(step, args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(shapes.params),
-                optimizer=ocp.args.StandardRestore(optimizer),
-                data=ocp.args.JsonRestore(),
-            ))
-            position = int(found["data"]["position"])
-        return TrainState(found["optimizer"]["step"], found["params"], found["optimizer"]["opt_state"]), position
+        """The newest state that is not damaged, placed as `shapes` says, and its position in the data.
 
-    def wait(self) -> None:
-        """Returns when everything that was saved is on disk."""
-        self._manager.wait_until_finished()
+        Damaged ones before it are moved aside, and a line names each. Raises UserError where none is left, and where
+        the names, shapes or types are not those of `shapes`.
+        """
+        expected = {"params": shapes.params, "optimizer": {"step": shapes.step, "opt_state": shapes.opt_state}}
+        while (step := self.latest_step()) is not None:
+            try:
+                found, position = _read(self._manager, step, expected)
+            except _DamageError as damage:
+                moved = on_first(lambda step=step: self._move_aside(step)) or self._workdir / DAMAGED
+                self._manager.reload()
+                rest = self.latest_step()
+                left = "no other one is left" if rest is None else f"going on from step {rest}"
+                if jax.process_index() == 0:
+                    print(f"warning: {self._manager.directory / str(step)} is damaged ({damage}) and was moved to "
+                          f"{moved}: {left}", file=sys.stderr, flush=True)
+            else:
+                optimizer = found["optimizer"]
+                return TrainState(optimizer["step"], found["params"], optimizer["opt_state"]), position
+        raise UserError(f"no checkpoint of {self._workdir} can be read, see above: bring one of them back from a copy, "
+                        f"or start again in another --workdir")
+
+    def _move_aside(self, step: int) -> Path:
+        folder = self._workdir / DAMAGED
+        folder.mkdir(exist_ok=True)
+        place = next(place for number in range(10**6)
+                     if not (place := folder / (f"{step}-{number}" if number else str(step))).exists())
+        os.rename(self._manager.directory / str(step), place)
+        return place
 
     def close(self) -> None:
+        """Ends what is being saved; where that fails a line says so."""
+        self._attempt(self._manager.wait_until_finished)
         self._manager.close()
+
+
+def _check_room(folder: Any, size: int) -> None:
+    """Raises OSError where `size` bytes of arrays will not fit: a failure in the midst of writing costs more."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(f"No space left on device: {free / 1e6:,.1f} MB free, {size / 1e6:,.1f} MB to write")
 
 
 def save_params(workdir: Path, params: Params) -> None:
@@ -85,8 +188,10 @@ def save_params(workdir: Path, params: Params) -> None:
     # Typed as a whole number of gigabytes; any number is taken, and an array above the limit is refused.
     handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1.1 * largest / 1e9 + 0.05)  # pyright: ignore[reportArgumentType]
     options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
+    facts = seal({"step": 0, "position": 0, "arrays": summed({"params": params})})
     with _open_manager(workdir, options, handler) as manager:
-        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+        manager.save(0, args=ocp.args.Composite(
+            params=ocp.args.StandardSave(params), data=ocp.args.JsonSave(facts)))
 
 
 @contextlib.contextmanager
@@ -100,7 +205,10 @@ def open_checkpoints(workdir: Path, keep: int) -> Iterator[Checkpoints]:
 
 
 def load_params(workdir: Path, shapes: Params) -> tuple[Params, int]:
-    """Parameters of the newest checkpoint of `workdir` and its step; raises UserError where there is none."""
+    """Parameters of the newest checkpoint of `workdir` and its step.
+
+    Raises UserError where there is none, where it is damaged, and where it does not fit `shapes`.
+    """
     missing = UserError(f"{workdir} has no checkpoint yet: train it with train.py --workdir {workdir}")
     if not (workdir / CHECKPOINTS).is_dir():
         raise missing
@@ -111,9 +219,12 @@ def load_params(workdir: Path, shapes: Params) -> tuple[Params, int]:
         step = manager.latest_step()
         if step is None:
             raise missing
-        _check(manager, step, shapes)
-        with _named(manager, step):
-            found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes)))
+        try:
+            found, _ = _read(manager, step, {"params": shapes})
+        except _DamageError as damage:
+            others = [other for other in manager.all_steps() if other != step]
+            rest = f"delete it to go on from step {max(others)}" if others else "there is no other one"
+            raise UserError(f"{manager.directory / str(step)} is damaged ({damage}): {rest}") from None
         return found["params"], step
 
 
@@ -129,33 +240,77 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _read(manager: ocp.CheckpointManager, step: int, shapes: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The items of `shapes` as arrays that are proved to be what was saved, and the position in the data.
+
+    Raises _DamageError in every process if it is found in one of them, and UserError where what was saved does not fit.
+    """
+    facts, said = _tried(lambda: manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"])
+    if said is None and not (is_sealed(facts) and facts["step"] == step):
+        said = "data/metadata is not what was written"
+    _raise_everywhere(said)
+    _check_fits(f"{manager.directory / str(step)}", facts["arrays"], shapes)
+    arrays, said = _tried(lambda: manager.restore(step, args=ocp.args.Composite(
+        **{name: ocp.args.StandardRestore(item) for name, item in shapes.items()})))
+    _raise_everywhere(said)
+    found = {name: arrays[name] for name in shapes}
+    changed = [name for name, one in summed(found).items() if one != facts["arrays"][name]]
+    if changed:
+        raise _DamageError(f"the bits of {changed[0]} are not those that were written")
+    return found, facts["position"]
+
+
+def _tried(read: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What `read` returns, or None and what went wrong: whatever it is, the files are to blame."""
+    with _without_tracebacks():
+        try:
+            return read(), None
+        except Exception as error:
+            said = _innermost(error)
+        # What was being read beside it fails too, some of it a little later; only now nothing holds its futures.
+        time.sleep(0.3)
+        gc.collect()
+        return None, said
+
+
+def _innermost(error: Exception) -> str:
+    """What went wrong first, which names the file."""
+    while isinstance(cause := error.__cause__ or error.__context__, Exception):
+        error = cause
+    return one_line(error)[:200]
+
+
 @contextlib.contextmanager
-def _named(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
-    """Whatever goes wrong while reading a checkpoint is a complaint about that checkpoint."""
+def _without_tracebacks() -> Iterator[None]:
+    """Without those of threads and futures, which Python would print for each array that cannot be read."""
+    hooks, logger = (sys.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
+    level = logger.level
+    sys.excepthook = sys.unraisablehook = lambda *_: None
+    logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:
-        others = [other for other in manager.all_steps() if other != step]
-        rest = f"delete it to go on from step {max(others)}" if others else "there is no other one"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{manager.directory / str(step)} is damaged ({reason}): {rest}") from None
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
+        logger.setLevel(level)
 
 
-def _check(manager: ocp.CheckpointManager, step: int, shapes: Params) -> None:
+def _raise_everywhere(said: str | None) -> None:
+    if not everywhere(said is None):
+        raise _DamageError(said or "found by another process")
+
+
+def _check_fits(where: str, stored: dict[str, Any], shapes: dict[str, Any]) -> None:
     """Raises UserError unless the stored names, shapes and types are those expected: Orbax would cast silently."""
-    where = manager.directory / str(step)
-    with _named(manager, step):
-        stored = manager.item_metadata(step)["params"].tree
-    described = {
-        path_name(path): (tuple(leaf.shape), str(leaf.dtype))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(stored)
-    }
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        name, expected = path_name(path), (tuple(leaf.shape), str(leaf.dtype))
-        found = described.pop(name, None)
-        if found != expected:
-            raise UserError(f"{where}: {name} is {found or 'missing'}, the config wants {expected}")
-    if described:
-        raise UserError(f"{where}: {next(iter(described))} has no place in the config's model")
+    wanted = describe(shapes)
+    for name in [*wanted, *stored]:
+        if name.split("/")[0] not in shapes:
+            continue
+        if name not in wanted:
+            raise UserError(f"{where}: {name} has no place in the config's model")
+        found = {key: value for key, value in stored.get(name, {}).items() if key != "sum"}
+        if found != wanted[name]:
+            raise UserError(f"{where}: {name} is {_words(found)}, the config wants {_words(wanted[name])}")
+
+
+def _words(facts: dict[str, Any]) -> str:
+    return f"{facts['dtype']} {tuple(facts['shape'])}" if facts else "missing"

@@ -9,6 +9,7 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TypeVar
 
 import tyro
@@ -23,7 +24,10 @@ T = TypeVar("T")
 
 def run_script(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` on the command line's arguments; a UserError becomes one line and exit code 2."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # notes of the checkpoint library, none for a user
+    # What the checkpoint library has to say to a user comes as an exception, too.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.excepthook = _shown
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -32,6 +36,12 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _shown(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Shows an error of any thread, but not that the checkpoint library hung up on its own after a failure."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
 
 
 def parse(

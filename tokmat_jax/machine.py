@@ -56,6 +56,15 @@ def on_first(work: Callable[[], T]) -> T | None:
     return result
 
 
+def everywhere(fine: bool) -> bool:
+    """Whether it is `fine` in all processes; every one of them must ask."""
+    if jax.process_count() == 1:
+        return fine
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.int32(fine)).all())
+
+
 def leave_broken_cluster(error: Exception) -> None:
     """Ends a process that can reach the others no more; a clean end would wait for them."""
     print(f"error: process {jax.process_index()} has lost the others ({one_line(error)}): start the same command again "

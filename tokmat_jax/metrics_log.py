@@ -1,55 +1,134 @@
-"""Rows of numbers as JSON lines and TensorBoard. A resumed run takes back the rows it is going to write again."""
+"""Rows of numbers as JSON lines and TensorBoard. A resumed run takes back the rows it is going to write again.
 
+A disk that is full stops no run: rows wait until there is room.
+"""
+
+import contextlib
 import json
 import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from tokmat_jax.errors import UserError
 
 
 class JsonLines:
     """A file of one JSON object per line, each with a `step`; rows after `resume_step` are dropped when it opens."""
 
     def __init__(self, path: Path, resume_step: int):
-        kept = [line for line in _lines(path) if _step(line) <= resume_step]
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(unfinished, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._waiting, self._warned = path, b"", False
+        try:
+            _keep_until(path, resume_step)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Adds `row`; where that is not possible now it waits for the next one."""
+        self._waiting += json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                _warn(self._path, error, "its rows wait for room")
+            self._warned = True
 
     def close(self) -> None:
+        self._flush()
         self._file.close()
+        if self._waiting:
+            print(f"warning: {self._path} lacks its last {self._waiting.count(10)} row(s)", file=sys.stderr, flush=True)
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def _keep_until(path: Path, resume_step: int) -> None:
+    before = path.read_bytes() if path.exists() else b""
+    kept = b"".join(line + b"\n" for line in before.split(b"\n") if _step(line) <= resume_step)
+    if kept != before or not path.exists():
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_bytes(kept)
+        os.replace(unfinished, path)
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):  # the last line of a killed run
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):  # the last line of a killed run
         return float("inf")
+
+
+def _warn(path: Path, error: OSError, then: str) -> None:
+    print(f"warning: cannot write {path} ({error.strerror or error}): {then}", file=sys.stderr, flush=True)
+
+
+class _Board:
+    """Scalars for TensorBoard. What cannot be written is left out: `metrics.jsonl` has all of it."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        self._folder, self._purge, self._warned = folder, resume_step + 1, False
+        self._events: Any = None
+        self._suffix = ""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        try:
+            if self._events is None:
+                self._events = self._open()
+            for name, value in values.items():
+                self._events.write_event(Event(step=step, wall_time=time.time(), summary=scalar(name, value)))
+            self._events.flush()
+            self._purge = step + 1
+        except OSError as error:
+            if not self._warned:
+                _warn(self._folder, error, "its curves have a gap")
+            self._warned = True
+            self._begin_again()
+
+    def _open(self) -> Any:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._folder.mkdir(exist_ok=True)
+        self._suffix = f".{time.time_ns()}"  # two files of one second would have the same name
+        events = EventsWriter(str(self._folder / "events"), self._suffix)
+        # What an earlier process has written from this step on no longer counts.
+        events.write_event(Event(step=self._purge, session_log=SessionLog(status=SessionLog.START)))
+        return events
+
+    def _begin_again(self) -> None:
+        """Leaves a file with half a record, which would hide all that come after it."""
+        self.close()
+        self._events = None
+        for path in self._folder.glob(f"*{self._suffix}"):
+            if path.stat().st_size == 0:
+                path.unlink()
+
+    def close(self) -> None:
+        if self._events is not None:
+            with contextlib.suppress(OSError):
+                self._events.close()
 
 
 class MetricsLog:
     """`metrics.jsonl` and `tensorboard/` of a workdir."""
 
     def __init__(self, workdir: Path, resume_step: int):
-        from tensorboardX import SummaryWriter
-
         self._rows = JsonLines(workdir / "metrics.jsonl", resume_step)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._board = _Board(workdir / "tensorboard", resume_step)
 
     def write(self, step: int, prefix: str, metrics: dict[str, float]) -> None:
         """One row: the names get `prefix/` before them."""
         named = {f"{prefix}/{name}": value for name, value in metrics.items()}
         self._rows.write({"step": step, **named})
-        for name, value in named.items():
-            self._board.add_scalar(name, value, step)
+        self._board.write(step, named)
 
     def close(self) -> None:
         self._rows.close()

@@ -4,6 +4,7 @@
     corpus.json      what the corpus was made from; its fingerprint must not change
     tokenizer/       see `data/tokenizer.py`
     checkpoints/     see `checkpoint.py`
+    damaged/         checkpoints that could not be read, moved aside
     metrics.jsonl    one row per logged step; `tensorboard/` holds the same
     samples.jsonl    what was printed during training
     imported.json    where the weights come from, if they were not trained here
@@ -27,6 +28,7 @@ from tokmat_jax.errors import UserError, one_line, shown
 
 CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
 IMPORTED = "imported.json"
+DAMAGED = "damaged"
 
 _FREE = ("workdir", "mesh", "compute", "cluster", "generation", "data.prepared_dir", "train.num_steps",
          "train.log_every", "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples",
