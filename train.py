@@ -6,15 +6,18 @@ mesh, corpus, state, loop. Of several processes the first one prints and writes.
 
 import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
+from tokmat_jax.arrays import open_npy
 from tokmat_jax.checkpoint import Checkpoints, open_checkpoints
 from tokmat_jax.cli import parse_config, run_script
 from tokmat_jax.config import Config, MeshConfig
@@ -34,6 +37,8 @@ from tokmat_jax.machine import (
 from tokmat_jax.metrics_log import JsonLines, MetricsLog
 from tokmat_jax.model import Params
 from tokmat_jax.sharding import make_mesh, process_rows, put_rows, put_whole
+from tokmat_jax.spikes import LossWatch
+from tokmat_jax.stopping import Stop, stop_signals
 from tokmat_jax.throughput import flops_per_token, measures, memory
 from tokmat_jax.train_step import TrainFunctions, TrainState, eval_means, make_train_functions
 from tokmat_jax.view.progress import Bar, bar
@@ -45,22 +50,29 @@ from tokmat_jax.workdir import (
     check_same_run,
     keep_corpus,
     load_config,
+    lock_workdir,
     make_workdir,
+    refuse_links,
     save_config,
 )
 
 
-def open_workdir(config: Config) -> Path:
-    """The run's folder; an existing one must hold the same run."""
-    workdir = Path(config.workdir)
+def open_workdir(workdir: Path) -> IO[str]:
+    """Makes the run's folder and locks it until the file that is returned is closed."""
     make_workdir(workdir)
+    refuse_links(workdir)
+    return lock_workdir(workdir)
+
+
+def check_workdir(config: Config) -> None:
+    """Raises UserError where the run's folder holds anything but this run."""
+    workdir = Path(config.workdir)
     if (workdir / IMPORTED).exists():
         raise UserError(f"{workdir} holds imported weights, which training would replace: start from them with "
                         f"--init-from {workdir} and another --workdir")
     if (workdir / CONFIG).exists():
         for name, (before, after) in check_same_run(load_config(workdir), config).items():
             print(f"{workdir}: {name} {before!r} → {after!r}")
-    return workdir
 
 
 def initial_table(config: Config, vocab_size: int) -> np.ndarray | None:
@@ -69,9 +81,9 @@ def initial_table(config: Config, vocab_size: int) -> np.ndarray | None:
         return None
     expected = (vocab_size, config.model.embed_dim)
     try:
-        rows = np.lib.format.open_memmap(config.table.initial, "r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"table.initial: cannot read {config.table.initial!r}: {error}") from None
+        rows = open_npy(config.table.initial)
+    except UserError as error:
+        raise UserError(f"table.initial: {error}") from None
     floats = np.issubdtype(rows.dtype, np.floating)
     if rows.shape != expected or not floats or not np.isfinite(rows).all() or not np.any(rows, axis=-1).all():
         raise UserError(f"table.initial: {config.table.initial!r} is {rows.dtype} {rows.shape}, "
@@ -128,31 +140,34 @@ class Loop:
         self.unigram = put_whole(corpus.unigram(), mesh)
         self.log = MetricsLog(workdir, int(state.step)) if is_first() else None
         self.samples = JsonLines(workdir / "samples.jsonl", int(state.step)) if is_first() else None
+        self.spikes = JsonLines(workdir / "spikes.jsonl", int(state.step)) if is_first() else None
+        self.watch, self.skipped_in_a_row = LossWatch(), 0
         self.tracing = Tracing(config.train.profile if is_first() else None, workdir / "profile")
         self.generator: Generator | None = None
 
-    def run(self, batches: Batches, rows: slice, checkpoints: Checkpoints) -> None:
-        """Updates until `num_steps`, with everything that happens in between."""
+    def run(self, batches: Batches, rows: slice, checkpoints: Checkpoints, stop: Stop) -> int:
+        """Updates until `num_steps` or `stop`, with everything that happens in between; returns the exit code."""
         train = self.config.train
-        waiting: list[dict[str, jax.Array]] = []
+        waiting: list[tuple[int, dict[str, jax.Array]]] = []
         first = int(self.state.step) + 1
         watch = Stopwatch(first - 1)
         for step in range(first, train.num_steps + 1):
             self.tracing.before(step)
             ids = put_rows(next(batches), rows, train.batch_size, self.mesh)
             self.state, metrics = self.functions.step(self.state, ids, self.unigram)
-            waiting.append(metrics)
+            waiting.append((batches.position - 1, metrics))
             self.tracing.after(step, metrics)
             if step == first:  # the time to compile is not the speed of training
                 jax.block_until_ready(metrics)
                 watch = Stopwatch(step)
+            code = stop.after(step)
             last = step == train.num_steps
-            if logged := last or step % train.log_every == 0 or step % train.checkpoint_every == 0:
+            if logged := last or code or step % train.log_every == 0 or step % train.checkpoint_every == 0:
                 means = self._means(waiting, step, checkpoints)
                 if (steps_per_second := watch.rate(step)) is not None:
                     means |= measures(self.config, self.corpus.tokenizer.vocab_size, steps_per_second)
                 self._write(step, "train", means | memory())
-                self.progress.update(step, f"loss {means['loss']:.3f}{speed(means)}")
+                self.progress.update(step, f"loss {means.get('loss', np.nan):.3f}{speed(means)}")
                 waiting, watch = [], Stopwatch(step)
             with watch.paused():
                 if last or step % train.eval_every == 0:
@@ -160,20 +175,41 @@ class Loop:
                 if last or step % train.sample_every == 0:
                     self.show_samples(step)
                 # Last, so that a run that is stopped here does all of this step again.
-                if last:
+                if last or code:
                     checkpoints.finish(self.state, batches.position)
-                elif step % train.checkpoint_every == 0 or (logged and checkpoints.due()):
+                    return 0 if last else code or 0
+                if step % train.checkpoint_every == 0 or (logged and checkpoints.due()):
                     checkpoints.save(self.state, batches.position)
+        return 0
 
-    def _means(self, waiting: list[dict[str, jax.Array]], step: int, checkpoints: Checkpoints) -> dict[str, float]:
-        rows = jax.device_get(waiting)
-        for number, row in enumerate(rows, step - len(rows) + 1):
-            for name in ("loss", "grad_norm", "param_norm"):
-                if not np.isfinite(row[name]):
-                    raise UserError(f"{name} is {row[name]} at step {number}; {checkpoints.newest()} in "
-                                    f"{self.workdir}: lower the learning rate or --optimizer.clip-norm, in a new "
-                                    f"--workdir")
-        return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    def _means(self, waiting: list[tuple[int, dict[str, jax.Array]]], step: int,
+               checkpoints: Checkpoints) -> dict[str, float]:
+        """Means over the steps that were not skipped, whose number is `skipped`."""
+        rows = jax.device_get([metrics for _, metrics in waiting])
+        good = [row for row in rows if not row["skipped"]]
+        for number, (position, _), row in zip(range(step - len(rows) + 1, step + 1), waiting, rows, strict=True):
+            self._look_at(number, position, row, checkpoints)
+        means = {name: float(np.mean([row[name] for row in good])) for name in rows[0] if good}
+        return means | {"skipped": float(len(rows) - len(good))}
+
+    def _look_at(self, step: int, position: int, row: dict[str, np.ndarray], checkpoints: Checkpoints) -> None:
+        """Notes a step that was skipped or whose loss stands out; raises UserError where too many were skipped."""
+        loss, skipped = float(row["loss"]), bool(row["skipped"])
+        expected = self.watch.expected(loss)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not skipped and expected is None:
+            return
+        numbers = {name: float(row[name]) for name in ("loss", "grad_norm", "param_norm")}
+        what = f"loss {loss:.3f}, expected {expected:.3f}" if expected is not None else ", ".join(
+            f"{name} is {value}" for name, value in numbers.items() if not np.isfinite(value))
+        self.progress.print(f"step {step}{', skipped' * skipped}: {what}; the batch is at position {position}")
+        if self.spikes is not None:
+            finite = {name: value if np.isfinite(value) else str(value) for name, value in numbers.items()}
+            self.spikes.write({"step": step, "position": position, "skipped": skipped, "expected": expected, **finite})
+        if self.skipped_in_a_row > self.config.train.max_skipped:
+            raise UserError(f"{what} at step {step}, the last of {self.skipped_in_a_row} in a row to be skipped; "
+                            f"{checkpoints.newest()} in {self.workdir}: lower the learning rate or "
+                            f"--optimizer.clip-norm, in a new --workdir")
 
     def validate(self, step: int) -> None:
         """Loss terms and accuracy on the held-out split."""
@@ -226,9 +262,9 @@ class Loop:
 
     def close(self) -> None:
         self.tracing.close()
-        if self.log is not None and self.samples is not None:
-            self.log.close()
-            self.samples.close()
+        for file in (self.log, self.samples, self.spikes):
+            if file is not None:
+                file.close()
 
 
 def speed(means: dict[str, float]) -> str:
@@ -262,7 +298,16 @@ def main(args: Sequence[str]) -> None:
     use_compilation_cache(config.compute)
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
-    workdir = on_first(lambda: open_workdir(config)) or Path(config.workdir)
+    with on_first(lambda: open_workdir(Path(config.workdir))) or contextlib.nullcontext():
+        code = run(config, mesh)
+    if code:
+        sys.exit(code)
+
+
+def run(config: Config, mesh: Mesh) -> int:
+    """The run of `config` on `mesh`, in a locked workdir; returns the exit code."""
+    workdir = Path(config.workdir)
+    on_first(lambda: check_workdir(config))
     corpus = on_first(lambda: prepare(config)) or prepare(config)
     on_first(lambda: keep(config, corpus, workdir))
     facts, vocab_size = corpus.facts, corpus.tokenizer.vocab_size
@@ -271,7 +316,8 @@ def main(args: Sequence[str]) -> None:
         f"{facts['validation_windows']:,} held out")
 
     rows = process_rows(mesh, config.train.batch_size)
-    batches = train_batches(corpus.windows("train"), config.train.batch_size, config.train.seed, rows)
+    batches = train_batches(corpus.windows("train"), config.train.batch_size, config.train.seed, rows,
+                            config.train.skip_batches)
     with jax.set_mesh(mesh), open_checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
         functions = make_train_functions(config, vocab_size, mesh)
         if checkpoints.latest_step() is None:
@@ -293,17 +339,22 @@ def main(args: Sequence[str]) -> None:
         say(f"{config.objective.kind} objective, {size:,} parameters, {flops_per_token(config, vocab_size) / 1e6:,.1f} "
             f"MFLOP per token, mesh {dict(mesh.shape)}, {config.train.num_steps:,} steps of "
             f"{config.train.batch_size} × {config.data.seq_len} tokens")
-        with bar("training", config.train.num_steps, int(state.step), is_first()) as progress:
+        with bar("training", config.train.num_steps, int(state.step), is_first()) as progress, stop_signals() as stop:
             loop = Loop(config, workdir, corpus, functions, state, progress, mesh)
             try:
-                loop.run(batches, rows, checkpoints)
+                code = loop.run(batches, rows, checkpoints, stop)
             except jax.errors.JaxRuntimeError as error:
                 if jax.process_count() == 1:
                     raise
                 leave_broken_cluster(error)
             finally:
                 loop.close()
-    say(f'done: python generate.py --workdir {workdir} --prompt "…"')
+        step = int(loop.state.step)
+    if code:
+        say(f"stopped: step {step:,} is saved; the same command goes on from there")
+    else:
+        say(f'done: python generate.py --workdir {workdir} --prompt "…"')
+    return code
 
 
 if __name__ == "__main__":

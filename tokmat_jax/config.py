@@ -357,6 +357,10 @@ class TrainConfig(_Section):
     """Steps between two checkpoints (the last step always has one)."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    max_skipped: int = 10
+    """Most steps in a row that may be skipped because a number in them is not finite; one more stops the run."""
+    skip_batches: tuple[int, ...] = ()
+    """Positions of batches in the data, from 0, that are left out (`spikes.jsonl` names those that stood out)."""
     profile: tuple[int, int] | None = None
     """First and last step of which a trace is written into the workdir's `profile/`, for TensorBoard and Perfetto."""
 
@@ -366,6 +370,9 @@ class TrainConfig(_Section):
                  "sample_every", "checkpoint_every", "keep_checkpoints")
         _require_positive(**{f"train__{name}": getattr(self, name) for name in names})
         _require(self.num_samples >= 0, f"train.num_samples must not be negative, found {self.num_samples}")
+        _require(self.max_skipped >= 0, f"train.max_skipped must not be negative, found {self.max_skipped}")
+        _require(all(position >= 0 for position in self.skip_batches),
+                 f"train.skip_batches must not be negative, found {self.skip_batches}")
         _require(0 <= self.seed < 2**32, f"train.seed must lie in 0..2³²−1, found {self.seed}")
         first, last = self.profile or (1, 1)
         _require(1 <= first <= last, f"train.profile must be a first and a last step from 1 on, found {self.profile}")

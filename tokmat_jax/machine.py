@@ -4,7 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -65,7 +65,7 @@ def everywhere(fine: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.int32(fine)).all())
 
 
-def leave_broken_cluster(error: Exception) -> None:
+def leave_broken_cluster(error: Exception) -> NoReturn:
     """Ends a process that can reach the others no more; a clean end would wait for them."""
     print(f"error: process {jax.process_index()} has lost the others ({one_line(error)}): start the same command again "
           f"on all of them, and they go on from the newest checkpoint", file=sys.stderr, flush=True)

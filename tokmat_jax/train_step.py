@@ -74,7 +74,11 @@ class TrainFunctions:
 def update(
     state: TrainState, ids: jax.Array, unigram: jax.Array, config: Config, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update on `ids` [B, T]: the gradient of Σ w L / Σ w over the whole batch, whatever the accumulation."""
+    """One update on `ids` [B, T]: the gradient of Σ w L / Σ w over the whole batch, whatever the accumulation.
+
+    Where the loss, its gradient or the new parameters are not finite the update is `skipped`: only the step advances,
+    and the optimiser's own count of updates stays one behind it.
+    """
     forward = make_forward(config)
     step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
     negatives_key, rows_key = jax.random.split(step_key)
@@ -94,10 +98,15 @@ def update(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = objective.keep_logit_scale_in_range(optax.apply_updates(state.params, updates))
     metrics = {name: total / sums["weight"] for name, total in sums.items() if name != "weight"}
+    grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
+    kept = (state.params, state.opt_state)
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state), kept)
     schedule = make_schedule(config.optimizer, config.optimizer.learning_rate, config.train.num_steps)
     metrics |= {
-        "grad_norm": optax.tree.norm(grads),
-        "param_norm": optax.tree.norm(params),
+        "grad_norm": grad_norm,
+        "param_norm": param_norm,
+        "skipped": 1.0 - finite.astype(jnp.float32),
         "learning_rate": schedule(state.step),
         "logit_scale": objective.logit_scale(state.params, config),
     }

@@ -7,19 +7,24 @@
     damaged/         checkpoints that could not be read, moved aside
     metrics.jsonl    one row per logged step; `tensorboard/` holds the same
     samples.jsonl    what was printed during training
+    spikes.jsonl     steps whose loss stood out or that were skipped, with the position of their batch
+    lock             held by the process that trains
     imported.json    where the weights come from, if they were not trained here
 """
 
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import json
 import os
 import shutil
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pydantic
 
@@ -29,10 +34,12 @@ from tokmat_jax.errors import UserError, one_line, shown
 CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
 IMPORTED = "imported.json"
 DAMAGED = "damaged"
+LOCK = "lock"
 
 _FREE = ("workdir", "mesh", "compute", "cluster", "generation", "data.prepared_dir", "train.num_steps",
          "train.log_every", "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples",
-         "train.checkpoint_every", "train.keep_checkpoints", "train.profile")
+         "train.checkpoint_every", "train.keep_checkpoints", "train.max_skipped", "train.skip_batches",
+         "train.profile")
 """Fields that a resumed run may change; any other would make it another run."""
 _MOST_LAYERS, _LARGEST_SIZE = 1 << 12, 1 << 24
 
@@ -70,6 +77,38 @@ def make_workdir(workdir: Path, flag: str = "--workdir") -> None:
             pass
     except OSError as error:
         raise UserError(f"{flag}: cannot write into {workdir}: {error.strerror}; choose another {flag}") from None
+
+
+def lock_workdir(workdir: Path) -> IO[str]:
+    """Keeps every other run out of `workdir` until the file that is returned is closed, or the process ends.
+
+    Raises UserError where another process has it.
+    """
+    file = (workdir / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = one_line(file.read(200) or "another process")
+        file.close()
+        raise UserError(f"{workdir} is in use by {holder}: wait for it to end, or choose another --workdir") from None
+    except OSError as error:
+        print(f"warning: {workdir} cannot be locked ({error.strerror}): start no second run in it", file=sys.stderr)
+    file.truncate(0)
+    with contextlib.suppress(OSError):  # the lock is what counts; a full disk takes no name
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    return file
+
+
+def refuse_links(workdir: Path) -> None:
+    """Raises UserError where a link in `workdir` leads out of it: through it a run would write elsewhere."""
+    whole = workdir.resolve()
+    for folder, folders, files in os.walk(whole):
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(whole):
+                raise UserError(f"{path} is a link to {path.resolve()}, out of the workdir, where a run must not write:"
+                                f" remove it (--workdir itself may be a link)")
 
 
 @contextlib.contextmanager

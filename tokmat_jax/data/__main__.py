@@ -5,6 +5,11 @@
 tokenises the text of `data.source` in N processes, by default one per CPU, and cuts it into windows. The other flags
 are those of `train.py`, which finds the corpus by the same `data` and `tokenizer` settings. Running the same command
 again goes on where it was stopped.
+
+    batch --workdir DIR --position N
+
+prints the windows of the batch at a position of a run's data, from 0, as text: `spikes.jsonl` names those on which the
+loss stood out, and `train.skip_batches` leaves them out.
 """
 
 import os
@@ -12,10 +17,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tokmat_jax.cli import parse, parse_config, run_script
+from tokmat_jax.data.loader import train_batches
 from tokmat_jax.data.prepare import prepare
 from tokmat_jax.errors import UserError
+from tokmat_jax.view.terminal import visible
+from tokmat_jax.workdir import CORPUS, load_config, read_json
 
 
 @dataclass(frozen=True)
@@ -54,15 +63,45 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, rest
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What `batch` takes."""
+
+    workdir: str
+    """The run."""
+    position: int
+    """How many batches lie before the one that is printed."""
+
+
+def run_batch(args: Sequence[str]) -> None:
+    """Prints one batch of a run, a line before each window."""
+    asked = parse(Batch, args, description="The windows of a batch, as text.", prog="python -m tokmat_jax.data batch")
+    if asked.position < 0:
+        raise UserError(f"--position must not be negative, found {asked.position}")
+    config = load_config(Path(asked.workdir))
+    corpus = prepare(config)
+    known = read_json(Path(asked.workdir) / CORPUS).get("fingerprint")
+    if known != corpus.facts["fingerprint"]:
+        raise UserError(f"{asked.workdir} has learned from another state of its corpus: bring the text back")
+    batches = train_batches(corpus.windows("train"), config.train.batch_size, config.train.seed)
+    batches.seek(asked.position)
+    for number, ids in enumerate(next(batches), 1):
+        print(f"--- batch {asked.position}, window {number} of {config.train.batch_size}")
+        print(visible(corpus.tokenizer.decode(ids.tolist())))
+
+
 def main(args: Sequence[str]) -> None:
     """Runs the command that `args` begin with."""
     if not args:
-        raise UserError("no command given; there is prepare")
+        raise UserError("no command given; there are prepare and batch")
     if args[0] in ("-h", "--help"):
         print(__doc__)
         sys.exit(0)
+    if args[0] == "batch":
+        run_batch(args[1:])
+        return
     if args[0] != "prepare":
-        raise UserError(f"unknown command {args[0]!r}; there is prepare")
+        raise UserError(f"unknown command {args[0]!r}; there are prepare and batch")
     if set(args[1:]) & {"-h", "--help"}:
         print(__doc__)
     run_prepare(args[1:])

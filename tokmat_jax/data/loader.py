@@ -22,13 +22,15 @@ class Windows(Protocol):
 class Batches:
     """An endless iterator of ids [rows, T] int32 that can be put to any position."""
 
-    def __init__(self, iterator: Any):
-        self._iterator = iterator
+    def __init__(self, iterator: Any, left_out: Sequence[int] = ()):
+        self._iterator, self._left_out = iterator, frozenset(left_out)
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> np.ndarray:
+        while self.position in self._left_out:
+            next(self._iterator)
         return next(self._iterator)
 
     @property
@@ -41,15 +43,21 @@ class Batches:
         self._iterator.set_state({"next_index": position})
 
 
-def train_batches(windows: Windows, batch_size: int, seed: int, rows: slice = slice(None)) -> Batches:
-    """The `rows` of every batch of `batch_size` windows; each epoch is a new permutation of all `windows` by `seed`."""
+def train_batches(
+    windows: Windows, batch_size: int, seed: int, rows: slice = slice(None), left_out: Sequence[int] = ()
+) -> Batches:
+    """The `rows` of every batch of `batch_size` windows; each epoch is a new permutation of all `windows` by `seed`.
+
+    Batches at the positions `left_out` are passed over.
+    """
 
     def read(indices: np.ndarray) -> np.ndarray:
         return np.stack([record["tokens"] for record in windows.__getitems__(indices[rows].tolist())])
 
     # Numbers are shuffled, not windows, so that no process reads a row of another one.
     batches = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
-    return Batches(iter(batches.map(read).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32))))
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)
+    return Batches(iter(batches.map(read).to_iter_dataset(options)), left_out)
 
 
 def validation_batches(windows: Windows, batch_size: int, num_batches: int) -> Iterator[np.ndarray]:
