@@ -154,7 +154,13 @@ class Stage:
             return
         if not Path("train.py").is_file():
             raise UserError("there is no train.py here: run experiments in the project's folder")
-        if subprocess.run([sys.executable, "train.py", *self.flags], check=False).returncode != 0:
+        process = subprocess.Popen([sys.executable, "train.py", *self.flags])
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # Ctrl-C has reached it too, and it saves before it leaves
+            raise
+        if process.returncode != 0:
             raise UserError(f"training {self.workdir} failed, see above; the same command goes on from there")
 
 

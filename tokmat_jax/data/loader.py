@@ -29,7 +29,7 @@ class Batches:
         return self
 
     def __next__(self) -> np.ndarray:
-        while self.position in self._left_out:
+        while self._left_out and self.position in self._left_out:
             next(self._iterator)
         return next(self._iterator)
 
