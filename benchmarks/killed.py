@@ -1,0 +1,179 @@
+"""What a training run loses to a machine that dies: nothing.
+
+    python benchmarks/killed.py --times 20
+
+A run of `train.py` is made once without disturbance. Then, again and again, the same run is killed (SIGKILL) at a
+random moment, its second process too, and the third one lets it end. Every other kill waits for a checkpoint that is
+being written. Each process must go on from the newest complete checkpoint, no half-written one may be listed or left,
+and the last parameters, the optimiser's state and the position in the data must be those of the undisturbed run, bit by
+bit.
+A line of JSON follows the card; the exit code is 2 where anything was lost.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from side_by_side import machine
+
+from tokmat_jax.cli import parse, run_script
+from tokmat_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 120.0
+"""Seconds after which a process that neither ends nor saves is stuck."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Kill training runs and see what is lost."""
+
+    times: int = 20
+    """Runs that are killed, each of them twice."""
+    steps: int = 200
+    """Steps of a run."""
+    checkpoint_every: int = 4
+    """Steps between two checkpoints."""
+    seed: int = 0
+    """Decides the moments."""
+
+
+def flags(folder: Path, name: str, args: Args) -> list[str]:
+    """The command of the run `name`."""
+    given = {"workdir": folder / name, "data.source": f"files:{folder}/text.txt", "data.prepared-dir": folder,
+             "data.seq-len": 32, "tokenizer.kind": "bytes", "model.embed-dim": 32, "model.num-layers": 2,
+             "model.num-heads": 2, "objective.num-negatives": 16, "train.batch-size": 4, "train.num-steps": args.steps,
+             "train.log-every": 20, "train.eval-every": 150, "train.eval-batches": 2, "train.num-samples": 0,
+             "train.checkpoint-every": args.checkpoint_every, "generation.tail-length": 4, "mesh.data": 1,
+             "compute.compilation-cache": folder / "compiled"}
+    return [str(ROOT / "train.py"), *(word for key, value in given.items() for word in (f"--{key}", str(value)))]
+
+
+def write_text(path: Path) -> None:
+    """Documents without sense, each another one."""
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, rng.integers(97, 123, rng.integers(1, 9)))) for _ in range(500)]
+    path.write_text("<|endoftext|>".join(" ".join(rng.choice(words, 100)) for _ in range(200)))
+
+
+def steps_of(workdir: Path) -> list[int]:
+    """The checkpoints that are listed."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def half_written(workdir: Path) -> list[Path]:
+    """What is being saved, or was when the process died."""
+    return list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+
+def last_state(workdir: Path) -> dict[str, Any]:
+    """The newest checkpoint as arrays, read without a word of ours."""
+    step = workdir.resolve() / "checkpoints" / str(steps_of(workdir)[-1])
+    reader = ocp.PyTreeCheckpointer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it takes the shardings of the file, and says so
+        arrays = {item: jax.device_get(reader.restore(step / item)) for item in ("params", "optimizer")}
+    return arrays | {"data": json.loads((step / "data" / "metadata").read_text())}
+
+
+def start(folder: Path, name: str, args: Args) -> subprocess.Popen[str]:
+    """A process of the run `name`, which prints into a file beside its workdir."""
+    with (folder / f"{name}.txt").open("w") as said:
+        return subprocess.Popen([sys.executable, *flags(folder, name, args)], cwd=ROOT, stdout=said, stderr=said,
+                                text=True)
+
+
+def wait_until_it_saves(process: subprocess.Popen[str], workdir: Path, after: int) -> None:
+    """Returns when a checkpoint is being written behind the first `after` ones, or the process has ended."""
+    deadline, seen, before = time.monotonic() + PATIENCE, 0, False
+    while process.poll() is None and seen <= after:
+        now = bool(half_written(workdir))
+        seen, before = seen + (now and not before), now
+        if time.monotonic() > deadline:
+            process.kill()
+            raise UserError(f"{workdir}: stuck, nothing was saved for {PATIENCE:.0f} s")
+
+
+def kill(folder: Path, name: str, args: Args, seconds: float, rng: np.random.Generator, saving: bool) -> dict[str, Any]:
+    """Starts the run and kills it within `seconds`; what was there then, and what the process had gone on from."""
+    workdir = folder / name
+    newest = (steps_of(workdir) or [0])[-1]
+    process = start(folder, name, args)
+    if saving:
+        wait_until_it_saves(process, workdir, int(rng.integers(0, args.steps // args.checkpoint_every // 2)))
+        time.sleep(rng.uniform(0.0, 0.03))
+    else:
+        time.sleep(rng.uniform(0.0, seconds))
+    process.kill()
+    process.wait()
+    said = re.search(r"resuming after step ([\d,]+)", (folder / f"{name}.txt").read_text())
+    gone_on = int(said[1].replace(",", "")) if said else None
+    return {"killed": process.returncode < 0, "saving": bool(half_written(workdir)), "steps": steps_of(workdir),
+            "went_on": gone_on in ((None, newest) if newest else (None,))}
+
+
+def finish(folder: Path, name: str, args: Args) -> float:
+    """Lets the run end; returns the seconds it took."""
+    begin = time.monotonic()
+    process = start(folder, name, args)
+    if process.wait():
+        raise UserError(f"{folder / name} ended with {process.returncode}: "
+                        f"{(folder / f'{name}.txt').read_text().splitlines()[-1]}")
+    return time.monotonic() - begin
+
+
+def differing(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Names of the leaves that are not equal bit by bit."""
+    one, two = (jax.tree_util.tree_leaves_with_path(tree) for tree in (expected, found))
+    if [path for path, _ in one] != [path for path, _ in two]:
+        return ["the names"]
+    return [jax.tree_util.keystr(path) for (path, a), (_, b) in zip(one, two, strict=True)
+            if np.asarray(a).tobytes() != np.asarray(b).tobytes()]
+
+
+def main(words: Sequence[str]) -> None:
+    """Prints the card."""
+    args = parse(Args, words)
+    rng, lost = np.random.default_rng(args.seed), []
+    count = dict.fromkeys(("kills", "while_saving", "bit_equal"), 0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_text(folder / "text.txt")
+        finish(folder, "compiled-once", args)
+        seconds = finish(folder, "whole", args)
+        expected = last_state(folder / "whole")
+        print(f"undisturbed: {args.steps} steps, {args.steps // args.checkpoint_every} checkpoints, {seconds:.1f} s")
+        for number in range(1, args.times + 1):
+            run = f"run-{number}"
+            kills = [kill(folder, run, args, seconds, rng, saving) for saving in (number % 2 == 0, number % 4 < 2)]
+            finish(folder, run, args)
+            wrong = differing(expected, last_state(folder / run))
+            wrong += [f"half-written {path.name}" for path in half_written(folder / run)]
+            wrong += [f"process {index} did not go on from the newest" for index, one in enumerate(kills, 1)
+                      if not one["went_on"]]
+            print(f"run {number:2}: killed at step " + " and ".join(
+                f"{(one['steps'] or [0])[-1]:3}{' while saving' if one['saving'] else ''}" for one in kills)
+                + (f": {', '.join(wrong)}" if wrong else ": bit-equal"), flush=True)
+            count["kills"] += sum(one["killed"] for one in kills)
+            count["while_saving"] += sum(one["saving"] for one in kills)
+            count["bit_equal"] += not wrong
+            lost += [run] * bool(wrong)
+    print(json.dumps({"benchmark": "killed", **count, "seconds": seconds, "settings": asdict(args),
+                      "machine": machine()}))
+    if lost:
+        raise UserError(f"{len(lost)} of {args.times} runs did not end as the undisturbed one: {', '.join(lost)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
