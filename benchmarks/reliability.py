@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 from decoding import make_generator
+from growth import pretended
 from side_by_side import machine
 
 from tokmat_jax.cli import parse, run_script
@@ -73,7 +74,7 @@ def watch(command: Sequence[str], begun: Path) -> list[int]:
     Not the peak that a process knows of itself: that of a new process begins with its parent's.
     """
     memory = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=pretended(1), stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             if begun.exists() and begun.stat().st_size and (now := resident_bytes(process.pid)):
                 memory.append(now)
