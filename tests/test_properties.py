@@ -28,7 +28,16 @@ from test_scripts import ROOT, rows, stored
 from tokmat_jax import sharding
 from tokmat_jax.buckets import sample_key
 from tokmat_jax.checkpoint import open_checkpoints
-from tokmat_jax.config import Config, DataConfig, GenerationConfig, MeshConfig, TokenizerConfig
+from tokmat_jax.config import (
+    Config,
+    DataConfig,
+    GenerationConfig,
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from tokmat_jax.data import loader, prepare, sources
 from tokmat_jax.data.tokenizer import make_tokenizer
 from tokmat_jax.errors import UserError
@@ -204,6 +213,11 @@ def test_every_token_of_every_document_is_packed_once(examples):
 
 
 STEPS = 6
+SMALL = dataclasses.replace(
+    tiny.CONFIG, data=DataConfig(seq_len=16), model=ModelConfig(embed_dim=8, num_layers=1, num_heads=2),
+    maturation=dataclasses.replace(tiny.CONFIG.maturation, max_tail_length=4),
+    objective=ObjectiveConfig(num_negatives=8), train=TrainConfig(batch_size=2))
+"""Of steps that take a millisecond."""
 LIVES = st.lists(st.tuples(st.integers(0, STEPS), st.integers(0, STEPS)), max_size=2)
 """Of each life that ends too early, how many steps it makes and after how many of them it saves for the last time."""
 
@@ -212,7 +226,7 @@ class Text(Source):
     """Windows of ids that are all different."""
 
     def __init__(self, count):
-        ids = np.random.default_rng(0).integers(0, tiny.VOCAB, (count, tiny.CONFIG.data.seq_len), np.int32)
+        ids = np.random.default_rng(0).integers(0, tiny.VOCAB, (count, SMALL.data.seq_len), np.int32)
         list.__init__(self, ({"tokens": row} for row in ids))
 
 
@@ -232,11 +246,11 @@ def training():
     """The mesh and the compiled functions of the tiny model."""
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        return mesh, make_train_functions(tiny.CONFIG, tiny.VOCAB, mesh)
+        return mesh, make_train_functions(SMALL, tiny.VOCAB, mesh)
 
 
 def batches_of(seed):
-    return loader.train_batches(TEXT, tiny.CONFIG.train.batch_size, seed)
+    return loader.train_batches(TEXT, SMALL.train.batch_size, seed)
 
 
 def steps_from(state, batches):
