@@ -207,7 +207,7 @@ class Loop:
             finite = {name: value if np.isfinite(value) else str(value) for name, value in numbers.items()}
             self.spikes.write({"step": step, "position": position, "skipped": skipped, "expected": expected, **finite})
         if self.skipped_in_a_row > self.config.train.max_skipped:
-            raise UserError(f"{what} at step {step}, the last of {self.skipped_in_a_row} in a row to be skipped; "
+            raise UserError(f"{what} at step {step} ({self.skipped_in_a_row} skipped in a row); "
                             f"{checkpoints.newest()} in {self.workdir}: lower the learning rate or "
                             f"--optimizer.clip-norm, in a new --workdir")
 

@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+import runs
+import train
+from test_scripts import stored
 from tokmat_jax import checkpoint
 from tokmat_jax.checkpoint import Checkpoints, load_params, save_params
 from tokmat_jax.config import MeshConfig
 from tokmat_jax.errors import UserError
 from tokmat_jax.integrity import bit_sum, is_sealed, seal
+from tokmat_jax.metrics_log import JsonLines, MetricsLog
 from tokmat_jax.sharding import make_mesh
 from tokmat_jax.train_step import TrainState
 
@@ -72,6 +76,9 @@ def flip(path, rng):
     path.write_bytes(content)
 
 
+READ = ("data/metadata", "params/d/", "optimizer/d/")
+"""Where the arrays and the position are."""
+
 DAMAGE = {
     "missing": lambda path, _: path.unlink(),
     "truncated": lambda path, _: os.truncate(path, path.stat().st_size // 2),
@@ -94,21 +101,22 @@ def survives(two, workdir, name, kind, seed):
 
 
 def test_whatever_file_is_damaged_the_state_is_one_that_was_written(two, tmp_path, capsys):
-    names = files(two / "checkpoints" / "2")
-    whole = {(str(name), kind): survives(two, tmp_path / f"{index}-{kind}", name, kind, index)
-             for index, name in enumerate(names) for kind in DAMAGE}
+    # Whatever is read is damaged in every way; Orbax's files about itself, in turn, in one.
+    chosen = [(name, kind) for index, name in enumerate(files(two / "checkpoints" / "2"))
+              for number, kind in enumerate(DAMAGE) if str(name).startswith(READ) or index % 3 == number]
+    whole = {(str(name), kind): survives(two, tmp_path / str(index), name, kind, index)
+             for index, (name, kind) in enumerate(chosen)}
     said = capsys.readouterr().err.splitlines()
     assert len(said) == list(whole.values()).count(False)
-    # Orbax keeps a second copy of the arrays, which nobody reads, and files about itself.
     for line in said:
         assert line.startswith("warning: ")
         assert "checkpoints/2 is damaged (" in line
         assert line.endswith("going on from step 1")
-    assert not any(whole[key] for key in whole if key[0].startswith(("data/metadata", "params/d/", "optimizer/d/")))
+    assert not any(whole[key] for key in whole if key[0].startswith(READ))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_a_flipped_bit_anywhere_is_found_or_means_nothing(two, tmp_path, seed):
     for index, name in enumerate(files(two / "checkpoints" / "2")):
         survives(two, tmp_path / str(index), name, "flipped", [seed, index])
@@ -273,3 +281,75 @@ def test_a_disk_that_stays_full_ends_in_one_line(small_disk, monkeypatch):
     with pytest.raises(UserError, match=r"step 2 could not be saved in .*; the last good checkpoint is step 1: make"):
         checkpoints.finish(state(2), position=20)
     checkpoints.close()
+
+
+def test_rows_wait_until_there_is_room(small_disk, capsys):
+    log = MetricsLog(small_disk, resume_step=0)
+    log.write(1, "train", {"loss": 1.0})
+    filling = fill(small_disk, 0)
+    # What a page of the file still holds fits; so many rows do not.
+    for step in range(2, 200):
+        log.write(step, "train", {"loss": float(step)})
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(line.split(" (")[0] for line in said) == [
+        f"warning: cannot write {small_disk / name}" for name in ("metrics.jsonl", "tensorboard")]
+    filling.unlink()
+    log.write(200, "train", {"loss": 0.5})
+    log.close()
+    rows = [json.loads(line) for line in (small_disk / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 201))
+    assert len(list((small_disk / "tensorboard").iterdir())) == 2  # the second one begins behind the gap
+    assert capsys.readouterr().err == ""
+
+
+def test_rows_for_which_there_never_is_room_are_counted(small_disk, capsys):
+    lines = JsonLines(small_disk / "rows.jsonl", resume_step=0)
+    fill(small_disk, 0)
+    for step in range(3):
+        lines.write({"step": step, "text": "x" * 5000})
+    lines.close()
+    assert "rows.jsonl lacks its last 3 row(s)" in capsys.readouterr().err
+
+
+def test_a_run_on_a_disk_that_is_full_for_a_while_loses_nothing(small_disk, runs_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+    runs.write_corpus(tmp_path)
+    validate, filling = train.Loop.validate, []
+
+    def meanwhile(loop, step):
+        validate(loop, step)
+        if step == 3:  # the checkpoint of this step comes next
+            filling.append(fill(small_disk, 0))
+        elif filling:
+            filling.pop().unlink()
+
+    monkeypatch.setattr(train.Loop, "validate", meanwhile)
+    runs.run(tmp_path, "run", "--workdir", str(small_disk / "run"), "--train.keep-checkpoints", "1")
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert "there is no checkpoint yet, and it is tried again" in said
+    whole, full = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (
+        runs_dir / "run", small_disk / "run"))
+    assert [json.loads(line)["step"] for line in full] == [json.loads(line)["step"] for line in whole]
+    for item in ("params", "optimizer"):
+        chex.assert_trees_all_equal(stored(small_disk / "run", item), stored(runs_dir / "run", item))
+
+
+def test_a_workdir_that_can_only_be_read_is_refused_before_any_work(small_disk, tmp_path):
+    runs.write_corpus(tmp_path)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(UserError, match=r"--workdir: cannot write into .*: Read-only file system"):
+        runs.run(tmp_path, "run", "--workdir", str(small_disk / "run"))
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_as_ever(runs_dir, tmp_path, capsys):
+    shutil.copytree(runs_dir / "run", tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / "6" / "params" / "d").iterdir():
+        path.write_bytes(path.read_bytes()[:-9])
+    runs.run(runs_dir, "run", "--workdir", str(tmp_path / "run"))
+    shown = capsys.readouterr()
+    assert f"{tmp_path}/run/checkpoints/6 is damaged (" in shown.err
+    assert f"was moved to {tmp_path}/run/damaged/6: going on from step 3" in shown.err
+    assert "resuming after step 3" in shown.out
+    chex.assert_trees_all_equal(stored(tmp_path / "run"), stored(runs_dir / "run"))

@@ -104,3 +104,25 @@ def test_a_mistake_stops_all_processes_with_one_line_each(tmp_path):
     assert "process 0 has" in said[1][1]
     for _, errors in said:
         assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_notice_to_one_process_lets_both_save_the_same_step_and_leave(tmp_path):
+    runs.write_corpus(tmp_path)
+    long = ("--train.num-steps", "1000000", "--train.checkpoint-every", "1000000", "--train.eval-every", "1000000",
+            "--train.num-samples", "0")
+    processes = start_two(tmp_path, "run", *long)
+    rows, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
+    while not (rows.exists() and rows.read_text()) and time.monotonic() < deadline:
+        assert all(process.poll() is None for process in processes), [one.communicate()[1] for one in processes]
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGINT)  # which the process sends itself as SIGTERM, the notice that JAX hears
+    said = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [4, 4], said
+    [step] = steps(tmp_path / "run")
+    assert f"stopped: step {step:,} is saved" in said[0][0]
+    assert "Traceback" not in said[0][1] + said[1][1]
+    more = ("--train.num-steps", str(step + 1), "--train.eval-every", "1000000", "--train.num-samples", "0")
+    [(first, _), _] = finish(start_two(tmp_path, "run", *more))
+    assert f"resuming after step {step:,}" in first
+    assert step + 1 in steps(tmp_path / "run")

@@ -211,7 +211,7 @@ def test_a_skipped_step_is_counted_shown_and_written_with_the_place_of_its_batch
 def test_too_many_skipped_in_a_row_stop_the_run_at_its_last_good_checkpoint(tmp_path, breaking):
     runs.write_corpus(tmp_path)
     breaking |= {2, 4, 5}
-    with pytest.raises(UserError, match=r"loss is nan.* at step 5, the last of 2 in a row to be skipped; the last good "
+    with pytest.raises(UserError, match=r"loss is nan.* at step 5 \(2 skipped in a row\); the last good "
                                         r"checkpoint is step 3"):
         runs.run(tmp_path, "run", *WEIGHTED, "--train.max-skipped", "1")
     assert stored(tmp_path / "run")[0] == 3
