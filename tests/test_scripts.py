@@ -131,7 +131,8 @@ def test_an_update_that_breaks_the_parameters_is_never_saved(tmp_path):
     # The loss of step 1 is fine, what its update leaves is not.
     flags = ("--optimizer.learning-rate", "3e38", "--optimizer.warmup-steps", "0", "--train.num-steps", "1",
              "--train.max-skipped", "0")
-    with pytest.raises(UserError, match=r"param_norm is (inf|nan) at step 1 \(1 skipped in a row\); there is no checkpoint"):
+    said = r"param_norm is (inf|nan) at step 1 \(1 skipped in a row\); there is no checkpoint yet"
+    with pytest.raises(UserError, match=said):
         runs.run(tmp_path, "bad", *flags)
     assert list((tmp_path / "bad" / "checkpoints").iterdir()) == []
 

@@ -76,7 +76,7 @@ class _Board:
         self._suffix = ""
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  (made when imported)
         from tensorboardX.summary import scalar
 
         try:
@@ -94,7 +94,7 @@ class _Board:
 
     def _open(self) -> Any:
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         self._folder.mkdir(exist_ok=True)
         self._suffix = f".{time.time_ns()}"  # two files of one second would have the same name
