@@ -3,10 +3,10 @@
     python benchmarks/killed.py --times 20
 
 A run of `train.py` is made once without disturbance. Then, again and again, the same run is killed (SIGKILL) at a
-random moment, its second process too, and the third one lets it end. Every other kill waits for a checkpoint that is
-being written. Each process must go on from the newest complete checkpoint, no half-written one may be listed or left,
-and the last parameters, the optimiser's state and the position in the data must be those of the undisturbed run, bit by
-bit.
+random moment, its second process too, and the third one lets it end: in turn while it starts, at a random step, and
+while a checkpoint is being written. Each process must go on from the newest complete checkpoint, no half-written one may be
+listed or left, and the last parameters, the optimiser's state and the position in the data must be those of the
+undisturbed run, bit by bit.
 A line of JSON follows the card; the exit code is 2 where anything was lost.
 """
 
@@ -31,6 +31,7 @@ from tokmat_jax.cli import parse, run_script
 from tokmat_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("starting", "running", "saving")
 PATIENCE = 120.0
 """Seconds after which a process that neither ends nor saves is stuck."""
 
@@ -72,6 +73,11 @@ def steps_of(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
 
 
+def newest(workdir: Path) -> int:
+    """The newest checkpoint that is listed, 0 where there is none."""
+    return (steps_of(workdir) or [0])[-1]
+
+
 def half_written(workdir: Path) -> list[Path]:
     """What is being saved, or was when the process died."""
     return list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
@@ -94,43 +100,47 @@ def start(folder: Path, name: str, args: Args) -> subprocess.Popen[str]:
                                 text=True)
 
 
-def wait_until_it_saves(process: subprocess.Popen[str], workdir: Path, after: int) -> None:
-    """Returns when a checkpoint is being written behind the first `after` ones, or the process has ended."""
-    deadline, seen, before = time.monotonic() + PATIENCE, 0, False
-    while process.poll() is None and seen <= after:
-        now = bool(half_written(workdir))
-        seen, before = seen + (now and not before), now
+def wait_for(process: subprocess.Popen[str], workdir: Path, step: int, saving: bool) -> None:
+    """Returns when the checkpoint of `step` is listed and, if `saving`, one is being written; or when it has ended."""
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and not (newest(workdir) >= step and (half_written(workdir) or not saving)):
         if time.monotonic() > deadline:
             process.kill()
-            raise UserError(f"{workdir}: stuck, nothing was saved for {PATIENCE:.0f} s")
+            raise UserError(f"{workdir}: stuck, step {step} was not saved in {PATIENCE:.0f} s")
 
 
-def kill(folder: Path, name: str, args: Args, seconds: float, rng: np.random.Generator, saving: bool) -> dict[str, Any]:
-    """Starts the run and kills it within `seconds`; what was there then, and what the process had gone on from."""
+def kill(folder: Path, name: str, args: Args, kind: str, begin: float, rng: np.random.Generator) -> dict[str, Any]:
+    """Starts the run and kills it; what was there then, and what the process had gone on from.
+
+    `begin` is about how many seconds a process takes to its first checkpoint.
+    """
     workdir = folder / name
-    newest = (steps_of(workdir) or [0])[-1]
+    known = newest(workdir)
     process = start(folder, name, args)
-    if saving:
-        wait_until_it_saves(process, workdir, int(rng.integers(0, args.steps // args.checkpoint_every // 2)))
-        time.sleep(rng.uniform(0.0, 0.03))
+    if kind == "starting":
+        time.sleep(rng.uniform(0.0, begin))
     else:
-        time.sleep(rng.uniform(0.0, seconds))
+        room = args.steps - 4 * args.checkpoint_every - known
+        wait_for(process, workdir, known + int(rng.integers(0, max(1, room // 2))), kind == "saving")
+        time.sleep(rng.uniform(0.0, 0.03))
     process.kill()
     process.wait()
     said = re.search(r"resuming after step ([\d,]+)", (folder / f"{name}.txt").read_text())
     gone_on = int(said[1].replace(",", "")) if said else None
     return {"killed": process.returncode < 0, "saving": bool(half_written(workdir)), "steps": steps_of(workdir),
-            "went_on": gone_on in ((None, newest) if newest else (None,))}
+            "went_on": gone_on in ((None, known) if known else (None,))}
 
 
 def finish(folder: Path, name: str, args: Args) -> float:
-    """Lets the run end; returns the seconds it took."""
+    """Lets the run end; returns the seconds until there was a checkpoint."""
     begin = time.monotonic()
     process = start(folder, name, args)
+    wait_for(process, folder / name, args.checkpoint_every, False)
+    seconds = time.monotonic() - begin
     if process.wait():
         raise UserError(f"{folder / name} ended with {process.returncode}: "
                         f"{(folder / f'{name}.txt').read_text().splitlines()[-1]}")
-    return time.monotonic() - begin
+    return seconds
 
 
 def differing(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -153,23 +163,26 @@ def main(words: Sequence[str]) -> None:
         finish(folder, "compiled-once", args)
         seconds = finish(folder, "whole", args)
         expected = last_state(folder / "whole")
-        print(f"undisturbed: {args.steps} steps, {args.steps // args.checkpoint_every} checkpoints, {seconds:.1f} s")
+        print(f"undisturbed: {args.steps} steps, {args.steps // args.checkpoint_every} checkpoints, the first after "
+              f"{seconds:.1f} s")
         for number in range(1, args.times + 1):
             run = f"run-{number}"
-            kills = [kill(folder, run, args, seconds, rng, saving) for saving in (number % 2 == 0, number % 4 < 2)]
+            kinds = (KINDS[number % 3], KINDS[(number + number // 3) % 3])
+            kills = [kill(folder, run, args, kind, seconds, rng) for kind in kinds]
             finish(folder, run, args)
             wrong = differing(expected, last_state(folder / run))
             wrong += [f"half-written {path.name}" for path in half_written(folder / run)]
             wrong += [f"process {index} did not go on from the newest" for index, one in enumerate(kills, 1)
                       if not one["went_on"]]
             print(f"run {number:2}: killed at step " + " and ".join(
-                f"{(one['steps'] or [0])[-1]:3}{' while saving' if one['saving'] else ''}" for one in kills)
+                f"{(one['steps'] or [0])[-1]:3} while {'saving' if one['saving'] else kind}"
+                for one, kind in zip(kills, kinds, strict=True))
                 + (f": {', '.join(wrong)}" if wrong else ": bit-equal"), flush=True)
             count["kills"] += sum(one["killed"] for one in kills)
             count["while_saving"] += sum(one["saving"] for one in kills)
             count["bit_equal"] += not wrong
             lost += [run] * bool(wrong)
-    print(json.dumps({"benchmark": "killed", **count, "seconds": seconds, "settings": asdict(args),
+    print(json.dumps({"benchmark": "killed", **count, "settings": asdict(args),
                       "machine": machine()}))
     if lost:
         raise UserError(f"{len(lost)} of {args.times} runs did not end as the undisturbed one: {', '.join(lost)}")
