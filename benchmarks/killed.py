@@ -4,8 +4,8 @@
 
 A run of `train.py` is made once without disturbance. Then, again and again, the same run is killed (SIGKILL) at a
 random moment, its second process too, and the third one lets it end: in turn while it starts, at a random step, and
-while a checkpoint is being written. Each process must go on from the newest complete checkpoint, no half-written one may be
-listed or left, and the last parameters, the optimiser's state and the position in the data must be those of the
+while a checkpoint is being written. Each process must go on from the newest complete checkpoint, no half-written one
+may be listed or left, and the last parameters, the optimiser's state and the position in the data must be those of the
 undisturbed run, bit by bit.
 A line of JSON follows the card; the exit code is 2 where anything was lost.
 """
