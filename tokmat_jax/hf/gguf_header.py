@@ -79,14 +79,14 @@ class _Cursor:
     def _scalar(self, letter: str) -> Any:
         return struct.unpack_from(f"<{letter}", self._content, self._take(struct.calcsize(letter)))[0]
 
-    def _string(self) -> str:
+    def _string(self, errors: str = "strict") -> str:
         size = self._scalar("Q")
         begin = self._take(size)
-        return self._content[begin : begin + size].decode("utf-8")
+        return self._content[begin : begin + size].decode("utf-8", errors)
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
-            return self._string()
+            return self._string("replace")
         if kind == _ARRAY:
             return self._array(self._scalar("I"), self._scalar("Q"))
         return self._scalar(self._letter(kind))
@@ -101,7 +101,7 @@ class _Cursor:
         if self._num_values > _MOST_VALUES:
             raise ValueError(f"its arrays have {self._num_values:,} values, more than {_MOST_VALUES:,}")
         if kind == _STRING:
-            return [self._string() for _ in range(length)]
+            return [self._string("replace") for _ in range(length)]
         letter = self._letter(kind)
         begin = self._take(length * struct.calcsize(letter))
         return list(struct.unpack_from(f"<{length}{letter}", self._content, begin))
