@@ -23,7 +23,7 @@ from tokmat_jax.cli import parse_config, run_script
 from tokmat_jax.config import Config, MeshConfig
 from tokmat_jax.data.loader import Batches, train_batches, validation_batches
 from tokmat_jax.data.prepare import Corpus, prepare
-from tokmat_jax.errors import UserError
+from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.generator import Generator
 from tokmat_jax.init_from import begin, load_source
 from tokmat_jax.machine import (
@@ -170,13 +170,16 @@ class Loop:
                 self.progress.update(step, f"loss {means.get('loss', np.nan):.3f}{speed(means)}")
                 waiting, watch = [], Stopwatch(step)
             with watch.paused():
+                if code and not last:  # the time that is left may be short
+                    checkpoints.finish(self.state, batches.position)
                 if last or step % train.eval_every == 0:
                     self.validate(step)
                 if last or step % train.sample_every == 0:
                     self.show_samples(step)
-                # Last, so that a run that is stopped here does all of this step again.
-                if last or code:
+                # Last, so that a run that dies here does all of this step again.
+                if last:
                     checkpoints.finish(self.state, batches.position)
+                if last or code:
                     return 0 if last else code or 0
                 if step % train.checkpoint_every == 0 or (logged and checkpoints.due()):
                     checkpoints.save(self.state, batches.position)
@@ -307,6 +310,7 @@ def main(args: Sequence[str]) -> None:
 def run(config: Config, mesh: Mesh) -> int:
     """The run of `config` on `mesh`, in a locked workdir; returns the exit code."""
     workdir = Path(config.workdir)
+    known = set(load_config(workdir).train.skip_batches) if (workdir / CONFIG).exists() else set()
     on_first(lambda: check_workdir(config))
     corpus = on_first(lambda: prepare(config)) or prepare(config)
     on_first(lambda: keep(config, corpus, workdir))
@@ -334,6 +338,10 @@ def run(config: Config, mesh: Mesh) -> int:
         else:
             state, position = checkpoints.restore(functions.shapes)
             batches.seek(position)
+            for late in sorted(set(config.train.skip_batches) - known):
+                if late < position:
+                    say(f"train.skip_batches: batch {late} has been learned from before step {int(state.step):,}; to "
+                        f"leave it out, move the checkpoints behind it away")
             say(f"{workdir}: resuming after step {int(state.step):,}")
         size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         say(f"{config.objective.kind} objective, {size:,} parameters, {flops_per_token(config, vocab_size) / 1e6:,.1f} "
@@ -343,10 +351,10 @@ def run(config: Config, mesh: Mesh) -> int:
             loop = Loop(config, workdir, corpus, functions, state, progress, mesh)
             try:
                 code = loop.run(batches, rows, checkpoints, stop)
-            except jax.errors.JaxRuntimeError as error:
+            except (jax.errors.JaxRuntimeError, OSError) as error:
                 if jax.process_count() == 1:
                     raise
-                leave_broken_cluster(error)
+                leave_broken_cluster(f"has lost the others ({one_line(error)})")
             finally:
                 loop.close()
         step = int(loop.state.step)

@@ -129,12 +129,60 @@ def test_a_run_goes_back_as_far_as_it_must_and_never_to_the_start(tmp_path, caps
     found, position, steps = restore(workdir)
     assert (int(found.step), position, steps) == (1, 10, [1])
     said = capsys.readouterr().err.splitlines()
-    assert ["going on from step 2" in said[0], "going on from step 1" in said[1], len(said)] == [True, True, 2]
+    assert ["checkpoints/3 is damaged" in said[0], "checkpoints/2 is damaged" in said[1], len(said)] == [True, True, 2]
     (workdir / "checkpoints" / "1" / "data" / "metadata").write_text("{}")
-    with pytest.raises(UserError, match=r"no checkpoint of .* can be read"):
+    write(workdir, 2)
+    (workdir / "checkpoints" / "2" / "data" / "metadata").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read: 2 is damaged .*; 1 is damaged .*not what"):
         restore(workdir)
-    assert {path.name for path in (workdir / "damaged").iterdir()} == {"1", "2", "3"}
-    assert "no other one is left" in capsys.readouterr().err
+    # Nothing to go on from, so nothing is moved.
+    assert {path.name for path in (workdir / "damaged").iterdir()} == {"2", "3"}
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"1", "2"}
+
+
+@pytest.mark.parametrize("error", [
+    ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"), MemoryError(),
+    PermissionError(13, "Permission denied")], ids=["device memory", "memory", "permission"])
+def test_what_the_machine_refuses_is_no_damage(two, tmp_path, monkeypatch, error):
+    shutil.copytree(two, tmp_path / "run")
+
+    def refuse(*_, **__):
+        raise error
+
+    checkpoints = Checkpoints(tmp_path / "run", keep=9)
+    monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+    with pytest.raises(UserError, match="checkpoints/2 cannot be read now: "):
+        checkpoints.restore(SHAPES)
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_a_checkpoint_without_a_seal_is_taken_as_it_is_and_its_shapes_are_checked(two, tmp_path):
+    shutil.copytree(two, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "2" / "data" / "metadata").write_text('{"position": 20}')
+    found, position, steps = restore(tmp_path / "run")
+    assert (position, steps) == (20, [1, 2])
+    chex.assert_trees_all_equal(found, state(2))
+    other = {**SHAPES.params, "table": jax.ShapeDtypeStruct((5, 4), jnp.float32)}
+    with pytest.raises(UserError, match=r"params/table is float32 \(4, 4\), the config wants float32 \(5, 4\)"):
+        load_params(tmp_path / "run", other)
+    save_params(tmp_path / "imported", state(0).params)
+    shutil.rmtree(tmp_path / "imported" / "checkpoints" / "0" / "data")
+    chex.assert_trees_all_equal(load_params(tmp_path / "imported", SHAPES.params)[0], state(0).params)
+
+
+def test_a_checkpoint_that_a_run_removes_meanwhile_is_no_damage(two, tmp_path, monkeypatch):
+    shutil.copytree(two, tmp_path / "run")
+    read = checkpoint._read
+
+    def removed(manager, step, shapes):
+        if step == 2:
+            write(tmp_path / "run", 3)
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+        return read(manager, step, shapes)
+
+    monkeypatch.setattr(checkpoint, "_read", removed)
+    assert load_params(tmp_path / "run", SHAPES.params)[1] == 3
 
 
 def test_a_step_that_was_damaged_can_be_saved_and_damaged_again(two, tmp_path):

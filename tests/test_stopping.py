@@ -240,7 +240,7 @@ def test_a_spike_names_its_batch_which_can_be_read_and_left_out(tmp_path, capsys
 
 @pytest.mark.parametrize(("args", "says"), [
     (["batch", "--workdir", "/nowhere", "--position", "1"], "is no run"),
-    (["batch", "--workdir", "x", "--position", "-1"], "--position must not be negative, found -1"),
+    (["batch", "--workdir", "x", "--position", "-1"], "--position must lie in 0..1,099,511,627,775, found -1"),
     (["batch", "--workdir", "x", "--positon", "1"], "--position"),
     (["bach"], "unknown command 'bach'; there are prepare and batch"),
 ])
@@ -273,3 +273,20 @@ def test_a_spike_is_what_stands_far_above_the_losses_before():
     assert still.expected(2.1) is None  # less than 6 % more
     assert still.expected(2.5) is not None
     assert json.loads(json.dumps(still.expected(9.0))) > 2.0
+
+
+def test_a_batch_that_was_learned_from_cannot_be_left_out_and_a_line_says_so(tmp_path, capsys):
+    runs.write_corpus(tmp_path)
+    quiet = ("--train.num-samples", "0", "--train.skip-batches")
+    runs.run(tmp_path, "run", *quiet, "1")
+    capsys.readouterr()
+    runs.run(tmp_path, "run", *quiet, "1", "4", "9", "--train.num-steps", "7")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train.skip_batches:")]
+    assert said == ["train.skip_batches: batch 4 has been learned from before step 6; to leave it out, move the "
+                    "checkpoints behind it away"]
+
+
+def test_a_lock_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(UserError, match="cannot write .*lock: Is a directory"):
+        lock_workdir(tmp_path)

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.integrity import describe, is_sealed, seal, summed
-from tokmat_jax.machine import everywhere, on_first
+from tokmat_jax.machine import everywhere, leave_broken_cluster, on_first
 from tokmat_jax.model import Params
 from tokmat_jax.train_step import TrainState
 from tokmat_jax.workdir import CHECKPOINTS, DAMAGED
@@ -31,6 +31,12 @@ RETRY_SECONDS = 30.0
 
 LAST_RETRIES = 20
 """So often it is tried again where there is nothing else left to do."""
+
+
+_MACHINE = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_EXCEEDED", "Out of memory",
+            "Permission denied", "Cannot allocate memory", "Too many open files", "Input/output error",
+            "Stale file handle")
+"""What errors say that do not come from what a file holds."""
 
 
 class _DamageError(Exception):
@@ -72,7 +78,7 @@ class Checkpoints:
     def save(self, state: TrainState, position: int) -> None:
         """Starts saving `state` and the `position` in the data; returns before it is on disk.
 
-        Where that fails a line says so, and `due` asks for another attempt. With several processes it raises.
+        Where that fails a line says so, and `due` asks for another attempt; several processes all end.
         """
         step = int(state.step)
         if step == self.latest_step():
@@ -84,7 +90,7 @@ class Checkpoints:
                                   optimizer=ocp.args.StandardSave(optimizer), data=ocp.args.JsonSave(facts))
 
         def write() -> None:
-            _check_room(self._manager.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
+            _check_room(Path(self._manager.directory), sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
             self._manager.save(step, args=args)
 
         self._attempt(write)
@@ -125,7 +131,7 @@ class Checkpoints:
             write()
         except Exception as error:
             if jax.process_count() > 1:
-                raise
+                leave_broken_cluster(f"cannot save a checkpoint ({one_line(error)})")
             # A manager does not get over a failure; a new one removes what is half-written.
             with contextlib.suppress(Exception):
                 self._manager.close()
@@ -137,34 +143,35 @@ class Checkpoints:
     def restore(self, shapes: TrainState) -> tuple[TrainState, int]:
         """The newest state that is not damaged, placed as `shapes` says, and its position in the data.
 
-        Damaged ones before it are moved aside, and a line names each. Raises UserError where none is left, and where
-        the names, shapes or types are not those of `shapes`.
+        Damaged ones before it are moved aside, and a line names each. Raises UserError where none can be read, where
+        something else than the files is to blame, and where the names, shapes or types are not those of `shapes`;
+        nothing is moved then.
         """
         expected = {"params": shapes.params, "optimizer": {"step": shapes.step, "opt_state": shapes.opt_state}}
-        while (step := self.latest_step()) is not None:
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 found, position = _read(self._manager, step, expected)
             except _DamageError as damage:
-                moved = on_first(lambda step=step: self._move_aside(step)) or self._workdir / DAMAGED
-                self._manager.reload()
-                rest = self.latest_step()
-                left = "no other one is left" if rest is None else f"going on from step {rest}"
-                if jax.process_index() == 0:
-                    print(f"warning: {self._manager.directory / str(step)} is damaged ({damage}) and was moved to "
-                          f"{moved}: {left}", file=sys.stderr, flush=True)
-            else:
-                optimizer = found["optimizer"]
-                return TrainState(optimizer["step"], found["params"], optimizer["opt_state"]), position
-        raise UserError(f"no checkpoint of {self._workdir} can be read, see above: bring one of them back from a copy, "
-                        f"or start again in another --workdir")
+                damaged[step] = str(damage)
+                continue
+            on_first(lambda step=step: self._move_aside(damaged, step))
+            self._manager.reload()
+            optimizer = found["optimizer"]
+            return TrainState(optimizer["step"], found["params"], optimizer["opt_state"]), position
+        reasons = "; ".join(f"{step} is damaged ({reason})" for step, reason in damaged.items())
+        raise UserError(f"no checkpoint in {self._manager.directory} can be read: {reasons}: bring one back from a "
+                        f"copy, or start again in another --workdir")
 
-    def _move_aside(self, step: int) -> Path:
+    def _move_aside(self, damaged: dict[int, str], good: int) -> None:
         folder = self._workdir / DAMAGED
-        folder.mkdir(exist_ok=True)
-        place = next(place for number in range(10**6)
-                     if not (place := folder / (f"{step}-{number}" if number else str(step))).exists())
-        os.rename(self._manager.directory / str(step), place)
-        return place
+        for step, reason in damaged.items():
+            folder.mkdir(exist_ok=True)
+            place = next(place for number in range(10**6)
+                         if not (place := folder / (f"{step}-{number}" if number else str(step))).exists())
+            os.rename(self._manager.directory / str(step), place)
+            print(f"warning: {self._manager.directory / str(step)} is damaged ({reason}) and was moved to {place}: "
+                  f"going on from step {good}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends what is being saved; where that fails a line says so."""
@@ -172,10 +179,13 @@ class Checkpoints:
         self._manager.close()
 
 
-def _check_room(folder: Any, size: int) -> None:
-    """Raises OSError where `size` bytes of arrays will not fit: a failure in the midst of writing costs more."""
+def _check_room(folder: Path, size: int) -> None:
+    """Raises OSError, in every process, where `size` bytes of arrays will not fit.
+
+    A failure in the midst of writing costs more.
+    """
     free = shutil.disk_usage(folder).free
-    if free < size:
+    if not everywhere(free >= size):
         raise OSError(f"No space left on device: {free / 1e6:,.1f} MB free, {size / 1e6:,.1f} MB to write")
 
 
@@ -216,16 +226,22 @@ def load_params(workdir: Path, shapes: Params) -> tuple[Params, int]:
     with _without_warnings():
         opened = _open_manager(workdir, ocp.CheckpointManagerOptions(read_only=True))
     with opened as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise missing
-        try:
-            found, _ = _read(manager, step, {"params": shapes})
-        except _DamageError as damage:
-            others = [other for other in manager.all_steps() if other != step]
-            rest = f"delete it to go on from step {max(others)}" if others else "there is no other one"
-            raise UserError(f"{manager.directory / str(step)} is damaged ({damage}): {rest}") from None
-        return found["params"], step
+        while True:
+            step = manager.latest_step()
+            if step is None:
+                raise missing
+            try:
+                found, _ = _read(manager, step, {"params": shapes})
+                return found["params"], step
+            except _DamageError as error:
+                damage = error
+            # A run that goes on meanwhile removes its old checkpoints.
+            if (manager.directory / str(step)).exists():
+                break
+            manager.reload()
+        others = [other for other in manager.all_steps() if other != step]
+        rest = f"delete it to go on from step {max(others)}" if others else "there is no other one"
+        raise UserError(f"{manager.directory / str(step)} is damaged ({damage}): {rest}")
 
 
 @contextlib.contextmanager
@@ -245,28 +261,49 @@ def _read(manager: ocp.CheckpointManager, step: int, shapes: dict[str, Any]) -> 
 
     Raises _DamageError in every process if it is found in one of them, and UserError where what was saved does not fit.
     """
-    facts, said = _tried(lambda: manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"])
-    if said is None and not (is_sealed(facts) and facts["step"] == step):
-        said = "data/metadata is not what was written"
+    where = str(manager.directory / str(step))
+    facts, said = _tried(where, lambda: _facts(manager, step))
     _raise_everywhere(said)
-    _check_fits(f"{manager.directory / str(step)}", facts["arrays"], shapes)
-    arrays, said = _tried(lambda: manager.restore(step, args=ocp.args.Composite(
+    _check_fits(where, facts["arrays"], {name: shapes[name] for name in shapes if name in facts["items"]})
+    arrays, said = _tried(where, lambda: manager.restore(step, args=ocp.args.Composite(
         **{name: ocp.args.StandardRestore(item) for name, item in shapes.items()})))
     _raise_everywhere(said)
     found = {name: arrays[name] for name in shapes}
-    changed = [name for name, one in summed(found).items() if one != facts["arrays"][name]]
+    known = {name: one["sum"] for name, one in facts["arrays"].items() if "sum" in one}
+    changed = [name for name, one in summed(found).items() if one["sum"] != known.get(name, one["sum"])]
     if changed:
         raise _DamageError(f"the bits of {changed[0]} are not those that were written")
     return found, facts["position"]
 
 
-def _tried(read: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What `read` returns, or None and what went wrong: whatever it is, the files are to blame."""
+def _facts(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """`position`, `arrays` by name, and the `items` whose arrays these are.
+
+    Raises _DamageError where the seal is broken. A checkpoint from before there were seals is taken at Orbax's word.
+    """
+    imported = step == 0 and not (manager.directory / str(step) / "data").exists()
+    found = {"position": 0} if imported else manager.restore(
+        step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+    if isinstance(found, dict) and set(found) == {"position"}:
+        stored = manager.item_metadata(step)["params"].tree
+        return found | {"items": ("params",), "arrays": describe({"params": stored})}
+    if not (is_sealed(found) and found["step"] == step):
+        raise _DamageError("data/metadata is not what was written")
+    return found | {"items": ("params", "optimizer")}
+
+
+def _tried(where: str, read: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What `read` returns, or None and what is wrong with the files.
+
+    Raises UserError where it is not them, but the machine: nothing says then that the next attempt fails as well.
+    """
     with _without_tracebacks():
         try:
             return read(), None
         except Exception as error:
             said = _innermost(error)
+            if isinstance(error, MemoryError) or any(word in said for word in _MACHINE):
+                raise UserError(f"{where} cannot be read now: {said}") from None
         # What was being read beside it fails too, some of it a little later; only now nothing holds its futures.
         time.sleep(0.3)
         gc.collect()

@@ -39,7 +39,7 @@ def is_first() -> bool:
 def on_first(work: Callable[[], T]) -> T | None:
     """Does `work` in process 0 while the others wait, for whom the result is None.
 
-    Where it raises UserError every process stops, the others with one of their own.
+    Where it raises UserError, or the system refuses, every process stops with a UserError.
     """
     if jax.process_count() == 1:
         return work()
@@ -51,6 +51,8 @@ def on_first(work: Callable[[], T]) -> T | None:
             result = work()
         except UserError as error:
             failure = error
+        except OSError as error:
+            failure = UserError(one_line(error))
     if not multihost_utils.broadcast_one_to_all(np.int32(failure is None)):
         raise failure or UserError("stopped, because process 0 has: see its message")
     return result
@@ -65,10 +67,10 @@ def everywhere(fine: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.int32(fine)).all())
 
 
-def leave_broken_cluster(error: Exception) -> NoReturn:
-    """Ends a process that can reach the others no more; a clean end would wait for them."""
-    print(f"error: process {jax.process_index()} has lost the others ({one_line(error)}): start the same command again "
-          f"on all of them, and they go on from the newest checkpoint", file=sys.stderr, flush=True)
+def leave_broken_cluster(what: str) -> NoReturn:
+    """Ends a process that can go on with the others no more; a clean end would wait for them."""
+    print(f"error: process {jax.process_index()} {what}: start the same command again on all of them, and they go on "
+          f"from the newest checkpoint", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(LOST)
 

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -35,6 +36,9 @@ CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenize
 IMPORTED = "imported.json"
 DAMAGED = "damaged"
 LOCK = "lock"
+
+_WRITTEN = (CONFIG, CORPUS, TOKENIZER, CHECKPOINTS, DAMAGED, LOCK, "metrics.jsonl", "tensorboard", "samples.jsonl",
+            "spikes.jsonl", "profile")
 
 _FREE = ("workdir", "mesh", "compute", "cluster", "generation", "data.prepared_dir", "train.num_steps",
          "train.log_every", "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples",
@@ -84,7 +88,10 @@ def lock_workdir(workdir: Path) -> IO[str]:
 
     Raises UserError where another process has it.
     """
-    file = (workdir / LOCK).open("a+", encoding="utf-8")
+    try:
+        file = (workdir / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--workdir: cannot write {workdir / LOCK}: {error.strerror}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -94,8 +101,8 @@ def lock_workdir(workdir: Path) -> IO[str]:
         raise UserError(f"{workdir} is in use by {holder}: wait for it to end, or choose another --workdir") from None
     except OSError as error:
         print(f"warning: {workdir} cannot be locked ({error.strerror}): start no second run in it", file=sys.stderr)
-    file.truncate(0)
     with contextlib.suppress(OSError):  # the lock is what counts; a full disk takes no name
+        file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
     return file
@@ -104,11 +111,11 @@ def lock_workdir(workdir: Path) -> IO[str]:
 def refuse_links(workdir: Path) -> None:
     """Raises UserError where a link in `workdir` leads out of it: through it a run would write elsewhere."""
     whole = workdir.resolve()
-    for folder, folders, files in os.walk(whole):
-        for path in (Path(folder, name) for name in (*folders, *files)):
-            if path.is_symlink() and not path.resolve().is_relative_to(whole):
-                raise UserError(f"{path} is a link to {path.resolve()}, out of the workdir, where a run must not write:"
-                                f" remove it (--workdir itself may be a link)")
+    written = [path for path in whole.iterdir() if path.name.removesuffix(".unfinished") in _WRITTEN]
+    for path in itertools.chain(written, *(path.rglob("*") for path in written)):
+        if path.is_symlink() and not path.resolve().is_relative_to(whole):
+            raise UserError(f"{path} is a link to {path.resolve()}, out of the workdir, where a run must not write: "
+                            f"make the whole --workdir a link instead, which it may be")
 
 
 @contextlib.contextmanager

@@ -63,6 +63,9 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, rest
 
 
+_MOST = 2**40
+
+
 @dataclass(frozen=True)
 class Batch:
     """What `batch` takes."""
@@ -76,8 +79,8 @@ class Batch:
 def run_batch(args: Sequence[str]) -> None:
     """Prints one batch of a run, a line before each window."""
     asked = parse(Batch, args, description="The windows of a batch, as text.", prog="python -m tokmat_jax.data batch")
-    if asked.position < 0:
-        raise UserError(f"--position must not be negative, found {asked.position}")
+    if not 0 <= asked.position < _MOST:
+        raise UserError(f"--position must lie in 0..{_MOST - 1:,}, found {asked.position}")
     config = load_config(Path(asked.workdir))
     corpus = prepare(config)
     known = read_json(Path(asked.workdir) / CORPUS).get("fingerprint")
