@@ -60,6 +60,9 @@ from tokmat_jax.workdir import (
 def open_workdir(workdir: Path) -> IO[str]:
     """Makes the run's folder and locks it until the file that is returned is closed."""
     make_workdir(workdir)
+    if (workdir / IMPORTED).exists():
+        raise UserError(f"{workdir} holds imported weights, which training would replace: start from them with "
+                        f"--init-from {workdir} and another --workdir")
     refuse_links(workdir)
     return lock_workdir(workdir)
 
@@ -67,9 +70,6 @@ def open_workdir(workdir: Path) -> IO[str]:
 def check_workdir(config: Config) -> None:
     """Raises UserError where the run's folder holds anything but this run."""
     workdir = Path(config.workdir)
-    if (workdir / IMPORTED).exists():
-        raise UserError(f"{workdir} holds imported weights, which training would replace: start from them with "
-                        f"--init-from {workdir} and another --workdir")
     if (workdir / CONFIG).exists():
         for name, (before, after) in check_same_run(load_config(workdir), config).items():
             print(f"{workdir}: {name} {before!r} → {after!r}")

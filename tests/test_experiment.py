@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import types
 
 import jax
 import pytest
@@ -52,13 +50,13 @@ def go(place, monkeypatch, *words):
     """Runs the command; returns the workdirs that were trained."""
     trained = []
 
-    def in_process(command, check):
+    def in_process(command):
         trained.append(command[command.index("--workdir") + 1])
         assert command[1] == "train.py"
         train.main(command[2:])
-        return types.SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", in_process)
+    monkeypatch.setattr(experiment, "run_command", in_process)
     with jax.numpy_dtype_promotion("standard"):
         experiment.main([*words, "--file", str(place / "all.toml"), "--folder", str(place / "runs"), "--log",
                          str(place / "log.jsonl"), *SMALL])
@@ -141,7 +139,7 @@ def test_what_both_change_makes_a_baseline_of_its_own(place):
 
 
 def test_a_training_that_fails_is_one_line(place, monkeypatch, tmp_path):
-    monkeypatch.setattr(subprocess, "run", lambda command, check: types.SimpleNamespace(returncode=2))
+    monkeypatch.setattr(experiment, "run_command", lambda _: 2)
     with pytest.raises(UserError, match=r"training .*noisy/seed-5 failed, see above"):
         experiment.main(["noisy", "--seeds", "5", "--file", str(place / "all.toml"), "--folder", str(tmp_path),
                          "--log", str(tmp_path / "log.jsonl"), *SMALL])

@@ -208,7 +208,7 @@ def test_the_command_makes_what_the_library_finds(tmp_path, capsys):
 
 @pytest.mark.parametrize(("args", "says"), [
     ([], "no command given"),
-    (["tokenise"], "unknown command 'tokenise'; there is prepare"),
+    (["tokenise"], "unknown command 'tokenise'; there are prepare and batch"),
     (["prepare", "--workers", "0"], "--workers must be at least 1, found 0"),
     (["prepare", "--workers", "many"], "many"),
     (["prepare", "--workers"], "--workers"),

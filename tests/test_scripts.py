@@ -373,7 +373,7 @@ def test_a_workdir_without_a_checkpoint_or_with_another_model_says_so(runs_dir, 
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["model"]["num_layers"] = 5
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"blocks/attention_norm/bias is \(\(2, 16\), 'float32'\), the config wants"):
+    with pytest.raises(UserError, match=r"blocks/attention_norm/bias is float32 \(2, 16\), the config wants"):
         generate.main(["--workdir", str(tmp_path / "run"), "--prompt", "x"])
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(UserError, match="has no checkpoint yet"):

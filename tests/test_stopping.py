@@ -288,5 +288,5 @@ def test_a_batch_that_was_learned_from_cannot_be_left_out_and_a_line_says_so(tmp
 
 def test_a_lock_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "lock").mkdir()
-    with pytest.raises(UserError, match="cannot write .*lock: Is a directory"):
+    with pytest.raises(UserError, match=r"cannot write .*lock: Is a directory"):
         lock_workdir(tmp_path)

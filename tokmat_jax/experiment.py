@@ -154,14 +154,18 @@ class Stage:
             return
         if not Path("train.py").is_file():
             raise UserError("there is no train.py here: run experiments in the project's folder")
-        process = subprocess.Popen([sys.executable, "train.py", *self.flags])
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            process.wait()  # Ctrl-C has reached it too, and it saves before it leaves
-            raise
-        if process.returncode != 0:
+        if run_command([sys.executable, "train.py", *self.flags]) != 0:
             raise UserError(f"training {self.workdir} failed, see above; the same command goes on from there")
+
+
+def run_command(words: Sequence[str]) -> int:
+    """The exit code of a command that is given the time to save when Ctrl-C reaches it too."""
+    process = subprocess.Popen(words)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
 
 
 def judge_seed(seed: int) -> int:
