@@ -11,6 +11,7 @@ A line of JSON follows the card; the exit code is 2 where anything was lost.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -95,9 +96,10 @@ def last_state(workdir: Path) -> dict[str, Any]:
 
 def start(folder: Path, name: str, args: Args) -> subprocess.Popen[str]:
     """A process of the run `name`, which prints into a file beside its workdir."""
+    one_device = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     with (folder / f"{name}.txt").open("w") as said:
         return subprocess.Popen([sys.executable, *flags(folder, name, args)], cwd=ROOT, stdout=said, stderr=said,
-                                text=True)
+                                text=True, env=one_device)
 
 
 def wait_for(process: subprocess.Popen[str], workdir: Path, step: int, saving: bool) -> None:
