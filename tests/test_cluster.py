@@ -72,10 +72,12 @@ def test_a_run_of_two_processes_survives_one_of_them_and_moves_to_one_process_wi
         assert all(process.poll() is None for process in processes), [one.communicate()[1] for one in processes]
         time.sleep(0.02)
     processes[1].send_signal(signal.SIGKILL)
-    # The first one cannot go on alone (unless it was done by then).
+    # The first one cannot go on alone (unless it was done by then). Where it waits for the other one in a barrier and
+    # not in a sum, JAX ends it by itself when the heartbeats have been missing for a minute and a half.
     _, errors = processes[0].communicate(timeout=240)
     assert "Traceback" not in errors
-    assert processes[0].returncode == 0 or "lost the others" in errors
+    said = {0: "", 3: "start the same command again on all of them", -signal.SIGABRT: "another task died"}
+    assert said[processes[0].returncode] in errors
     processes[1].communicate(timeout=240)
 
     said = finish(start_two(tmp_path, "cut", "--train.num-steps", "6"))
