@@ -38,7 +38,7 @@ from decoding import Stepping, make_generator, prompts_of
 from growth import step_flops, step_weights
 from side_by_side import machine, median, ratio, take_turns
 
-from tokmat_jax.cli import parse, run_script
+from tokmat_jax.commands.flags import parse, run_script
 from tokmat_jax.config import (
     AttentionKernel,
     Config,
@@ -48,10 +48,10 @@ from tokmat_jax.config import (
     ObjectiveConfig,
     TrainConfig,
 )
+from tokmat_jax.distributed.mesh import make_mesh, put_rows, put_whole
 from tokmat_jax.errors import UserError
-from tokmat_jax.sharding import make_mesh, put_rows, put_whole
-from tokmat_jax.throughput import flops_per_token, matrix_weights
-from tokmat_jax.train_step import make_train_functions
+from tokmat_jax.training.step import make_train_functions
+from tokmat_jax.training.throughput import flops_per_token, matrix_weights
 
 AIM = 0.45
 

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 from side_by_side import machine, median, print_ratio, quartiles, take_turns
 
-from tokmat_jax.cli import load_config_file, parse, run_script
+from tokmat_jax.commands.flags import load_config_file, parse, run_script
 from tokmat_jax.config import Config
+from tokmat_jax.data.corpus import Corpus, prepare
 from tokmat_jax.data.loader import train_batches
-from tokmat_jax.data.prepare import Corpus, prepare
-from tokmat_jax.sharding import make_mesh, process_rows, put_rows, put_whole
-from tokmat_jax.train_step import make_train_functions
+from tokmat_jax.distributed.mesh import make_mesh, process_rows, put_rows, put_whole
+from tokmat_jax.training.step import make_train_functions
 
 AIM = 20.0
 

@@ -24,16 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 from side_by_side import alternate, machine, median, print_ratio, ratio, serve, words_of
 
-from tokmat_jax.buckets import make_batch, sample_key
-from tokmat_jax.cli import parse, run_script
+from tokmat_jax.commands.flags import parse, run_script
 from tokmat_jax.config import Config, DataConfig, GenerationConfig, ModelConfig
-from tokmat_jax.decode import Tail
-from tokmat_jax.generator import Generator
-from tokmat_jax.guidance import history_mask
-from tokmat_jax.model import Forward, Params, apart, make_forward
-from tokmat_jax.naive import generate_naively
-from tokmat_jax.table import look_up
-from tokmat_jax.train_step import init_params
+from tokmat_jax.generation.generator import Generator
+from tokmat_jax.generation.reference import generate_naively
+from tokmat_jax.generation.requests import make_batch, sample_key
+from tokmat_jax.method.algorithm import Tail
+from tokmat_jax.method.guidance import history_mask
+from tokmat_jax.method.table import look_up
+from tokmat_jax.model.backbone import Forward, Params, apart, make_forward
+from tokmat_jax.training.step import init_params
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ import numpy as np
 from decoding import Stepping, make_generator, prompts_of
 from side_by_side import machine, median, ratio, take_turns, words_of
 
-from tokmat_jax.cli import parse, run_script
+from tokmat_jax.commands.flags import parse, run_script
 from tokmat_jax.config import Config, DataConfig, GenerationConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from tokmat_jax.distributed.mesh import make_mesh
 from tokmat_jax.errors import UserError
-from tokmat_jax.sharding import make_mesh
-from tokmat_jax.train_step import make_train_functions
+from tokmat_jax.training.step import make_train_functions
 
 DEVICES = (1, 2, 4, 8)
 ACCURACY = 1e-5

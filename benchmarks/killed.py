@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from side_by_side import machine
 
-from tokmat_jax.cli import parse, run_script
+from tokmat_jax.commands.flags import parse, run_script
 from tokmat_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

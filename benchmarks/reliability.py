@@ -24,10 +24,10 @@ from decoding import make_generator
 from growth import pretended
 from side_by_side import machine
 
-from tokmat_jax.cli import parse, run_script
+from tokmat_jax.commands.flags import parse, run_script
 from tokmat_jax.config import Config, DataConfig, GenerationConfig, ModelConfig
 from tokmat_jax.errors import UserError
-from tokmat_jax.generator import Generator
+from tokmat_jax.generation.generator import Generator
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCHES, PROMPTS, NEW_TOKENS = (1, 2, 4, 8), (16, 32), (4, 8, 16)

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from tokmat_jax.cli import parse, run_script
+from tokmat_jax.commands.flags import parse, run_script
 from tokmat_jax.config import GenerationConfig
-from tokmat_jax.data.prepare import prepare
+from tokmat_jax.data.corpus import prepare
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import scores
 from tokmat_jax.evaluation.judge import Judge
 from tokmat_jax.evaluation.methods import Method, Written, stable_methods
 from tokmat_jax.evaluation.pair import Prompts, prompts_of
 from tokmat_jax.evaluation.passes import best_within
-from tokmat_jax.generator import Generator
-from tokmat_jax.trajectory import Trajectory
+from tokmat_jax.generation.generator import Generator
+from tokmat_jax.generation.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from side_by_side import alternate, machine, print_ratio, ratio, serve
 
-from tokmat_jax.cli import parse, run_script
+from tokmat_jax.commands.flags import parse, run_script
 
 NAMES = ("maturation", "ar", "torch")
 
@@ -47,8 +47,8 @@ def ours(flags: Args, kind: Any) -> Callable[[], float]:
     import jax
 
     from tokmat_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
-    from tokmat_jax.sharding import make_mesh
-    from tokmat_jax.train_step import make_train_functions
+    from tokmat_jax.distributed.mesh import make_mesh
+    from tokmat_jax.training.step import make_train_functions
 
     config = Config(
         data=DataConfig(seq_len=flags.seq_len),

@@ -1,6 +1,6 @@
 """Fine-tuning: SmolLM2-135M starts maturing. The shape of the model and the tokenizer come from the import.
 
-    python -m tokmat_jax.hf import HuggingFaceTB/SmolLM2-135M runs/smollm2_135m_import
+    python -m tokmat_jax hf import HuggingFaceTB/SmolLM2-135M runs/smollm2_135m_import
     python train.py --config configs/smollm2_135m.py --data.source 'files:text/*.parquet'
 """
 

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 import tiny
-from tokmat_jax import sharding
 from tokmat_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
-from tokmat_jax.train_step import make_train_functions
+from tokmat_jax.distributed import mesh as sharding
+from tokmat_jax.training.step import make_train_functions
 
 MESHES = [MeshConfig(data=8), MeshConfig(data=1, fsdp=8), MeshConfig(data=4, tensor=2), MeshConfig(data=1, tensor=8),
           MeshConfig(data=2, fsdp=2, tensor=2)]

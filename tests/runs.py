@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-import train
+from tokmat_jax.commands import train
 
 WORDS = ["the cat sat on the mat", "a dog ran to the sea", "the sea is not a cat", "who sat by the sea?"]
 

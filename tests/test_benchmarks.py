@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from tokmat_jax.cli import load_config_file
+from tokmat_jax.commands.flags import load_config_file
 from tokmat_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from tokmat_jax.errors import UserError
 

@@ -30,16 +30,16 @@ import safetensors.numpy
 import zstandard
 
 import checkpoints
-import generate
+from tokmat_jax.commands import generate
 from tokmat_jax.config import Config, DataConfig
 from tokmat_jax.data import sources
 from tokmat_jax.data.tokenizer import hugging_face, load_tokenizer, train_bpe
 from tokmat_jax.errors import UserError
+from tokmat_jax.generation.trajectory import Trajectory, load_trajectory
 from tokmat_jax.hf.convert import import_weights
 from tokmat_jax.hf.files import Safetensors
 from tokmat_jax.hf.gguf_file import Gguf
-from tokmat_jax.trajectory import Trajectory, load_trajectory
-from tokmat_jax.workdir import keep_corpus, load_config, save_config
+from tokmat_jax.storage.workdir import keep_corpus, load_config, save_config
 
 FEW, MANY = 200, 10_000
 SECONDS = 5.0

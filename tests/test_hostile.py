@@ -24,17 +24,17 @@ import safetensors.numpy
 import zstandard
 
 import checkpoints
-import generate
 from test_fuzz import made_trajectory
-from tokmat_jax.arrays import open_npy
+from tokmat_jax.commands import generate
 from tokmat_jax.config import Config, DataConfig
 from tokmat_jax.data import sources
 from tokmat_jax.data.tokenizer import hugging_face, load_tokenizer, train_bpe
 from tokmat_jax.errors import UserError
+from tokmat_jax.generation.trajectory import load_trajectory
 from tokmat_jax.hf.convert import import_weights
 from tokmat_jax.hf.files import Safetensors
-from tokmat_jax.trajectory import load_trajectory
-from tokmat_jax.workdir import load_config, save_config
+from tokmat_jax.storage.npy import open_npy
+from tokmat_jax.storage.workdir import load_config, save_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = [*sorted((ROOT / "tokmat_jax").rglob("*.py")), ROOT / "train.py", ROOT / "generate.py",
@@ -176,7 +176,7 @@ import numpy, pyarrow.parquet, zstandard, generate
 from tokmat_jax.config import DataConfig
 from tokmat_jax.data import sources
 from tokmat_jax.errors import UserError
-from tokmat_jax.trajectory import load_trajectory
+from tokmat_jax.generation.trajectory import load_trajectory
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + {room}
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 for path in sys.argv[1:]:

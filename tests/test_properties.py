@@ -20,14 +20,11 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_loader import Source, taken
+from test_scripts import ROOT, rows, stored
 
 import runs
 import tiny
-from test_loader import Source, taken
-from test_scripts import ROOT, rows, stored
-from tokmat_jax import sharding
-from tokmat_jax.buckets import sample_key
-from tokmat_jax.checkpoint import open_checkpoints
 from tokmat_jax.config import (
     Config,
     DataConfig,
@@ -40,10 +37,13 @@ from tokmat_jax.config import (
 )
 from tokmat_jax.data import loader, prepare, sources
 from tokmat_jax.data.tokenizer import make_tokenizer
+from tokmat_jax.distributed import mesh as sharding
 from tokmat_jax.errors import UserError
-from tokmat_jax.generator import Generator
-from tokmat_jax.naive import generate_naively
-from tokmat_jax.train_step import make_train_functions
+from tokmat_jax.generation.generator import Generator
+from tokmat_jax.generation.reference import generate_naively
+from tokmat_jax.generation.requests import sample_key
+from tokmat_jax.storage.checkpoint import open_checkpoints
+from tokmat_jax.training.step import make_train_functions
 
 often = pytest.mark.parametrize("examples", [200, pytest.param(2000, marks=pytest.mark.slow)])
 

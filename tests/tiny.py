@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from tokmat_jax.config import Config, DataConfig, MaturationConfig, ModelConfig, TrainConfig
-from tokmat_jax.model import make_forward
-from tokmat_jax.objective import vocabulary
-from tokmat_jax.train_step import init_params
+from tokmat_jax.model.backbone import make_forward
+from tokmat_jax.training.objective import vocabulary
+from tokmat_jax.training.step import init_params
 
 VOCAB = 61
 CONFIG = Config(

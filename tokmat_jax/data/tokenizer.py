@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tokmat_jax.config import TokenizerConfig
 from tokmat_jax.errors import UserError, one_line, shown
-from tokmat_jax.workdir import TOKENIZER
+from tokmat_jax.storage.workdir import TOKENIZER
 
 END_OF_TEXT = "<|endoftext|>"
 _FILE, _META = "tokenizer.json", "tokenizer_meta.json"

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokmat_jax import objective
-from tokmat_jax.arrays import open_npy
 from tokmat_jax.config import GenerationConfig
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import figures, frontier, metrics, scores
@@ -29,8 +27,10 @@ from tokmat_jax.evaluation.methods import (
 )
 from tokmat_jax.evaluation.pair import Prompts
 from tokmat_jax.evaluation.store import Store
-from tokmat_jax.generator import Generator
-from tokmat_jax.train_step import init_params
+from tokmat_jax.generation.generator import Generator
+from tokmat_jax.storage.npy import open_npy
+from tokmat_jax.training import objective
+from tokmat_jax.training.step import init_params
 
 _BRIER = {"contexts": 4, "ahead": 4, "samples": 4}
 """Beginnings per prompt, tokens behind each, and independent samples of them."""

@@ -10,8 +10,8 @@ import numpy as np
 from tokmat_jax.config import GenerationConfig
 from tokmat_jax.evaluation import geometry, metrics, templates
 from tokmat_jax.evaluation.scores import nan_mean
-from tokmat_jax.generator import Generator
-from tokmat_jax.trajectory import Trajectory
+from tokmat_jax.generation.generator import Generator
+from tokmat_jax.generation.trajectory import Trajectory
 
 _AHEAD = 32
 """Tokens after a step within which a slot's token counts as foreseen."""

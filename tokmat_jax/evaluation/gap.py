@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokmat_jax import cache, decode, losses, maturation, objective
 from tokmat_jax.config import Config
-from tokmat_jax.model import Params, make_forward
-from tokmat_jax.table import look_up, scores
+from tokmat_jax.generation import cache
+from tokmat_jax.method import algorithm as decode
+from tokmat_jax.method import losses, maturation
+from tokmat_jax.method.table import look_up, scores
+from tokmat_jax.model.backbone import Params, make_forward
+from tokmat_jax.training import objective
 
 
 @dataclass(frozen=True)

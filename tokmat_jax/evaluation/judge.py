@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokmat_jax import losses
-from tokmat_jax.buckets import bucket
 from tokmat_jax.data.tokenizer import Tokenizer
 from tokmat_jax.errors import UserError
-from tokmat_jax.generator import Generator
-from tokmat_jax.model import make_forward
-from tokmat_jax.table import entropy_of, look_up, scores
+from tokmat_jax.generation.generator import Generator
+from tokmat_jax.generation.requests import bucket
+from tokmat_jax.method import losses
+from tokmat_jax.method.table import entropy_of, look_up, scores
+from tokmat_jax.model.backbone import make_forward
 
 _NUMBERS_AT_ONCE = 2**26
 """Bounds [B, T, V] of one batch that is read."""

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tokmat_jax.baselines import Baselines
 from tokmat_jax.config import GenerationConfig
 from tokmat_jax.evaluation.pair import Prompts
-from tokmat_jax.generator import Generator
+from tokmat_jax.generation.baselines import Baselines
+from tokmat_jax.generation.generator import Generator
 
 PLAIN: dict[str, Any] = dataclasses.asdict(GenerationConfig())
 """The plain algorithm: the defaults of GenerationConfig (METHOD §3)."""

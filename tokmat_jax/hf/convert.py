@@ -19,8 +19,6 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from tokmat_jax import objective
-from tokmat_jax.checkpoint import load_params, save_params
 from tokmat_jax.config import (
     Config,
     DataConfig,
@@ -32,16 +30,16 @@ from tokmat_jax.config import (
     TokenizerConfig,
 )
 from tokmat_jax.data.tokenizer import Tokenizer, hugging_face, load_tokenizer
+from tokmat_jax.distributed.mesh import path_name
 from tokmat_jax.errors import UserError, one_line, shown
 from tokmat_jax.hf import families
 from tokmat_jax.hf.families import Weight
 from tokmat_jax.hf.files import Safetensors, Stored, find_source, write_safetensors
 from tokmat_jax.hf.gguf_file import Gguf
-from tokmat_jax.model import Params, conditioning_of_committed
-from tokmat_jax.sharding import path_name
-from tokmat_jax.train_step import init_params
-from tokmat_jax.view.progress import bar
-from tokmat_jax.workdir import (
+from tokmat_jax.model.backbone import Params, conditioning_of_committed
+from tokmat_jax.progress import bar
+from tokmat_jax.storage.checkpoint import load_params, save_params
+from tokmat_jax.storage.workdir import (
     IMPORTED,
     TOKENIZER,
     appears_whole,
@@ -51,6 +49,8 @@ from tokmat_jax.workdir import (
     save_config,
     write_json,
 )
+from tokmat_jax.training import objective
+from tokmat_jax.training.step import init_params
 
 SIDECAR = "maturation"
 """Folder of an exported checkpoint: `run.json`, `weights.safetensors` and `tokenizer/`."""

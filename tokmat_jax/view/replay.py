@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tokmat_jax.data.tokenizer import Tokenizer
-from tokmat_jax.trajectory import Trajectory
+from tokmat_jax.generation.trajectory import Trajectory
 from tokmat_jax.view.terminal import visible
 
 _PAGE = Path(__file__).parent / "page"

@@ -1,0 +1,420 @@
+"""The two scripts as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import runs
+from tokmat_jax.commands import flags as cli
+from tokmat_jax.commands import generate
+from tokmat_jax.errors import UserError
+from tokmat_jax.generation.generator import Generator
+from tokmat_jax.generation.trajectory import load_trajectory
+from tokmat_jax.view.terminal import visible
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(*args, cwd=ROOT):
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=4", "count=1")}
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True,
+                          check=False, timeout=600)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def stored(workdir, item="params"):
+    folder = workdir.resolve() / "checkpoints"
+    step = max(int(path.name) for path in folder.iterdir())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without shardings Orbax takes those of the file, and says so
+        return step, ocp.PyTreeCheckpointer().restore(folder / str(step) / item)
+
+
+def test_a_run_leaves_all_it_needs(runs_dir):
+    workdir = runs_dir / "run"
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {"config.json", "tokenizer", "corpus.json", "checkpoints", "metrics.jsonl", "samples.jsonl",
+                     "spikes.jsonl", "tensorboard", "lock"}
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "6"}
+    logged = rows(workdir / "metrics.jsonl")
+    assert [row["step"] for row in logged if "train/loss" in row] == [2, 3, 4, 6]
+    validation = [row for row in logged if "validation/mse" in row]
+    assert [row["step"] for row in validation] == [3, 6]
+    for name in ("info_nce", "top1/maturity_1", "top5/maturity_1", "top1/maturity_0.5", "entropy/maturity_1"):
+        assert f"validation/{name}" in validation[-1]
+    assert rows(workdir / "samples.jsonl")[0]["step"] == 6
+    assert list((workdir / "tensorboard").iterdir())
+    baseline = rows(runs_dir / "ar" / "metrics.jsonl")[-1]
+    assert baseline["validation/perplexity"] == pytest.approx(np.exp(baseline["validation/cross_entropy"]))
+
+
+@pytest.mark.parametrize("more", [(), ("--optimizer.name", "muon", "--objective.negatives", "batch",
+                                       "--train.accumulation", "2", "--train.batch-size", "8", "--mesh.data", "2",
+                                       "--mesh.fsdp", "2")],
+                         ids=["plain", "muon, accumulation, fsdp"])
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, more):
+    runs.write_corpus(tmp_path)
+    runs.run(tmp_path, "whole", *more)
+    # The power fails while step 6 is validated, behind the checkpoint of step 3.
+    from tokmat_jax.commands import train
+
+    original, calls = train.Loop.validate, []
+
+    def stop(loop, step):
+        calls.append(step)
+        original(loop, step)
+        if step == 6:
+            raise RuntimeError("power cut")
+
+    train.Loop.validate = stop
+    try:
+        with pytest.raises(RuntimeError, match="power cut"):
+            runs.run(tmp_path, "cut", *more)
+    finally:
+        train.Loop.validate = original
+    assert stored(tmp_path / "cut")[0] == 3
+    runs.run(tmp_path, "cut", *more)
+    for item in ("params", "optimizer"):
+        whole, cut = stored(tmp_path / "whole", item), stored(tmp_path / "cut", item)
+        assert whole[0] == cut[0] == 6
+        chex.assert_trees_all_equal(whole[1], cut[1])
+    clocks = ("train/tokens_per_second", "train/step_seconds", "train/host_memory_gb")
+    logged = [[{key: value for key, value in row.items() if key not in clocks}
+               for row in rows(tmp_path / name / "metrics.jsonl")] for name in ("whole", "cut")]
+    assert logged[0] == logged[1]
+    assert (tmp_path / "whole" / "samples.jsonl").read_text() == (tmp_path / "cut" / "samples.jsonl").read_text()
+
+
+def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(runs_dir, capsys):
+    before = (runs_dir / "ar" / "metrics.jsonl").read_text()
+    runs.run(runs_dir, "ar", "--objective.kind", "ar")
+    assert "resuming after step 6" in capsys.readouterr().out
+    assert (runs_dir / "ar" / "metrics.jsonl").read_text() == before
+    runs.run(runs_dir, "ar", "--objective.kind", "ar", "--train.num-steps", "7")
+    assert "train.num_steps 6 → 7" in capsys.readouterr().out
+    assert rows(runs_dir / "ar" / "metrics.jsonl")[-1]["step"] == 7
+
+
+def test_another_config_in_the_same_workdir_is_refused(runs_dir):
+    with pytest.raises(UserError, match=r"model.num_layers = 2, this command has 3"):
+        runs.run(runs_dir, "run", "--model.num-layers", "3")
+
+
+def test_a_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(tmp_path):
+    runs.write_corpus(tmp_path)
+    flags = ("--optimizer.learning-rate", "1e30", "--optimizer.schedule", "constant", "--optimizer.warmup-steps", "3",
+             "--optimizer.clip-norm", "1e30", "--train.checkpoint-every", "1", "--train.num-samples", "0",
+             "--train.max-skipped", "0")
+    with pytest.raises(UserError) as caught:
+        runs.run(tmp_path, "bad", *flags)
+    message = str(caught.value)
+    step = int(message.split("at step ")[1].split(" ", maxsplit=1)[0])
+    assert f"the last good checkpoint is step {step - 1}" in message
+    assert stored(tmp_path / "bad")[0] == step - 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stored(tmp_path / "bad")[1]))
+
+
+def test_an_update_that_breaks_the_parameters_is_never_saved(tmp_path):
+    runs.write_corpus(tmp_path)
+    # The loss of step 1 is fine, what its update leaves is not.
+    flags = ("--optimizer.learning-rate", "3e38", "--optimizer.warmup-steps", "0", "--train.num-steps", "1",
+             "--train.max-skipped", "0")
+    said = r"param_norm is (inf|nan) at step 1 \(1 skipped in a row\); there is no checkpoint yet"
+    with pytest.raises(UserError, match=said):
+        runs.run(tmp_path, "bad", *flags)
+    assert list((tmp_path / "bad" / "checkpoints").iterdir()) == []
+
+
+def test_a_run_never_goes_on_with_another_text(tmp_path):
+    path = runs.write_corpus(tmp_path)
+    runs.run(tmp_path, "run", "--train.num-samples", "0")
+    before = (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text()
+    path.write_text(path.read_text().replace("cat", "cow"))
+    with pytest.raises(UserError, match="another state of its corpus"):
+        runs.run(tmp_path, "run", "--train.num-samples", "0")
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text() == before
+
+
+def test_a_workdir_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    runs.write_corpus(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="workdir: cannot write into"):
+        runs.run(tmp_path, "file")
+    with pytest.raises(UserError, match=r"data.prepared_dir: cannot write into"):
+        runs.run(tmp_path, "run", "--data.prepared-dir", str(tmp_path / "file"))
+
+
+def test_the_longest_tail_that_fits_can_be_sampled_in_training(tmp_path):
+    runs.write_corpus(tmp_path)
+    workdir = runs.run(tmp_path, "run", "--generation.tail-length", "46", "--train.num-steps", "1")
+    assert rows(workdir / "samples.jsonl")
+
+
+# Orbax leaves futures behind when a read fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_named_with_the_one_before(runs_dir, tmp_path):
+    import shutil
+
+    shutil.copytree(runs_dir / "run", tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / "6" / "params").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"checkpoints/6 is damaged \(.*delete it to go on from step 3"):
+        generate.main(["--workdir", str(tmp_path / "run"), "--prompt", "x"])
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6" / "params")
+    with pytest.raises(UserError, match=r"checkpoints/6 is damaged"):
+        generate.main(["--workdir", str(tmp_path / "run"), "--prompt", "x"])
+
+
+def test_a_given_table_is_where_training_starts(tmp_path):
+    runs.write_corpus(tmp_path)
+    table = np.random.default_rng(0).normal(size=(290, 16)).astype(np.float32)
+    np.save(tmp_path / "table.npy", table)
+    given = ("--table.initial", str(tmp_path / "table.npy"), "--table.no-trainable", "--train.num-samples", "0")
+    _, params = stored(runs.run(tmp_path, "given", *given))
+    np.testing.assert_array_equal(params["table"], table)
+    np.save(tmp_path / "table.npy", table[:, :3])
+    with pytest.raises(UserError, match=r"is float32 \(290, 3\), expected finite floats \(290, 16\)"):
+        runs.run(tmp_path, "other", *given)
+    np.savez(tmp_path / "table.npz", table)
+    with pytest.raises(UserError, match=r"table.initial: .* is no .npy file of numbers"):
+        runs.run(tmp_path, "third", "--table.initial", str(tmp_path / "table.npz"))
+
+
+def generated(capsys, *args):
+    generate.main(list(map(str, args)))
+    return capsys.readouterr()
+
+
+def test_generate_prints_the_text_and_writes_every_sample(runs_dir, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("who sat\n\na dog\n")
+    shown = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "the cat", "--prompt", "",
+                      "--prompts-file", tmp_path / "prompts.txt", "--num-samples", 2, "--max-new-tokens", 5,
+                      "--output", tmp_path / "out.jsonl", "--guidance-scale", 2)
+    written = rows(tmp_path / "out.jsonl")
+    assert [row["prompt"] for row in written] == [p for p in ("the cat", "", "who sat", "a dog") for _ in range(2)]
+    assert all(len(row["tokens"]) == len(row["entropy"]) == len(row["movement"]) <= 5 for row in written)
+    assert written[0]["settings"]["guidance_scale"] == 2.0
+    for row in written:
+        assert visible(row["prompt"] + row["text"]) in shown.out
+
+
+def test_stream_and_show_tail_show_the_same_text(runs_dir, tmp_path, capsys):
+    plain = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "the cat").out
+    streamed = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "the cat", "--stream").out
+    assert streamed == plain
+    tail = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "the cat", "--show-tail", "--output",
+                     tmp_path / "live.jsonl").out
+    generated(capsys, "--workdir", runs_dir / "run", "--prompt", "the cat", "--output", tmp_path / "batch.jsonl")
+    [live], [batch] = rows(tmp_path / "live.jsonl"), rows(tmp_path / "batch.jsonl")
+    assert live["tokens"] == batch["tokens"]
+    np.testing.assert_allclose(live["movement"], batch["movement"], rtol=1e-4)
+    assert "│" in tail
+    # New lines inside the text split steps; the last step holds the whole text before its first bar.
+    assert plain.strip() in tail
+
+
+def test_two_settings_beside_each_other_are_the_samples_of_both(runs_dir, tmp_path, capsys):
+    arguments = ["--workdir", runs_dir / "run", "--prompt", "the cat", "--rate", "0.9", "0.7", "0.5", "0.3"]
+    shown = generated(capsys, *arguments, "--show-tail", "--compare", "guidance-scale=3", "tail-noise=2",
+                      "--output", tmp_path / "both.jsonl").out
+    plain, guided = rows(tmp_path / "both.jsonl")
+    for title in ("guidance scale 1, tail noise 0.3: ", "guidance scale 3, tail noise 2: "):
+        assert shown.count(title + "the cat") == 8
+    assert (plain["settings"]["guidance_scale"], guided["settings"]["guidance_scale"]) == (1.0, 3.0)
+    assert plain["settings"]["rate"] == guided["settings"]["rate"] == [0.9, 0.7, 0.5, 0.3]
+    for row, more in ((plain, ()), (guided, ("--guidance-scale", 3, "--tail-noise", 2))):
+        generated(capsys, *arguments, *more, "--output", tmp_path / "alone.jsonl")
+        assert rows(tmp_path / "alone.jsonl")[0]["tokens"] == row["tokens"]
+
+
+def test_a_recorded_sample_is_printed_saved_and_replayed(runs_dir, tmp_path, capsys):
+    arguments = ["--workdir", runs_dir / "run", "--prompt", "the cat", "--num-samples", 2]
+    plain = generated(capsys, *arguments).out
+    recorded = generated(capsys, *arguments, "--html", tmp_path / "replay.html", "--trajectory", tmp_path / "t.npz",
+                         "--keep-vectors", "--compare", "tail-length=3", "--output", tmp_path / "out.jsonl")
+    written = rows(tmp_path / "out.jsonl")
+    assert [line for line in recorded.out.split("---\n") if line][::2] == [
+        line for line in plain.split("---\n") if line]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "out.jsonl", "replay-1.html", "replay-2.html", "t-1.npz", "t-2.npz", "t-3.npz", "t-4.npz"]
+    for number, row in enumerate(written, 1):
+        found = load_trajectory(tmp_path / f"t-{number}.npz")
+        assert found.text.tolist() == row["tokens"]
+        assert found.vectors.shape == (8, row["settings"]["tail_length"], 16)
+    page = (tmp_path / "replay-2.html").read_text()
+    assert "tail length 4" in page
+    assert "tail length 3" in page
+
+
+def test_stable_commits_say_how_many_tokens_a_pass_they_made(runs_dir, tmp_path, capsys):
+    shown = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "the cat", "--prompt", "who", "--commit",
+                      "stable", "--max-commit", 3, "--patience", 0, "--tolerance", 9, "--output", tmp_path / "o.jsonl")
+    written = rows(tmp_path / "o.jsonl")
+    tokens, passes = sum(len(row["tokens"]) for row in written), sum(row["passes"] for row in written)
+    assert f"{tokens} tokens in {passes} passes, {tokens / passes:.2f} a pass" in shown.err
+    assert all(row["passes"] == -(-len(row["tokens"]) // 3) for row in written)
+
+
+def test_a_steering_vector_from_a_file_is_the_words(runs_dir, tmp_path, capsys):
+    direction = Generator.from_workdir(runs_dir / "run").direction(["sea"])
+    np.save(tmp_path / "v.npy", direction.astype(np.float64))
+    arguments = ["--workdir", runs_dir / "run", "--prompt", "the cat", "--steering", "2"]
+    assert generated(capsys, *arguments, "--steering-words", "sea").out == generated(
+        capsys, *arguments, "--steering-vector", tmp_path / "v.npy").out
+
+
+def test_prompts_come_from_json_lines_too(runs_dir, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": ""}\n{"prompt": "a\\nb"}\n')
+    assert generate.read_prompts(generate.Args(workdir="x", prompts_file=str(tmp_path / "p.jsonl"))) == ["", "a\nb"]
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    ([], "no prompt"),
+    (["--prompt", "x", "--tail-length", "0"], "must be at least 1, found 0"),
+    (["--prompt", "x", "--max-maturity", "1.5"], "must lie in [0, 1]"),
+    (["--prompt", "x", "--max-new-tokens", "99"], "needs 104 positions, the model has 48"),
+    (["--prompt", "x", "--stream", "--prompt", "the cat " * 30], "prompt 2 has"),
+    (["--prompt", "x", "--seed", str(2**32)], "--seed in 0..2³²−1"),
+    (["--prompt", "x", "--guidance-scale", "nan"], "guidance_scale must be a finite number, found nan"),
+    (["--prompt", "x", "--num-samples", "0"], "--num-samples and --batch-size must be at least 1"),
+    (["--prompt", "x", "--output", "/nowhere/x.jsonl"], "cannot write"),
+    (["--prompts-file", "/nowhere"], "cannot read"),
+    (["--prompt", "\udcff"], "prompt 1 is not valid Unicode"),
+    (["--promt", "x"], "unknown option --promt; nearest: --prompt"),
+    (["--prompt", "x", "--rate", "0.5", "0.5"], "one per slot of the tail (4), found (0.5, 0.5)"),
+    (["--prompt", "x", "--rate", "1", "1", "1", "1.5"], "rate must lie in [0, 1], found (1.0, 1.0, 1.0, 1.5)"),
+    (["--prompt", "x", "--history-smoothing", "1"], "history_smoothing must lie in [0, 1), found 1.0"),
+    (["--prompt", "x", "--fresh-noise", "-1"], "fresh_noise must not be negative, found -1.0"),
+    (["--prompt", "x", "--steering", "1"], "steering needs a direction: give --steering-words"),
+    (["--prompt", "x", "--steering-words", "sea"], "does nothing by itself: give its strength too"),
+    (["--prompt", "x", "--steering", "1", "--steering-words", ""], "steering_words must not be blank, found ('',)"),
+    (["--prompt", "x", "--steering", "1", "--steering-words", "\udcff"], "is no word"),
+    (["--prompt", "x", "--steering", "1e39", "--steering-words", "sea"], "must lie within ±1,000,000, found 1e+39"),
+    (["--prompt", "x", "--steering", "1", "--steering-words", "a", "--steering-vector", "x.npy"], "two directions"),
+    (["--prompt", "x", "--steering-slots", "1"], "--steering-slots does nothing by itself"),
+    (["--prompt", "x", "--patience", "2"], "--patience says how --commit stable commits: give that too"),
+    (["--prompt", "x", "--commit", "stable", "--patience", "99999999999"], "must lie within ±1,000,000"),
+    (["--prompt", "x", "--show-tail", "--compare", "tail-length="], "--compare takes NAME=VALUE"),
+    (["--prompt", "x", "--show-tail", "--compare", "tail-length=2", "tail-length=3"], "each one once"),
+    (["--prompt", "x", "--stream", "--html", "x.html", "--compare", "tail-length=2"], "--stream shows one run"),
+    (["--prompt", "x", "--html", ""], "--html: '' names no file"),
+    (["--prompt", "x", "--html", "..", "--num-samples", "2"], "--html: '..' names no file"),
+    (["--prompt", "x", "--trajectory", "/"], "--trajectory: '/' names no file"),
+    (["--prompt", "x", "--html", "/tmp"], "--html: /tmp is a folder"),
+    (["--prompt", "x", "--html", f"/tmp/{'x' * 300}"], "File name too long"),
+    (["--prompt", "x", "--html", "/tmp/same", "--output", "/tmp/same"], "--html would write the same file"),
+
+    (["--prompt", "x", "--steering", "1", "--steering-vector", "/nowhere.npy"], "/nowhere.npy is no .npy file"),
+    (["--prompt", "x", "--steering", "1", "--steering-vector", __file__], "is no .npy file of numbers"),
+    (["--prompt", "x", "--steering-slots", "4"], "steering_slots must lie in 0..3 (K = 4), found (4,)"),
+    (["--prompt", "x", "--commit", "stable", "--max-commit", "0"], "max_commit must be positive, found 0"),
+    (["--prompt", "x", "--commit", "stable", "--tolerance", "0"], "tolerance must be positive, found 0.0"),
+    (["--prompt", "x", "--commit", "stable", "--patience", "-1"], "patience must not be negative, found -1"),
+    (["--prompt", "x", "--compare", "guidance-scale=2"], "add --show-tail or --html FILE"),
+    (["--prompt", "x", "--show-tail", "--compare", "guidance-scale"], "--compare takes NAME=VALUE"),
+    (["--prompt", "x", "--show-tail", "--compare", "seed=2"], "with the name of a setting"),
+    (["--prompt", "x", "--show-tail", "--compare", "max-maturity=2"], "must lie in [0, 1]"),
+    (["--prompt", "x", "--show-tail", "--compare", "tail-noise=-1"], "tail_noise must not be negative, found -1.0"),
+    (["--prompt", "x", "--html", "/nowhere/x.html"], "--html: cannot write /nowhere/x.html: No such file"),
+    (["--prompt", "x", "--trajectory", "/nowhere/x.npz"], "--trajectory: cannot write"),
+    (["--prompt", "x", "--keep-vectors"], "give that too"),
+])
+def test_a_mistake_in_generating_is_one_line(runs_dir, args, says):
+    with pytest.raises(UserError) as caught:
+        generate.main(["--workdir", str(runs_dir / "run"), *args])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mistake", [["--steering", "1"], ["--html", "/nowhere/x.html"], ["--trajectory", "/"],
+                                     ["--steering", "1", "--steering-vector", "/nowhere.npy"]])
+def test_a_refused_command_leaves_the_files_of_an_earlier_one(runs_dir, tmp_path, mistake):
+    (tmp_path / "out.jsonl").write_text("precious")
+    with pytest.raises(UserError):
+        generate.main(["--workdir", str(runs_dir / "run"), "--prompt", "x", "--output", str(tmp_path / "out.jsonl"),
+                       *mistake])
+    assert (tmp_path / "out.jsonl").read_text() == "precious"
+
+
+def test_training_refuses_steering_without_a_direction_before_its_first_step(tmp_path):
+    runs.write_corpus(tmp_path)
+    with pytest.raises(UserError, match=r"generation\.steering needs a direction"):
+        runs.run(tmp_path, "run", "--generation.steering", "0.5")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_longer_tail_than_trained_is_noted_and_the_baseline_has_none(runs_dir, capsys):
+    shown = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "x", "--tail-length", 20)
+    assert "longer than any in training (K_max 16)" in shown.err
+    for flags in (["--tail-length", "4"], ["--commit", "stable"], ["--steering-vector", "x.npy"]):
+        with pytest.raises(UserError, match=f"{flags[0]}: .* it has no tail"):
+            generate.main(["--workdir", str(runs_dir / "ar"), "--prompt", "x", *flags])
+
+
+def test_a_workdir_without_a_checkpoint_or_with_another_model_says_so(runs_dir, tmp_path):
+    import shutil
+
+    with pytest.raises(UserError, match="is no run"):
+        generate.main(["--workdir", str(tmp_path), "--prompt", "x"])
+    shutil.copytree(runs_dir / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model"]["num_layers"] = 5
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"blocks/attention_norm/bias is float32 \(2, 16\), the config wants"):
+        generate.main(["--workdir", str(tmp_path / "run"), "--prompt", "x"])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        generate.main(["--workdir", str(tmp_path / "run"), "--prompt", "x"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_trains_two_steps_scaled_down(path, runs_dir, tmp_path):
+    runs.write_corpus(tmp_path)
+    starts_elsewhere = cli.load_config_file(path).init_from is not None
+    tokenizer = ["--init-from", str(runs_dir / "ar")] if starts_elsewhere else ["--tokenizer.kind", "bpe",
+                                                                               "--tokenizer.name", ""]
+    small = runs.arguments(tmp_path, "small", "--config", str(path), "--train.num-steps", "2", *tokenizer,
+                           "--maturation.max-tail-length", "8", "--train.accumulation", "1")
+    assert cli.parse_config(small).train.num_steps == 2
+    from tokmat_jax.commands import train
+
+    with jax.numpy_dtype_promotion("standard"):
+        train.main(small)
+    assert stored(tmp_path / "small")[0] == 2
+
+
+def test_the_quickstart_with_few_steps_then_text_from_what_it_left(tmp_path):
+    few = ["--train.num-steps", 4, "--train.batch-size", 2, "--train.eval-batches", 1, "--train.num-samples", 1,
+           "--workdir", tmp_path / "quickstart", "--data.prepared-dir", tmp_path / "prepared"]
+    trained = script("train.py", "--config", "configs/quickstart.py", *few)
+    assert trained.returncode == 0, trained.stderr
+    assert "step 4 validation" in trained.stdout
+    assert "│" in trained.stdout
+    text = script("generate.py", "--workdir", tmp_path / "quickstart", "--prompt", "In the beginning",
+                  "--max-new-tokens", 8)
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.startswith("In the beginning")
+    assert not text.stderr
+    wrong = script("generate.py", "--workdir", tmp_path / "quickstart", "--prompt", "x", "--tail-length", 0)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+
+
+def test_a_trace_of_chosen_steps_is_written(tmp_path):
+    runs.write_corpus(tmp_path)
+    workdir = runs.run(tmp_path, "traced", "--train.profile", "2", "3", "--train.num-steps", "4")
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    assert not (runs.run(tmp_path, "plain", "--train.num-steps", "2") / "profile").exists()

@@ -1,0 +1,140 @@
+"""The command line: typed flags from dataclasses, configs from files, and one clear line for a mistake."""
+
+import contextlib
+import difflib
+import io
+import logging
+import re
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import tyro
+
+from tokmat_jax.config import Config
+from tokmat_jax.errors import UserError
+from tokmat_jax.storage.workdir import load_config
+from tokmat_jax.training.start_from import adopt
+
+T = TypeVar("T")
+
+
+def run_script(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs `main` on the command line's arguments; a UserError becomes one line and exit code 2."""
+    # What the checkpoint library has to say to a user comes as an exception, too.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.excepthook = _shown
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _shown(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Shows an error of any thread, but not that the checkpoint library hung up on its own after a failure."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
+def parse(
+    kind: type[T], args: Sequence[str], default: T | None = None, description: str | None = None,
+    prog: str | None = None,
+) -> T:
+    """Flags of the dataclass `kind`; raises UserError for an unknown flag (with the nearest) or a bad value."""
+    said = io.StringIO()
+    start = tyro.MISSING_NONPROP if default is None else default
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed, unknown = tyro.cli(kind, args=list(args), return_unknown_args=True, description=description,
+                                       default=start, prog=prog)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(said.getvalue())) from None
+    if unknown:
+        flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+        near = difflib.get_close_matches(flag, _flags(kind, default), 1, cutoff=0.5)
+        raise UserError(f"unknown option {flag}" + (f"; nearest: {near[0]}" if near else "; see --help"))
+    return parsed
+
+
+def _flags(kind: type[T], default: T | None) -> list[str]:
+    """All long flags of `kind`, read off its own help."""
+    shown = io.StringIO()
+    start = tyro.MISSING_NONPROP if default is None else default
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        tyro.cli(kind, args=["--help"], default=start)
+    return sorted(set(re.findall(r"--[a-z][a-z0-9.\-]*", shown.getvalue())))
+
+
+def _one_line(box: str) -> str:
+    """The message of tyro's box of several lines: what stands before its first inner rule.
+
+    In a terminal the box is coloured, and where Unicode cannot be shown it is drawn in ASCII.
+    """
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    message = []
+    for line in plain.splitlines():
+        inside = line.strip("│|+╭╮╰╯ ").strip()
+        if line.strip() and line.strip()[0] not in "│|":
+            continue  # the frame, with the title in it
+        if inside and set(inside) <= {"─", "-"}:
+            break
+        message.append(inside)
+    text = " ".join(filter(None, message)) or " ".join(plain.split())
+    # A check of ours names the field by itself; tyro adds the section in which it failed.
+    return re.sub(r"^Error parsing (?!--)[\w.]+: ", "", text)
+
+
+def parse_config(args: Sequence[str]) -> Config:
+    """The Config of `--config FILE` (or the defaults) with every other flag applied on top.
+
+    With `--init-from WORKDIR`, or a file that sets `init_from`, the shape of that model and its tokenizer come too.
+    """
+    args = list(args)
+    default = Config()
+    if (path := _value(args, "--config", remove=True)) is not None:
+        default = load_config_file(Path(path))
+    path = _value(args, "--init-from") or default.init_from
+    description = "Train a model; start from a file with --config configs/NAME.py."
+    if path not in (None, "None"):
+        source = load_config(Path(path))
+        # What the flags say counts already for what is adopted: a shorter window, another objective.
+        with contextlib.suppress(UserError):
+            default = parse(Config, args, default, description)
+        default = adopt(default, source, path, default.objective.kind)
+    return parse(Config, args, default, description)
+
+
+def _value(args: list[str], flag: str, remove: bool = False) -> str | None:
+    """What the command line gives `flag`, None where it is left out."""
+    for index, word in enumerate(args):
+        if word == flag or word.startswith(f"{flag}="):
+            value, used = (word.split("=", 1)[1], 1) if "=" in word else ("".join(args[index + 1 : index + 2]), 2)
+            if remove:
+                del args[index : index + used]
+            return value
+    return None
+
+
+def load_config_file(path: Path) -> Config:
+    """What `get_config()` of a Python file returns."""
+    if not path.is_file():
+        raise UserError(f"--config: {str(path)!r} is not a file; see configs/")
+    try:
+        made = runpy.run_path(str(path)).get("get_config", lambda: None)()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config: {path} cannot be run: {type(error).__name__}: {error}") from None
+    if not isinstance(made, Config):
+        raise UserError(f"--config: {path} must define get_config() that returns a tokmat_jax.config.Config")
+    return made

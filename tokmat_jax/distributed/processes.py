@@ -1,0 +1,99 @@
+"""What a process runs on: the cluster it belongs to, its compilation cache, and whether a config fits the devices."""
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tokmat_jax.config import ClusterConfig, ComputeConfig, Config
+from tokmat_jax.distributed.mesh import BATCH_AXES
+from tokmat_jax.errors import ConfigError, UserError, one_line
+
+T = TypeVar("T")
+
+LOST = 3
+"""Exit code of a process whose cluster has broken: the same command on all of them goes on."""
+
+
+def join_cluster(config: ClusterConfig) -> None:
+    """Connects the processes of a run; before anything asks for a device. Raises UserError where that fails."""
+    if config.kind == "none":
+        return
+    try:
+        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_index)
+    except (RuntimeError, ValueError) as error:
+        hint = ": name it with --cluster.kind manual" if config.kind == "auto" else ""
+        raise UserError(f"cluster.kind {config.kind!r}: no cluster to join ({one_line(error)}){hint}") from None
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes for all of them."""
+    return jax.process_index() == 0
+
+
+def on_first(work: Callable[[], T]) -> T | None:
+    """Does `work` in process 0 while the others wait, for whom the result is None.
+
+    Where it raises UserError, or the system refuses, every process stops with a UserError.
+    """
+    if jax.process_count() == 1:
+        return work()
+    from jax.experimental import multihost_utils
+
+    result, failure = None, None
+    if is_first():
+        try:
+            result = work()
+        except UserError as error:
+            failure = error
+        except OSError as error:
+            failure = UserError(one_line(error))
+    if not multihost_utils.broadcast_one_to_all(np.int32(failure is None)):
+        raise failure or UserError("stopped, because process 0 has: see its message")
+    return result
+
+
+def everywhere(fine: bool) -> bool:
+    """Whether it is `fine` in all processes; every one of them must ask."""
+    if jax.process_count() == 1:
+        return fine
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.int32(fine)).all())
+
+
+def leave_broken_cluster(what: str) -> NoReturn:
+    """Ends a process that can go on with the others no more; a clean end would wait for them."""
+    print(f"error: process {jax.process_index()} {what}: start the same command again on all of them, and they go on "
+          f"from the newest checkpoint", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(LOST)
+
+
+def use_compilation_cache(config: ComputeConfig) -> None:
+    """Keeps compiled programs in `config.compilation_cache`, unless the environment has chosen a folder."""
+    if config.compilation_cache is None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(config.compilation_cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def check_fits(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError, before anything is compiled, where `mesh` or the devices do not suit `config`."""
+    micro_batch = config.train.batch_size // config.train.accumulation
+    rows, tensor = math.prod(mesh.shape[axis] for axis in BATCH_AXES), mesh.shape["tensor"]
+    if micro_batch % rows:
+        raise ConfigError(f"train.batch_size / train.accumulation = {micro_batch} does not split over the {rows} "
+                          f"devices of data × fsdp")
+    for name, size in (("num_heads", config.model.num_heads), ("num_kv_heads", config.model.kv_heads),
+                       ("mlp_dim", config.model.mlp_size)):
+        if size % tensor:
+            raise ConfigError(f"mesh.tensor = {tensor} must divide model.{name} = {size}")
+    if config.compute.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ConfigError(f"compute.attention 'cudnn' needs an NVIDIA GPU, found {jax.devices()[0].device_kind}: leave "
+                          f"it out")

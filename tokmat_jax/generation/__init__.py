@@ -1,0 +1,1 @@
+"""From prompts to text: prompt → requests → cache → liquid tail → samples."""

@@ -1,0 +1,79 @@
+"""A sample in the middle of its making, whose tail can be read, changed and gone on from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+import numpy as np
+
+from tokmat_jax.errors import UserError
+from tokmat_jax.generation.requests import Row
+from tokmat_jax.method.algorithm import State, Tail
+
+
+@dataclass(frozen=True)
+class Living:
+    """One sample between two steps.
+
+    It never changes: `Generator.step`, `Generator.pin` and `Generator.replace` return another one, so that one can be
+    kept and gone on from in two ways.
+    """
+
+    row: Row
+    state: State
+    """Of a batch of one."""
+    tail: Tail
+    tokens: tuple[int, ...] = ()
+    """Ids committed so far, the prompt's left out."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the sample is complete."""
+        return bool(self.state.done[0])
+
+    @property
+    def slots(self) -> np.ndarray:
+        """z̃ [K, d], front first, as the next step will find them."""
+        return np.asarray(self.state.tail[0])
+
+    @property
+    def pins(self) -> list[int | None]:
+        """The token that each of the K slots is held at; None where it is free."""
+        if self.state.pinned is None:
+            return [None] * self.state.tail.shape[1]
+        return [None if token < 0 else token for token in np.asarray(self.state.pinned[0]).tolist()]
+
+
+def held_at(living: Living, slot: int, ids: Sequence[int], vectors: np.ndarray) -> Living:
+    """`living` with the slots from `slot` on held at `ids`, whose `vectors` [N, d] they have from now on; raises
+    UserError where they do not fit."""
+    _check(living, slot, len(ids))
+    left = int(living.state.budget[0] - living.state.num_committed[0])
+    if slot + len(ids) > left:
+        raise UserError(f"{left} tokens are left of the budget, slots {slot}..{slot + len(ids) - 1} come behind it")
+    living = with_vectors(living, slot, vectors)
+    pinned = living.state.pinned
+    if pinned is None:
+        pinned = jnp.full(living.state.tail.shape[:2], -1, jnp.int32)
+    pinned = pinned.at[0, slot : slot + len(ids)].set(jnp.array(ids, jnp.int32))
+    return replace(living, state=replace(living.state, pinned=pinned))
+
+
+def with_vectors(living: Living, slot: int, vectors: np.ndarray) -> Living:
+    """`living` with `vectors` [N, d] in the slots from `slot` on, which are free from then on; raises UserError where
+    they do not fit."""
+    size = living.state.tail.shape[-1]
+    if vectors.ndim != 2 or vectors.shape[1] != size or not np.isfinite(vectors).all():
+        raise UserError(f"expected finite vectors of {size} numbers, found the shape {vectors.shape}")
+    _check(living, slot, len(vectors))
+    tail = living.state.tail.at[0, slot : slot + len(vectors)].set(jnp.asarray(vectors, living.state.tail.dtype))
+    pinned = living.state.pinned
+    if pinned is not None:
+        pinned = pinned.at[0, slot : slot + len(vectors)].set(-1)
+    return replace(living, state=replace(living.state, tail=tail, pinned=pinned))
+
+
+def _check(living: Living, slot: int, count: int) -> None:
+    length = living.state.tail.shape[1]
+    if not 0 <= slot <= length - count:
+        raise UserError(f"the tail has the slots 0..{length - 1}, found slots {slot}..{slot + count - 1}")

@@ -1,0 +1,131 @@
+"""Algorithm 1 as it reads, with nothing clever: the whole sequence is run again for every step.
+
+The oracle of `decode.py` and `cache.py`, and the other side of their benchmark. One row, no cache, Python loops over
+NumPy; it shares with them the model, the vocabulary table, and the noise of embryo number i, of step t and of
+position n.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from tokmat_jax.method.algorithm import Tail, embryos, fresh
+from tokmat_jax.method.guidance import history_mask
+from tokmat_jax.method.history import history_noise
+from tokmat_jax.method.table import Vocabulary
+from tokmat_jax.model.backbone import Forward, Params
+
+_EMBRYOS = jax.jit(embryos, static_argnames=("count", "embed_dim", "radius"))
+_FRESH = jax.jit(fresh, static_argnames=("embed_dim", "radius"))
+_HISTORY_NOISE = jax.jit(history_noise, static_argnames=("embed_dim", "radius"))
+_HISTORY_MASK = jax.jit(history_mask, static_argnames="seq_len")
+
+
+def generate_naively(
+    params: Params, forward: Forward, vocabulary: Vocabulary, prompt: list[int], max_new_tokens: int,
+    key: jax.Array, tail: Tail, radius: float, end_of_text: int, told_tail_length: int, max_commit: int = 1,
+    pins: Mapping[int, int] | None = None,
+) -> tuple[list[int], np.ndarray]:
+    """Tokens committed behind `prompt` (at least one id), and the tail [steps, K, d] after each contraction.
+
+    Guidance has the mask that history dropout has in training, and repulsion runs over predictions for the committed
+    positions that are made anew. Stable commits take up to `max_commit` tokens. `pins` holds slots at a token from
+    their birth on, by the number of the new token.
+    """
+    # Numbers of the tail in NumPy: a loop over JAX arrays would wait for every single operation.
+    key, tail, pins = key[None], jax.tree.map(np.asarray, tail), pins or {}
+    length, size = tail.maturity.shape[0], vocabulary.table.shape[1]
+    table, readout = np.asarray(vocabulary.table), np.asarray(vocabulary.readout)
+
+    def embryo(number):
+        return np.asarray(_EMBRYOS(key, np.array([number], np.int32), 1, size, tail.noise, radius))[0, 0]
+
+    history = [table[token] for token in prompt]
+    slots = [embryo(number) for number in range(length)]
+    said = [[] for _ in slots]  # what each slot's nearest token has been, oldest first
+    tokens, trajectory = [], []
+    while len(tokens) < max_new_tokens and end_of_text not in tokens:
+        z = np.stack(history + slots)[None]
+        total, committed = z.shape[1], len(history)
+        maturity = np.concatenate([np.ones(committed, np.float32), tail.maturity])[None]
+        told, positions = np.array([told_tail_length], np.int32), np.arange(total, dtype=np.int32)[None]
+
+        def predict(hidden, z=z, maturity=maturity, told=told, positions=positions, committed=committed):
+            mask = _HISTORY_MASK(z.shape[1], np.array([committed], np.int32), np.array([hidden]))
+            return np.asarray(forward(params, z, maturity, told, positions, mask)[0][0])
+
+        everywhere = predict(False)
+        prediction = everywhere[committed - 1 : total - 1]
+        if tail.repulsion is not None:
+            prediction = np.stack([pushed(one, everywhere, history, tail) for one in prediction])
+        if tail.guidance_scale is not None:
+            free = predict(True)[committed - 1 : total - 1]
+            prediction = free + tail.guidance_scale * (prediction - free)
+        if tail.steering is not None:
+            prediction = np.stack([
+                one + radius * drawn(slot, len(tokens) + slot, tail) for slot, one in enumerate(prediction)])
+        before = slots
+        slots = [slot + rate * (ahead - slot) for slot, rate, ahead in zip(slots, tail.rate, prediction, strict=True)]
+        if tail.fresh_noise is not None:
+            noise = np.asarray(_FRESH(key, np.int32(len(trajectory)), tail, size, radius))[0]
+            slots = [slot + one for slot, one in zip(slots, noise, strict=True)]
+        slots = [table[pins[len(tokens) + index]] if len(tokens) + index in pins else slot
+                 for index, slot in enumerate(slots)]
+        trajectory.append(np.stack(slots))
+        for index, slot in enumerate(slots):
+            said[index].append(pins.get(len(tokens) + index, int(np.argmax(readout @ slot))))
+        count = 1
+        while (tail.stability is not None and count < min(max_commit, length, max_new_tokens - len(tokens))
+               and said[count - 1][-1] != end_of_text
+               and all(settled(said[index], before[index], slots[index], tail, radius) for index in range(count + 1))):
+            count += 1
+        for token in [words[-1] for words in said[:count]]:
+            vector = table[token]
+            if tail.history_smoothing is not None:
+                vector = (1.0 - tail.history_smoothing) * vector + tail.history_smoothing * history[-1]
+            if tail.history_noise is not None:
+                place = np.array([len(history)], np.int32)
+                vector = vector + np.asarray(_HISTORY_NOISE(key, place, size, tail.history_noise, radius))[0]
+            history.append(vector)
+            tokens.append(token)
+        slots = [*slots[count:], *(embryo(length + len(tokens) - count + index) for index in range(count))]
+        said = [*said[count:], *([] for _ in range(count))]
+    return tokens, np.stack(trajectory)
+
+
+def settled(said: list[int], before: np.ndarray, after: np.ndarray, tail: Tail, radius: float) -> bool:
+    """Whether a slot that has `said` these nearest tokens and just moved [d] counts as settled (stability.py)."""
+    assert tail.stability is not None
+    patience = int(tail.stability.patience)
+    moved = float(np.linalg.norm(after - before)) / radius
+    return len(said) > patience and len(set(said[-patience - 1 :])) == 1 and moved < float(tail.stability.tolerance)
+
+
+def drawn(slot: int, number: int, tail: Tail) -> np.ndarray:
+    """What steering adds [d] to the prediction of `slot`, which will be new token `number`, in units of R."""
+    steering = tail.steering
+    assert steering is not None
+    place = min(number / max(float(steering.budget) - 1.0, 1.0), 1.0)
+    weight = (float(steering.begin) * (1.0 - place) + float(steering.end) * place) * float(steering.strength[slot])
+    return weight * np.asarray(steering.direction)
+
+
+def pushed(
+    prediction: np.ndarray, everywhere: np.ndarray, history: list[np.ndarray], tail: Tail
+) -> np.ndarray:
+    """A slot's `prediction` [d] pushed away from the `history` of committed vectors [d] (repulsion.py).
+
+    `everywhere` [T, d] is the model's output; the one at position m − 1 predicted position m.
+    """
+    assert tail.repulsion is not None
+    assert tail.repulsion_sharpness is not None
+    strength, sharpness = float(tail.repulsion), float(tail.repulsion_sharpness)
+    length = np.linalg.norm(prediction)
+    total, away = 0.0, np.zeros_like(prediction)
+    for position in range(1, len(history)):
+        before, after = everywhere[position - 1], history[position]
+        cosine = prediction @ before / (length * np.linalg.norm(before))
+        weight = np.exp(sharpness * (cosine - 1))
+        total, away = total + weight, away + weight * after / np.linalg.norm(after)
+    return prediction - strength * length * away / max(total, 1.0)

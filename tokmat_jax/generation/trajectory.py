@@ -1,0 +1,71 @@
+"""What a tail went through while one sample was written, as arrays and as a file."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tokmat_jax.errors import UserError
+from tokmat_jax.storage.npy import read_npz
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sample of N steps with a tail of K slots, front first. Every field is an array of the `.npz` file.
+
+    No array grows with the vocabulary: of each slot the C nearest tokens are kept, and its vector where asked for.
+    """
+
+    prompt: np.ndarray
+    """Ids [P] that the sample continues."""
+    maturity: np.ndarray
+    """α [K] of the slots."""
+    committed: np.ndarray
+    """Tokens [N] that each step committed: from the front on, those of this many slots; 1 but for stable commits."""
+    tokens: np.ndarray
+    """Nearest tokens [N, K] after contraction, before the step's commit."""
+    entropy: np.ndarray
+    """[N, K] nats of softmax(cos(z̃, E)/τ)."""
+    movement: np.ndarray
+    """‖Δz̃‖/R [N, K]."""
+    candidates: np.ndarray
+    """The C nearest tokens [N, K, C], nearest first."""
+    cosines: np.ndarray
+    """Their cosines with z̃ [N, K, C]."""
+    vectors: np.ndarray
+    """z̃ [N, K, d] after contraction; d = 0 where vectors were not asked for."""
+
+    @property
+    def text(self) -> np.ndarray:
+        """Committed tokens [M], in order."""
+        return np.concatenate([row[:count] for row, count in zip(self.tokens, self.committed, strict=True)])
+
+    @property
+    def before(self) -> np.ndarray:
+        """Tokens [N] committed before each step: slot j of step t is token `before[t]` + j of the text."""
+        return np.cumsum(self.committed) - self.committed
+
+    def of_token(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and slots through which token `index` of the text matured, oldest first."""
+        slots = index - self.before
+        steps = np.flatnonzero((slots >= 0) & (slots < self.tokens.shape[1]))
+        return steps, slots[steps]
+
+    def save(self, path: str | Path) -> None:
+        """Writes an `.npz` with an array per field."""
+        with Path(path).open("wb") as file:
+            np.savez_compressed(file, **dataclasses.asdict(self))
+
+
+def load_trajectory(path: str | Path) -> Trajectory:
+    """What `save` wrote; raises UserError where the file is missing or damaged."""
+    found = Trajectory(**read_npz(path, [field.name for field in dataclasses.fields(Trajectory)], "trajectory"))
+    shapes = {field.name: getattr(found, field.name).shape for field in dataclasses.fields(Trajectory)}
+    steps, slots = (*shapes["tokens"], 0, 0)[:2]
+    wanted = {"maturity": (slots,), "committed": (steps,), "tokens": (steps, slots), "entropy": (steps, slots),
+              "movement": (steps, slots), "cosines": shapes["candidates"]}
+    if any(shapes[name] != shape for name, shape in wanted.items()) or len(shapes["prompt"]) != 1 or any(
+            len(shapes[name]) != 3 or shapes[name][:2] != (steps, slots) for name in ("candidates", "vectors")):
+        raise UserError(f"{path} is no trajectory: its arrays do not fit together, {shapes}")
+    return found

@@ -1,0 +1,92 @@
+"""Repulsion: a prediction is pushed away from what was committed where the model predicted nearly the same (ours).
+
+A text that loops comes back to the same predictions. Every committed position m is remembered as a pair: the
+prediction ẑ_m that stood for it and the vector z_m that took its place. With unit vectors u(·), strength ρ and
+sharpness b,
+
+    a_m = exp(b (cos(ẑ, ẑ_m) − 1))        p = Σ a_m u(z_m) / max(1, Σ a_m)        ẑ ← ẑ − ρ ‖ẑ‖ p
+
+for each slot's ẑ, over the committed positions. Nothing is pushed at ρ = 0, nor where no earlier prediction was
+like this one. The pairs are a function of the committed text alone, prompt included, so that caching stays exact, and
+a step costs no further pass of the model.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tokmat_jax.method.table import unit
+
+
+@struct.dataclass
+class Trace:
+    """What stood for every committed position and what took its place. Index s of the capacity S holds position s;
+    entries from a row's n on are not valid yet, and position 0 was predicted from nothing: whoever reads masks both."""
+
+    predicted: jax.Array
+    """u(ẑ_s) [B, S, d], before it was pushed."""
+    committed: jax.Array
+    """u(z_s) [B, S, d], as it entered the history."""
+
+
+@struct.dataclass
+class Remembering:
+    """A decoder's memory that keeps a trace beside what the model wants back."""
+
+    memory: Any
+    """The model's own memory, any pytree."""
+    trace: Trace
+
+
+def begin_trace(prediction: jax.Array, vectors: jax.Array, capacity: int) -> Trace:
+    """The trace of prompts: their `vectors` [B, P, d], and the `prediction` [B, P, d] behind each of them.
+
+    It has room for `capacity` positions, and for one behind the prompts in any case.
+    """
+    rest = max(capacity - vectors.shape[1], 1)
+    return Trace(jnp.pad(unit(prediction), ((0, 0), (1, rest - 1), (0, 0))),
+                 jnp.pad(unit(vectors), ((0, 0), (0, rest), (0, 0))))
+
+
+def push(
+    prediction: jax.Array, trace: Trace, num_committed: jax.Array, strength: jax.Array, sharpness: jax.Array
+) -> jax.Array:
+    """`prediction` [B, K, d] pushed away from the committed vectors of rows with `num_committed` n [B].
+
+    `strength` ρ ≥ 0 and `sharpness` b > 0 are scalars.
+    """
+    # Rounding takes the cosine of equal vectors beyond 1, which a large b would blow up.
+    cosine = jnp.minimum(jnp.einsum("bkd,bsd->bks", unit(prediction), trace.predicted), 1.0)
+    position = jnp.arange(trace.predicted.shape[1])[None, :]
+    valid = (position >= 1) & (position < num_committed[:, None])
+    weight = jnp.where(valid[:, None], jnp.exp(sharpness * (cosine - 1.0)), 0.0)
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+    away = jnp.einsum("bks,bsd->bkd", weight, trace.committed) / jnp.maximum(total, 1.0)
+    return prediction - strength * jnp.linalg.norm(prediction, axis=-1, keepdims=True) * away
+
+
+def repel(predict, tail_length: int, strength: jax.Array, sharpness: jax.Array):
+    """`predict` of a decoder with the predictions of its `tail_length` slots pushed; its memory is a `Remembering`.
+
+    The newest committed vectors enter the trace here, as many as a step may commit, and so does what stands for them
+    and for the front, ẑ as it was predicted from committed positions.
+    """
+
+    def repelled(state):
+        old: Remembering = state.memory
+        prediction, memory = predict(state.replace(memory=old.memory))
+        n, most = state.num_committed, state.recent.shape[1]
+        newest = n[:, None] - most + jnp.arange(most)[None, :]
+        trace = Trace(_write(old.trace.predicted, newest + 1, unit(prediction[:, :most])),
+                      _write(old.trace.committed, newest, unit(state.recent)))
+        return push(prediction[:, -tail_length:], trace, n, strength, sharpness), Remembering(memory, trace)
+
+    return repelled
+
+
+def _write(whole: jax.Array, positions: jax.Array, vectors: jax.Array) -> jax.Array:
+    """`whole` [B, S, d] with `vectors` [B, M, d] at `positions` [B, M]; what lies below 0 is left out."""
+    place = jnp.where(positions < 0, whole.shape[1], positions)
+    return whole.at[jnp.arange(len(whole))[:, None], place].set(vectors, mode="drop")

@@ -1,0 +1,248 @@
+"""The backbone ẑ = f_θ(z, α, K): a causal pre-norm Transformer from vectors to vectors (METHOD §2).
+
+    z · (input_norm / R) + position + MLP(SinEmb(α))  →  FiLM(K)  →  blocks  →  norm  →  head  →  vectors of d
+
+The output at index t − 1 is the prediction for position t. There is no vocabulary inside. In training the blocks are
+one scan over stacked parameters; in decoding they stand apart, since slicing a stack copies every weight at every step.
+GPT-2's parts and Llama's (rotary positions, RMSNorm, SwiGLU, grouped heads) are settings of the one model.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tokmat_jax.config import ComputeConfig, Config, ModelConfig
+from tokmat_jax.distributed.mesh import constrain_activations
+from tokmat_jax.model.attention import History, attend
+from tokmat_jax.model.rope import turn
+
+Params = Any
+Live = tuple[History, ...]
+"""Keys and values of some positions, layer by layer."""
+Forward = Callable[..., tuple[jax.Array, Live]]
+
+_MATURITY_RANGE = 1000.0
+_fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def sinusoidal_embedding(maturity: jax.Array, size: int) -> jax.Array:
+    """SinEmb(α) [..., size] of `maturity` [...] in [0, 1], spread over 0..1000 as diffusion timesteps are."""
+    frequency = jnp.exp(-math.log(10_000.0) * jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
+    angle = jnp.expand_dims(_MATURITY_RANGE * maturity, -1) * jnp.reshape(frequency, (1,) * maturity.ndim + (-1,))
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+class MaturityConditioning(nn.Module):
+    """MLP(SinEmb(α)) [B, T, d]; zero at initialisation."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, maturity: jax.Array) -> jax.Array:
+        size, dtype = self.config.embed_dim, self.config.dtype
+        hidden = nn.Dense(size, dtype=dtype, kernel_init=_fan_in, name="hidden")(sinusoidal_embedding(maturity, size))
+        return nn.Dense(size, dtype=dtype, kernel_init=nn.initializers.zeros, name="out")(nn.silu(hidden))
+
+
+class TailLengthFilm(nn.Module):
+    """h ← (1 + γ_K) ⊙ h + β_K; the identity at initialisation. A K above K_max is read as K_max."""
+
+    config: ModelConfig
+    max_tail_length: int
+
+    @nn.compact
+    def __call__(self, h: jax.Array, tail_length: jax.Array) -> jax.Array:
+        size = self.config.embed_dim
+        embed = nn.Embed(self.max_tail_length + 1, 2 * size, dtype=self.config.dtype,
+                         embedding_init=nn.initializers.zeros, name="embed")
+        film = embed(jnp.minimum(tail_length, self.max_tail_length))[:, None, :]
+        return (1.0 + film[..., :size]) * h + film[..., size:]
+
+
+def _norm(config: ModelConfig, name: str) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.norm_epsilon, dtype=config.dtype, name=name)
+    return nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name=name)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP on the residual stream h [B, T, d].
+
+    Returns h and the keys and values of its positions; the other arguments are `Backbone`'s, `history` that of
+    this layer.
+    """
+
+    config: ModelConfig
+    compute: ComputeConfig
+    max_tail_length: int
+
+    @nn.compact
+    def __call__(self, h, history, tail_length, positions, mask, visible):
+        config = self.config
+        residual_init = nn.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "truncated_normal")
+
+        def dense(features, name, bias, init=_fan_in):
+            layer = nn.Dense(features, use_bias=bias, dtype=config.dtype, kernel_init=init, name=name)
+            # A product of two matrices: contracting rows and positions apart costs a copy in the backward pass.
+            return lambda x: layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+
+        if config.film == "per_layer":
+            h = TailLengthFilm(config, self.max_tail_length, name="film")(h, tail_length)
+        x = _norm(config, "attention_norm")(h)
+        query, key, value = (
+            dense(heads * config.head_size, name, config.attention_bias != "none")(x)
+            .reshape(*h.shape[:2], heads, config.head_size)
+            for name, heads in (("query", config.num_heads), ("key", config.kv_heads), ("value", config.kv_heads))
+        )
+        if config.positions == "rotary":
+            query, key = (turn(part, positions, config.rope) for part in (query, key))
+        query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))
+        live = History(key, value)
+        seen = attend(query, live, mask, history, visible, self.compute.attention)
+        seen = seen.swapaxes(1, 2).reshape(*h.shape[:2], -1)
+        h = h + dense(config.embed_dim, "attention_out", config.attention_bias == "all", residual_init)(seen)
+        x = _norm(config, "mlp_norm")(h)
+        hidden = dense(config.mlp_size, "mlp_in", config.mlp_bias)(x)
+        if config.mlp == "swiglu":
+            hidden *= nn.silu(dense(config.mlp_size, "mlp_gate", config.mlp_bias)(x))
+        else:
+            hidden = nn.gelu(hidden)
+        h = constrain_activations(h + dense(config.embed_dim, "mlp_out", config.mlp_bias, residual_init)(hidden))
+        return h, live
+
+
+class Backbone(nn.Module):
+    """f_θ. `radius` is R; `max_tail_length` is K_max; `stacked` says how its blocks' parameters lie, see `apart`."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+    max_positions: int
+    max_tail_length: int
+    radius: float
+    stacked: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        z: jax.Array,
+        maturity: jax.Array,
+        tail_length: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array | None = None,
+        history: Live | None = None,
+        visible: jax.Array | None = None,
+    ) -> tuple[jax.Array, Live]:
+        """Predictions for the positions after those given.
+
+        Args:
+          z: vectors [B, T, d] on the scale of R.
+          maturity: α [B, T] in [0, 1], 1 = committed.
+          tail_length: K [B]; 0 = no tail.
+          positions: absolute positions [B, T], below `max_positions`.
+          mask: which of the T positions the last Q see, [B or 1, Q, T] bool; the others are causal, all with None.
+          history: keys and values of earlier positions, one History per layer; for blocks that stand apart.
+          visible: which entries of the history may be read, [B, S] bool.
+
+        Returns:
+          vectors [B, T, d], index t predicting position `positions[:, t]` + 1, in float32; and the keys and
+          values of the T positions, one History per layer.
+        """
+        config, size = self.config, self.config.embed_dim
+        h = z.astype(config.dtype) * (config.input_norm / self.radius)
+        if config.positions == "learned":
+            position_init = nn.initializers.normal(0.5 * config.input_norm / math.sqrt(size))
+            h += nn.Embed(self.max_positions, size, dtype=config.dtype, embedding_init=position_init,
+                          name="position")(positions)
+        h += MaturityConditioning(config, name="maturity")(maturity)
+        if config.film == "once":
+            h = TailLengthFilm(config, self.max_tail_length, name="film")(h, tail_length)
+        h = constrain_activations(h)
+        rest = (tail_length, positions, mask, visible)
+        if self.stacked:
+            assert history is None
+            blocks = nn.scan(
+                _rematerialised(self.compute),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast,) * 5,  # pyright: ignore[reportArgumentType]
+                length=config.num_layers,
+            )
+            h, stack = blocks(config, self.compute, self.max_tail_length, name="blocks")(h, None, *rest)
+            live = tuple(jax.tree.map(lambda x, layer=layer: x[layer], stack) for layer in range(config.num_layers))
+        else:
+            live = ()
+            for layer in range(config.num_layers):
+                block = Block(config, self.compute, self.max_tail_length, name=f"block_{layer}")
+                h, own = block(h, None if history is None else history[layer], *rest)
+                live += (own,)
+        h = _norm(config, "final_norm")(h)
+        if config.head == "identity":
+            return h.astype(jnp.float32), live
+        # The norm's output has length √d, so this spread gives ‖ẑ‖ ≈ head_init · R.
+        head_init = nn.initializers.normal(config.head_init * self.radius / size)
+        return nn.Dense(size, use_bias=False, dtype=jnp.float32, kernel_init=head_init, name="head")(h), live
+
+
+def _rematerialised(compute: ComputeConfig) -> type[Block]:
+    """Block with the backward pass that `compute.remat` asks for."""
+    match compute.remat:
+        case "none":
+            return Block
+        case "products":
+            policy = jax.checkpoint_policies.dots_saveable
+        case "blocks":
+            policy = jax.checkpoint_policies.nothing_saveable
+    # Inside a scan nothing can be merged with the forward pass anyway.
+    return nn.remat(Block, policy=policy, prevent_cse=False)
+
+
+def apart(params: Params) -> Params:
+    """The backbone's `params` with those of its blocks apart (`block_0`, …), for decoding; such ones come back as they
+    are."""
+    if "blocks" not in params:
+        return params
+    stack = params["blocks"]
+    count = jax.tree.leaves(stack)[0].shape[0]
+    own = {f"block_{layer}": jax.tree.map(lambda x, layer=layer: x[layer], stack) for layer in range(count)}
+    return {name: value for name, value in params.items() if name != "blocks"} | own
+
+
+def conditioning_of_committed(params: Params, config: Config, tail_length: int) -> tuple[jax.Array, jax.Array]:
+    """What maturity 1 and K = `tail_length` do to the input h of a backbone with `film="once"`: a ⊙ h + b.
+
+    `params` are the backbone's. Returns a and b [d].
+    """
+    size = config.model.embed_dim
+    film = params["film"]["embed"]["embedding"][min(tail_length, config.maturation.max_tail_length)]
+    scale = 1.0 + film[:size]
+    return scale, scale * maturity_of_committed(params, config) + film[size:]
+
+
+def maturity_of_committed(params: Params, config: Config) -> jax.Array:
+    """What maturity 1 adds to the input [d]; `params` are the backbone's."""
+    added = MaturityConditioning(config.model).apply({"params": params["maturity"]}, jnp.ones((1, 1)))
+    return jnp.reshape(jnp.asarray(added, jnp.float32), (config.model.embed_dim,))
+
+
+def make_backbone(config: Config, stacked: bool = True) -> Backbone:
+    """The backbone that `config` describes; only one with `stacked` parameters is initialised."""
+    return Backbone(config.model, config.compute, config.max_positions, config.maturation.max_tail_length,
+                    config.table.radius, stacked)
+
+
+def make_forward(config: Config) -> Forward:
+    """f(params, z, maturity, tail_length, positions, …) of `Backbone.__call__`, as a pure function.
+
+    The blocks of `params` may be stacked, or stand `apart`, which a history makes of them.
+    """
+
+    def forward(params: Params, *args, history: Live | None = None, **kwargs) -> tuple[jax.Array, Live]:
+        params = params if history is None else apart(params)
+        backbone = make_backbone(config, stacked="blocks" in params)
+        return backbone.apply({"params": params}, *args, history=history, **kwargs)  # pyright: ignore[reportReturnType]
+
+    return forward

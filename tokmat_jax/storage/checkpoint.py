@@ -1,0 +1,353 @@
+"""Checkpoints through Orbax: parameters, optimiser and data position as separate items of one step.
+
+Generation reads the parameters alone. Saving is asynchronous; a step is listed only when all its items are complete.
+Nothing in a checkpoint depends on the mesh or on the number of processes that wrote it. The item `data` describes the
+arrays (see `integrity.py`), so that damage is found whatever file it is in.
+"""
+
+import contextlib
+import gc
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from tokmat_jax.distributed.processes import everywhere, leave_broken_cluster, on_first
+from tokmat_jax.errors import UserError, one_line
+from tokmat_jax.model.backbone import Params
+from tokmat_jax.storage.integrity import describe, is_sealed, seal, summed
+from tokmat_jax.storage.workdir import CHECKPOINTS, DAMAGED
+from tokmat_jax.training.step import TrainState
+
+RETRY_SECONDS = 30.0
+"""At least so long after a checkpoint could not be saved it is tried again."""
+
+LAST_RETRIES = 20
+"""So often it is tried again where there is nothing else left to do."""
+
+
+_MACHINE = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_EXCEEDED", "Out of memory",
+            "Permission denied", "Cannot allocate memory", "Too many open files", "Input/output error",
+            "Stale file handle")
+"""What errors say that do not come from what a file holds."""
+
+
+class _DamageError(Exception):
+    """What is wrong with the files of a checkpoint."""
+
+
+def _open_manager(
+    workdir: Path, options: ocp.CheckpointManagerOptions, params: ocp.StandardCheckpointHandler | None = None
+) -> ocp.CheckpointManager:
+    handlers = {
+        "params": params or ocp.StandardCheckpointHandler(),
+        "optimizer": ocp.StandardCheckpointHandler(),
+        "data": ocp.JsonCheckpointHandler(),
+    }
+    return ocp.CheckpointManager(workdir.resolve() / CHECKPOINTS, options=options, item_handlers=handlers)
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, workdir: Path, keep: int):
+        self._workdir, self._keep = workdir, keep
+        self._manager = self._open()
+        self._failed_at: float | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        """Removes what was left half-written: Orbax would do so beside what comes next, and not wait for it."""
+        on_first(self._clean_up)
+        return _open_manager(self._workdir, ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True))
+
+    def _clean_up(self) -> None:
+        for unfinished in (self._workdir / CHECKPOINTS).glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def latest_step(self) -> int | None:
+        """The newest complete step, None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, position: int) -> None:
+        """Starts saving `state` and the `position` in the data; returns before it is on disk.
+
+        Where that fails a line says so, and `due` asks for another attempt; several processes all end.
+        """
+        step = int(state.step)
+        if step == self.latest_step():
+            return
+        optimizer = {"step": state.step, "opt_state": state.opt_state}
+        items = {"params": state.params, "optimizer": optimizer}
+        facts = seal({"step": step, "position": position, "arrays": summed(items)})
+        args = ocp.args.Composite(params=ocp.args.StandardSave(state.params),
+                                  optimizer=ocp.args.StandardSave(optimizer), data=ocp.args.JsonSave(facts))
+
+        def write() -> None:
+            _check_room(Path(self._manager.directory), sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
+            self._manager.save(step, args=args)
+
+        self._attempt(write)
+
+    def due(self) -> bool:
+        """Whether what was last saved could not be written, and it is time for another attempt."""
+        if self._failed_at is None and not self._manager.is_saving_in_progress():
+            self._attempt(self._manager.wait_until_finished)
+        if self._failed_at is not None:
+            self._clean_up()  # what was still being written when the attempt failed
+        return self._failed_at is not None and time.monotonic() >= self._failed_at + RETRY_SECONDS
+
+    def finish(self, state: TrainState, position: int) -> None:
+        """Saves, and returns when it is on disk; raises UserError where it cannot be written, after some attempts."""
+        for attempt in range(1 + LAST_RETRIES):
+            if attempt:
+                time.sleep(RETRY_SECONDS)
+            self.save(state, position)
+            if self._failed_at is None:
+                self._attempt(self._manager.wait_until_finished)
+            if self.latest_step() == int(state.step):
+                return
+        raise UserError(f"step {int(state.step)} could not be saved in {self._workdir}, see above; {self._newest()}: "
+                        f"make room there and run the same command again")
+
+    def newest(self) -> str:
+        """The newest checkpoint in words, once everything that was saved is on disk."""
+        self._attempt(self._manager.wait_until_finished)
+        return self._newest()
+
+    def _newest(self) -> str:
+        step = self.latest_step()
+        return "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
+
+    def _attempt(self, write: Callable[[], Any]) -> None:
+        self._failed_at = None
+        try:
+            write()
+        except Exception as error:
+            if jax.process_count() > 1:
+                leave_broken_cluster(f"cannot save a checkpoint ({one_line(error)})")
+            # A manager does not get over a failure; a new one removes what is half-written.
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            self._manager = self._open()
+            self._failed_at = time.monotonic()
+            print(f"warning: cannot save a checkpoint in {self._workdir} ({one_line(error)}); {self._newest()}, and it "
+                  f"is tried again", file=sys.stderr, flush=True)
+
+    def restore(self, shapes: TrainState) -> tuple[TrainState, int]:
+        """The newest state that is not damaged, placed as `shapes` says, and its position in the data.
+
+        Damaged ones before it are moved aside, and a line names each. Raises UserError where none can be read, where
+        something else than the files is to blame, and where the names, shapes or types are not those of `shapes`;
+        nothing is moved then.
+        """
+        expected = {"params": shapes.params, "optimizer": {"step": shapes.step, "opt_state": shapes.opt_state}}
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found, position = _read(self._manager, step, expected)
+            except _DamageError as damage:
+                damaged[step] = str(damage)
+                continue
+            on_first(lambda step=step: self._move_aside(damaged, step))
+            self._manager.reload()
+            optimizer = found["optimizer"]
+            return TrainState(optimizer["step"], found["params"], optimizer["opt_state"]), position
+        reasons = "; ".join(f"{step} is damaged ({reason})" for step, reason in damaged.items())
+        raise UserError(f"no checkpoint in {self._manager.directory} can be read: {reasons}: bring one back from a "
+                        f"copy, or start again in another --workdir")
+
+    def _move_aside(self, damaged: dict[int, str], good: int) -> None:
+        folder = self._workdir / DAMAGED
+        for step, reason in damaged.items():
+            folder.mkdir(exist_ok=True)
+            place = next(place for number in range(10**6)
+                         if not (place := folder / (f"{step}-{number}" if number else str(step))).exists())
+            os.rename(self._manager.directory / str(step), place)
+            print(f"warning: {self._manager.directory / str(step)} is damaged ({reason}) and was moved to {place}: "
+                  f"going on from step {good}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends what is being saved; where that fails a line says so."""
+        self._attempt(self._manager.wait_until_finished)
+        self._manager.close()
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """Raises OSError, in every process, where `size` bytes of arrays will not fit.
+
+    A failure in the midst of writing costs more.
+    """
+    free = shutil.disk_usage(folder).free
+    if not everywhere(free >= size):
+        raise OSError(f"No space left on device: {free / 1e6:,.1f} MB free, {size / 1e6:,.1f} MB to write")
+
+
+def save_params(workdir: Path, params: Params) -> None:
+    """Writes `params` (JAX arrays) as step 0 of a workdir that holds a model and no training.
+
+    Beside them, little more than the largest one takes memory.
+    """
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    # Typed as a whole number of gigabytes; any number is taken, and an array above the limit is refused.
+    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1.1 * largest / 1e9 + 0.05)  # pyright: ignore[reportArgumentType]
+    options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
+    facts = seal({"step": 0, "position": 0, "arrays": summed({"params": params})})
+    with _open_manager(workdir, options, handler) as manager:
+        manager.save(0, args=ocp.args.Composite(
+            params=ocp.args.StandardSave(params), data=ocp.args.JsonSave(facts)))
+
+
+@contextlib.contextmanager
+def open_checkpoints(workdir: Path, keep: int) -> Iterator[Checkpoints]:
+    """The checkpoints of `workdir`; what is being saved is finished on the way out."""
+    checkpoints = Checkpoints(workdir, keep)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
+def load_params(workdir: Path, shapes: Params) -> tuple[Params, int]:
+    """Parameters of the newest checkpoint of `workdir` and its step.
+
+    Raises UserError where there is none, where it is damaged, and where it does not fit `shapes`.
+    """
+    missing = UserError(f"{workdir} has no checkpoint yet: train it with train.py --workdir {workdir}")
+    if not (workdir / CHECKPOINTS).is_dir():
+        raise missing
+    # Orbax warns that a manager which only reads creates and saves nothing; that is what it is for.
+    with _without_warnings():
+        opened = _open_manager(workdir, ocp.CheckpointManagerOptions(read_only=True))
+    with opened as manager:
+        while True:
+            step = manager.latest_step()
+            if step is None:
+                raise missing
+            try:
+                found, _ = _read(manager, step, {"params": shapes})
+                return found["params"], step
+            except _DamageError as error:
+                damage = error
+            # A run that goes on meanwhile removes its old checkpoints.
+            if (manager.directory / str(step)).exists():
+                break
+            manager.reload()
+        others = [other for other in manager.all_steps() if other != step]
+        rest = f"delete it to go on from step {max(others)}" if others else "there is no other one"
+        raise UserError(f"{manager.directory / str(step)} is damaged ({damage}): {rest}")
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Without what the checkpoint library logs below the level of an error."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _read(manager: ocp.CheckpointManager, step: int, shapes: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The items of `shapes` as arrays that are proved to be what was saved, and the position in the data.
+
+    Raises _DamageError in every process if it is found in one of them, and UserError where what was saved does not fit.
+    """
+    where = str(manager.directory / str(step))
+    facts, said = _tried(where, lambda: _facts(manager, step))
+    _raise_everywhere(said)
+    _check_fits(where, facts["arrays"], {name: shapes[name] for name in shapes if name in facts["items"]})
+    arrays, said = _tried(where, lambda: manager.restore(step, args=ocp.args.Composite(
+        **{name: ocp.args.StandardRestore(item) for name, item in shapes.items()})))
+    _raise_everywhere(said)
+    found = {name: arrays[name] for name in shapes}
+    known = {name: one["sum"] for name, one in facts["arrays"].items() if "sum" in one}
+    changed = [name for name, one in summed(found).items() if one["sum"] != known.get(name, one["sum"])]
+    if changed:
+        raise _DamageError(f"the bits of {changed[0]} are not those that were written")
+    return found, facts["position"]
+
+
+def _facts(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """`position`, `arrays` by name, and the `items` whose arrays these are.
+
+    Raises _DamageError where the seal is broken. A checkpoint from before there were seals is taken at Orbax's word.
+    """
+    imported = step == 0 and not (manager.directory / str(step) / "data").exists()
+    found = {"position": 0} if imported else manager.restore(
+        step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+    if isinstance(found, dict) and set(found) == {"position"}:
+        stored = manager.item_metadata(step)["params"].tree
+        return found | {"items": ("params",), "arrays": describe({"params": stored})}
+    if not (is_sealed(found) and found["step"] == step):
+        raise _DamageError("data/metadata is not what was written")
+    return found | {"items": ("params", "optimizer")}
+
+
+def _tried(where: str, read: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What `read` returns, or None and what is wrong with the files.
+
+    Raises UserError where it is not them, but the machine: nothing says then that the next attempt fails as well.
+    """
+    with _without_tracebacks():
+        try:
+            return read(), None
+        except Exception as error:
+            said = _innermost(error)
+            if isinstance(error, MemoryError) or any(word in said for word in _MACHINE):
+                raise UserError(f"{where} cannot be read now: {said}") from None
+        # What was being read beside it fails too, some of it a little later; only now nothing holds its futures.
+        time.sleep(0.3)
+        gc.collect()
+        return None, said
+
+
+def _innermost(error: Exception) -> str:
+    """What went wrong first, which names the file."""
+    while isinstance(cause := error.__cause__ or error.__context__, Exception):
+        error = cause
+    return one_line(error)[:200]
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Without those of threads and futures, which Python would print for each array that cannot be read."""
+    hooks, logger = (sys.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
+    level = logger.level
+    sys.excepthook = sys.unraisablehook = lambda *_: None
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
+        logger.setLevel(level)
+
+
+def _raise_everywhere(said: str | None) -> None:
+    if not everywhere(said is None):
+        raise _DamageError(said or "found by another process")
+
+
+def _check_fits(where: str, stored: dict[str, Any], shapes: dict[str, Any]) -> None:
+    """Raises UserError unless the stored names, shapes and types are those expected: Orbax would cast silently."""
+    wanted = describe(shapes)
+    for name in [*wanted, *stored]:
+        if name.split("/")[0] not in shapes:
+            continue
+        if name not in wanted:
+            raise UserError(f"{where}: {name} has no place in the config's model")
+        found = {key: value for key, value in stored.get(name, {}).items() if key != "sum"}
+        if found != wanted[name]:
+            raise UserError(f"{where}: {name} is {_words(found)}, the config wants {_words(wanted[name])}")
+
+
+def _words(facts: dict[str, Any]) -> str:
+    return f"{facts['dtype']} {tuple(facts['shape'])}" if facts else "missing"

@@ -1,0 +1,1 @@
+"""From windows of ids to a trained model: objective → step → loop."""

@@ -1,0 +1,146 @@
+"""Starting a run from another one's model: imported weights, an autoregressive baseline, or a maturation run.
+
+A backbone that was autoregressive begins with its own function at every maturity and every K; only its head is made
+small (METHOD §2: outputs of full length destroy it).
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from tokmat_jax.config import Config, TokenizerConfig
+from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
+from tokmat_jax.distributed.mesh import path_name, place
+from tokmat_jax.errors import UserError
+from tokmat_jax.method.table import look_up
+from tokmat_jax.model.backbone import Params, make_forward, maturity_of_committed
+from tokmat_jax.storage.checkpoint import load_params
+from tokmat_jax.storage.workdir import TOKENIZER, load_config
+from tokmat_jax.training.objective import vocabulary
+from tokmat_jax.training.step import init_params
+
+_OWN = ("head", "head_init", "dtype")
+"""Fields of `model` that a run chooses for itself; the others are the shape of the model it starts from."""
+
+
+def adopt(config: Config, source: Config, path: str, kind: str) -> Config:
+    """`config` with the shape and the tokenizer of the run `source`, which lies at `path`.
+
+    For an objective of `kind` "ar" the table's geometry, the head and κ come along, so that the language model goes
+    on as it was; for "maturation" the table is set onto the sphere.
+    """
+    own = {name: getattr(config.model, name) for name in _OWN}
+    model = dataclasses.replace(source.model, **own, max_positions=source.max_positions)
+    table = dataclasses.replace(config.table, radius=source.table.radius, initial=None)
+    objective = config.objective
+    if kind == "ar" and source.objective.kind == "ar":
+        model = dataclasses.replace(model, head=source.model.head)
+        table = dataclasses.replace(table, geometry=source.table.geometry, tied=source.table.tied)
+        objective = dataclasses.replace(objective, kind="ar", logit_scale=source.objective.logit_scale,
+                                        learn_logit_scale=source.objective.learn_logit_scale)
+    return dataclasses.replace(config, init_from=path, model=model, table=table, objective=objective,
+                               tokenizer=TokenizerConfig(kind="workdir", name=path))
+
+
+def load_source(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Params, Config]:
+    """Parameters of the run that `config.init_from` names, placed on `mesh`, and its config.
+
+    Raises UserError unless its model has the shape and its tokenizer the ids that this run asks for.
+    """
+    assert config.init_from is not None
+    path = Path(config.init_from)
+    source = load_config(path)
+    check_source(config, source)
+    if not load_tokenizer(path / TOKENIZER).same_ids(tokenizer):
+        raise UserError(f"init_from: {path} has another tokenizer than this run's corpus: take --tokenizer.kind "
+                        f"workdir --tokenizer.name {path}")
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), source, tokenizer.vocab_size))
+    shapes = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes,
+                          place(shapes, mesh))
+    params, _ = load_params(path, shapes)
+    return params, source
+
+
+def check_source(config: Config, source: Config) -> None:
+    """Raises UserError, which names the field, where the model of `config` has another shape than that of `source`."""
+    for field in dataclasses.fields(config.model):
+        if field.name in _OWN:
+            continue
+        asked, found = (
+            run.max_positions if field.name == "max_positions" else getattr(run.model, field.name)
+            for run in (config, source)
+        )
+        if asked != found:
+            raise UserError(f"init_from: {config.init_from} has model.{field.name} = {found!r}, this run asks for "
+                            f"{asked!r}: leave it out, or give the same value")
+    if not config.table.tied and source.table.tied:
+        raise UserError(f"init_from: {config.init_from} has one tied table, this run asks for table.tied False")
+    if config.model.head == "identity" and source.model.head != "identity":
+        raise UserError(f"init_from: {config.init_from} has a linear head, this run asks for model.head 'identity'")
+    k_max = source.maturation.max_tail_length
+    if source.objective.kind == "maturation" and config.maturation.max_tail_length != k_max:
+        raise UserError(f"init_from: {config.init_from} was matured with maturation.max_tail_length (K_max) {k_max}, "
+                        f"this run asks for {config.maturation.max_tail_length}: give the same value")
+
+
+def begin(source: Params, fresh: Params, ids: jax.Array, source_config: Config, config: Config) -> Params:
+    """Parameters of a run with `config` that starts from those of `source`.
+
+    `fresh` are initialised ones of the right shapes. A head that was autoregressive is made small: on the text
+    `ids` [B, T] the mean ‖ẑ‖ becomes head_init · R.
+    """
+    backbone = dict(source["backbone"])
+    params = fresh | {"table": source["table"]}
+    if "readout" in fresh:
+        params["readout"] = source["readout"]
+    if "log_logit_scale" in fresh and "log_logit_scale" in source:
+        params["log_logit_scale"] = source["log_logit_scale"]
+    if source_config.objective.kind == "maturation":
+        return params | {"backbone": backbone}
+    backbone = _neutral_conditioning(backbone, fresh["backbone"], source_config)
+    if config.model.head == "identity":
+        return params | {"backbone": backbone}
+    if "head" not in backbone:
+        backbone["head"] = {"kernel": _head(source, source_config, config)}
+    if config.objective.kind == "maturation":
+        small = config.model.head_init * config.table.radius / _length(params | {"backbone": backbone}, ids, config)
+        backbone["head"] = {"kernel": small * backbone["head"]["kernel"]}
+    return params | {"backbone": backbone}
+
+
+def _length(params: Params, ids: jax.Array, config: Config) -> jax.Array:
+    """Mean ‖ẑ‖ [] over the positions of `ids` [B, T], all committed."""
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None, :], ids.shape)
+    clean = look_up(vocabulary(params, config).table, ids)
+    told = jnp.zeros((ids.shape[0],), jnp.int32)
+    prediction, _ = make_forward(config)(params["backbone"], clean, jnp.ones(ids.shape), told, positions)
+    return jnp.mean(jnp.linalg.norm(prediction, axis=-1))
+
+
+def _neutral_conditioning(backbone: Params, fresh: Params, source_config: Config) -> Params:
+    """`backbone` with conditioning that is at every maturity and K what it was at maturity 1 and K = 0."""
+    out = {"kernel": jnp.zeros_like(fresh["maturity"]["out"]["kernel"]),
+           "bias": maturity_of_committed(backbone, source_config)}
+    backbone = backbone | {"maturity": fresh["maturity"] | {"out": out}}
+    rows_of = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)}
+
+    def row_zero(path, leaf):
+        name = path_name(path)
+        return jnp.broadcast_to(leaf[..., :1, :], rows_of[name].shape) if "film/embed" in name else leaf
+
+    return jax.tree_util.tree_map_with_path(row_zero, backbone)
+
+
+def _head(source: Params, source_config: Config, config: Config) -> jax.Array:
+    """The matrix [d, d] after which ⟨ẑ, e_i⟩ ranks tokens as the source does: the identity with a tied table.
+
+    With an output table W of its own, the least-squares solution of E H = W, so that ⟨x Hᵀ, e_i⟩ ≈ ⟨x, w_i⟩.
+    """
+    size = config.model.embed_dim
+    if source_config.table.tied:
+        return jnp.eye(size)
+    table, readout = vocabulary({"table": source["table"]}, config).table, source["readout"]
+    return jnp.linalg.solve(table.T @ table, table.T @ readout).T
