@@ -6,9 +6,10 @@ The same shape (GPT-2 small unless told otherwise, with random weights), tokens 
 of a comparison take turns, each in a process of its own; a card is followed by a line of JSON.
 
 Cached and naive both go on behind a history that stands: the prompt's pass, which one of them never makes alone, is in
-neither time. The naive decoder (tokmat_jax/naive.py) is given a jitted forward that fills its sequences up to one
-length, so that it compiles once and not at every step. It also reads all K slots against the vocabulary where only the
-front is needed; `whole` leaves that out, too: one compiled step that runs the whole sequence again and reads the front.
+neither time. The naive decoder (tokmat_jax/generation/reference.py) is given a jitted forward that fills its sequences
+up to one length, so that it compiles once and not at every step. It also reads all K slots against the vocabulary where
+only the front is needed; `whole` leaves that out, too: one compiled step that runs the whole sequence again and reads
+the front.
 
 The other comparisons are of whole generations, prompt included, with as many tokens on either side.
 """
@@ -27,13 +28,13 @@ from side_by_side import alternate, machine, median, print_ratio, ratio, serve, 
 from tokmat_jax.commands.flags import parse, run_script
 from tokmat_jax.config import Config, DataConfig, GenerationConfig, ModelConfig
 from tokmat_jax.generation.generator import Generator
-from tokmat_jax.generation.reference import generate_naively
+from tokmat_jax.generation.reference import generate_by_reference
 from tokmat_jax.generation.requests import make_batch, sample_key
-from tokmat_jax.method.algorithm import Tail
-from tokmat_jax.method.guidance import history_mask
 from tokmat_jax.method.table import look_up
+from tokmat_jax.method.tail import Tail
+from tokmat_jax.model.attention import history_mask
 from tokmat_jax.model.backbone import Forward, Params, apart, make_forward
-from tokmat_jax.training.step import init_params
+from tokmat_jax.model.params import init_params
 
 
 @dataclass(frozen=True)
@@ -162,13 +163,13 @@ def most_positions(flags: Args) -> int:
 def naive(flags: Args) -> Callable[[], list[int]]:
     """Algorithm 1 as it reads, with the same noise."""
     generator, prompt, settings = behind_history(flags)
-    config = generator.config
     tail, key = generator._tail(settings, None), key_of(generator, prompt, settings)
-    forward = padded(make_forward(config), most_positions(flags))
+    forward = padded(make_forward(generator.config), most_positions(flags))
+    model = functools.partial(forward, generator.backbone)
 
     def work() -> list[int]:
-        return generate_naively(generator.backbone, forward, generator.vocabulary, prompt, flags.naive_tokens, key,
-                                tail, config.table.radius, -1, flags.tail_length)[0]
+        return generate_by_reference(model, generator.vocabulary, prompt, flags.naive_tokens, key, tail, -1,
+                                     flags.tail_length)[0]
 
     return work
 

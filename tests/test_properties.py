@@ -35,12 +35,13 @@ from tokmat_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from tokmat_jax.data import loader, prepare, sources
+from tokmat_jax.data import corpus as prepare
+from tokmat_jax.data import loader, sources
 from tokmat_jax.data.tokenizer import make_tokenizer
 from tokmat_jax.distributed import mesh as sharding
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
-from tokmat_jax.generation.reference import generate_naively
+from tokmat_jax.generation.reference import generate_by_reference
 from tokmat_jax.generation.requests import sample_key
 from tokmat_jax.storage.checkpoint import open_checkpoints
 from tokmat_jax.training.step import make_train_functions
@@ -82,9 +83,9 @@ def naively(prompt, number, seed, setting):
     """What Algorithm 1 commits behind `prompt`, step by step over the whole sequence."""
     made = generator()
     name = np.array([seed, zlib.crc32(np.array(prompt, np.int32).tobytes()), number], np.uint32)
-    return generate_naively(
-        made.backbone, tiny.padded_forward(), made.vocabulary, prompt, setting.max_new_tokens, sample_key(name),
-        made._tail(setting, None), tiny.CONFIG.table.radius, made.tokenizer.end_of_text, setting.tail_length,
+    return generate_by_reference(
+        functools.partial(tiny.padded_forward(), made.backbone), made.vocabulary, prompt, setting.max_new_tokens,
+        sample_key(name), made._tail(setting, None), made.tokenizer.end_of_text, setting.tail_length,
         setting.max_commit if setting.commit == "stable" else 1)[0]
 
 

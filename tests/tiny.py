@@ -1,14 +1,15 @@
 """The small model that most tests share, and its parameters."""
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
 
-from tokmat_jax.config import Config, DataConfig, MaturationConfig, ModelConfig, TrainConfig
+from tokmat_jax.config import Config, DataConfig, GenerationConfig, MaturationConfig, ModelConfig, TrainConfig
+from tokmat_jax.method.tail import Tail, make_tail
 from tokmat_jax.model.backbone import make_forward
-from tokmat_jax.training.objective import vocabulary
-from tokmat_jax.training.step import init_params
+from tokmat_jax.model.params import init_params, vocabulary_of
 
 VOCAB = 61
 CONFIG = Config(
@@ -31,11 +32,16 @@ def shaken_params(config: Config = CONFIG, vocab_size: int = VOCAB, seed: int = 
     return params
 
 
+def tail(length: int, direction: jax.Array | None = None, **settings: Any) -> Tail:
+    """A tail of `length` slots with these GenerationConfig `settings`; steering draws to `direction` [d]."""
+    return make_tail(GenerationConfig(tail_length=length, **settings), direction)
+
+
 @functools.cache
 def model(config: Config = CONFIG):
-    """(backbone parameters, jitted forward, table [V, d]) of the shaken model."""
+    """(backbone parameters, jitted forward, vocabulary) of the shaken model."""
     params = shaken_params(config)
-    return params["backbone"], jax.jit(make_forward(config)), vocabulary(params, config)
+    return params["backbone"], jax.jit(make_forward(config)), vocabulary_of(params, config)
 
 
 @functools.cache

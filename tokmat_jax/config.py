@@ -529,6 +529,13 @@ class GenerationConfig(_Section):
         _require(self.rate is None or isinstance(self.rate, tuple | float | int),
                  f"generation.rate must be None, a number or a tuple of numbers, found {self.rate!r}")
 
+    def immediate(self) -> "GenerationConfig":
+        """Immediate projection: K = 1, α = η = 1 and no noise, as a language model writes; repulsion stays."""
+        return GenerationConfig(
+            tail_length=1, profile="constant", max_maturity=1.0, tail_noise=0.0, repulsion=self.repulsion,
+            repulsion_sharpness=self.repulsion_sharpness, max_new_tokens=self.max_new_tokens,
+            entropy_temperature=self.entropy_temperature)
+
     def with_tail_length(self, tail_length: int) -> "GenerationConfig":
         """These settings with a K that is not longer: what belongs to slots that are gone goes with them."""
         rate = self.rate[:tail_length] if isinstance(self.rate, tuple) else self.rate

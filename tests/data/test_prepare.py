@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokmat_jax.config import Config, DataConfig, TokenizerConfig
-from tokmat_jax.data import prepare
+from tokmat_jax.data import corpus as prepare
 from tokmat_jax.errors import UserError
 
 

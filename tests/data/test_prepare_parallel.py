@@ -17,7 +17,8 @@ import pytest
 
 from tokmat_jax.commands import data as command
 from tokmat_jax.config import Config, DataConfig, TokenizerConfig
-from tokmat_jax.data import prepare, sources
+from tokmat_jax.data import corpus as prepare
+from tokmat_jax.data import sources
 from tokmat_jax.errors import UserError
 
 
@@ -69,7 +70,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests import test_prepare_parallel as here
-from tokmat_jax.data import prepare
+from tokmat_jax.data import corpus as prepare
 
 original, made = prepare._tokenise_unit, []
 
@@ -224,7 +225,7 @@ _GROWTH = """
 import dataclasses, resource, sys
 from pathlib import Path
 from tests import test_prepare_parallel as here
-from tokmat_jax.data import prepare
+from tokmat_jax.data import corpus as prepare
 
 for pattern in ("small.parquet", "large.parquet"):
     config = here.config_for(Path(sys.argv[1]), pattern=pattern, kind="bytes")

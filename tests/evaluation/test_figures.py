@@ -16,7 +16,7 @@ from tokmat_jax.evaluation.card import shuffle_sentences, starting_table
 from tokmat_jax.evaluation.store import Store
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.generation.trajectory import Trajectory
-from tokmat_jax.training import objective
+from tokmat_jax.model.params import vocabulary_of
 from tokmat_jax.training.step import make_train_functions
 
 
@@ -178,7 +178,7 @@ def test_a_turned_table_has_drifted_and_has_the_same_geometry():
 
 
 def vectors_of(rows, config):
-    return np.asarray(objective.vocabulary({"table": jax.numpy.asarray(rows)}, config).table)
+    return np.asarray(vocabulary_of({"table": jax.numpy.asarray(rows)}, config).table)
 
 
 def other_config(generator, params=None, **changes):

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 import tiny
 from tokmat_jax.generation import cache
-from tokmat_jax.generation.reference import generate_naively
-from tokmat_jax.method import algorithm as decode
-from tokmat_jax.method.stability import Stability
-from tokmat_jax.method.steering import make_steering
+from tokmat_jax.generation.reference import generate_by_reference
+from tokmat_jax.method.algorithm import Record, decode, liquid_step, start_decoding
+from tokmat_jax.method.guidance import Guidance
 from tokmat_jax.method.table import look_up
 from tokmat_jax.model.backbone import make_forward
 
@@ -29,16 +28,16 @@ def compiled(length: int, most: int = 1):
     @jax.jit
     def begin(params, vocabulary, ids, lengths, budgets, keys, tail):
         vectors = look_up(vocabulary.table, ids)
-        memory = cache.prefill(params, forward, vectors, jnp.full((BATCH,), length), CAPACITY,
+        memory = cache.prefill(functools.partial(forward, params), vectors, jnp.full((BATCH,), length), CAPACITY,
                                tail.repulsion is not None)
         newest = jnp.maximum(lengths[:, None] - most + jnp.arange(most)[None], 0)
         recent = vectors[jnp.arange(BATCH)[:, None], newest]
-        return decode.start(keys, recent, lengths, budgets, memory, tail, 1.0)
+        return start_decoding(keys, recent, lengths, budgets, memory, tail, 1.0)
 
     @jax.jit
     def step(params, vocabulary, state, tail):
-        predict = cache.cached_predict(params, forward, tail, length)
-        return decode.liquid_step(state, predict, vocabulary, tail, 1.0, END, read_tail=True, keep_vectors=True)
+        predict = cache.cached_predict(functools.partial(forward, params), tail, length)
+        return liquid_step(state, predict, vocabulary, tail, END, Record(read_tail=True, keep_vectors=True))
 
     return begin, step
 
@@ -75,12 +74,13 @@ batches = {"prompts": prompt_lists, "seed": st.integers(0, 100),
 
 
 def stable(patience, tolerance):
-    return {"stability": Stability(jnp.int32(patience), jnp.float32(tolerance))}
+    return {"commit": "stable", "patience": patience, "tolerance": tolerance}
 
 
-def steered(length, slots=(), schedule="fade"):
+def steered(slots=(), schedule="fade"):
     direction = tiny.model()[2].table[7] - tiny.model()[2].table[8]
-    return {"steering": make_steering(direction, 0.4, slots, schedule, length, NEW)}
+    return {"direction": direction, "steering": 0.4, "steering_slots": slots, "steering_schedule": schedule,
+            "max_new_tokens": NEW}
 
 
 CONTROLS = {
@@ -90,11 +90,11 @@ CONTROLS = {
     "guidance and repulsion": lambda length: {"guidance_scale": 2.0, "repulsion": 0.5},
     "history": lambda length: {"history_noise": 0.5, "history_smoothing": 0.4},
     "fresh noise": lambda length: {"fresh_noise": 0.6},
-    "steering": steered,
-    "front steered": lambda length: steered(length, (0,), "rise"),
+    "steering": lambda length: steered(),
+    "front steered": lambda length: steered((0,), "rise"),
     "stable": lambda length: stable(1, 0.6),
     "all": lambda length: {"guidance_scale": 2.0, "repulsion": 0.5, "fresh_noise": 0.3, "history_noise": 0.3,
-                           "history_smoothing": 0.4, **steered(length), **stable(0, 1.2)},
+                           "history_smoothing": 0.4, **steered(), **stable(0, 1.2)},
 }
 MOST = {"stable": 3, "all": 4}
 
@@ -121,12 +121,13 @@ def check_against_naive(length, name, prompts, seed, profile, rate, pins=None):
     """Tokens equal and vectors of every slot to 1e-5, together and alone."""
     params, _, vocabulary = tiny.model()
     most = min(MOST.get(name, 1), length)
-    tail = decode.make_tail(length, profile, 0.9, noise=0.5, rate=rate, **CONTROLS[name](length))
+    tail = tiny.tail(length, profile=profile, tail_noise=0.5, rate=rate, **CONTROLS[name](length))
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     together, tails = cached(prompts, tail, keys, seed % tiny.VOCAB, most, pins)
+    model = functools.partial(tiny.padded_forward(), params)
     for row, prompt in enumerate(prompts):
-        tokens, trajectory = generate_naively(params, tiny.padded_forward(), vocabulary, prompt, NEW, keys[row], tail,
-                                              1.0, END, length, most, pins)
+        tokens, trajectory = generate_by_reference(model, vocabulary, prompt, NEW, keys[row], tail, END, length, most,
+                                                   pins)
         assert together[row] == tokens
         np.testing.assert_allclose(np.stack(tails[row]), trajectory, atol=1e-5)
         alone, _ = cached([prompt], tail, keys[row : row + 1], most=most, pins=pins)
@@ -138,7 +139,7 @@ def check_against_naive(length, name, prompts, seed, profile, rate, pins=None):
 @given(**batches, pins=st.dictionaries(st.integers(0, 3), st.integers(1, tiny.VOCAB - 1), min_size=1))
 def test_pinned_tokens_come_where_they_are_pinned(name, prompts, seed, profile, rate, pins):
     check_against_naive(4, name, prompts, seed, profile, rate, pins)
-    tail = decode.make_tail(4, profile, 0.9, noise=0.5, rate=rate, **CONTROLS[name](4))
+    tail = tiny.tail(4, profile=profile, tail_noise=0.5, rate=rate, **CONTROLS[name](4))
     keys = jax.random.split(jax.random.key(seed), len(prompts))
     for tokens in cached(prompts, tail, keys, most=min(MOST.get(name, 1), 4), pins=pins)[0]:
         for place, token in pins.items():
@@ -149,7 +150,7 @@ def test_pinned_tokens_come_where_they_are_pinned(name, prompts, seed, profile, 
 def test_one_token_a_step_and_no_bound_is_the_plain_algorithm():
     # Stable commits of at most one token, whatever has settled: bit for bit the plain decoder's.
     prompts, keys = [[5, 9, 33], [7]], jax.random.split(jax.random.key(0), 2)
-    plain, bounded = (cached(prompts, decode.make_tail(4, noise=0.5, **more), keys) for more in ({}, stable(0, 1e9)))
+    plain, bounded = (cached(prompts, tiny.tail(4, tail_noise=0.5, **more), keys) for more in ({}, stable(0, 1e6)))
     assert plain[0] == bounded[0]
     for one, other in zip(*(tails for _, tails in (plain, bounded)), strict=True):
         np.testing.assert_array_equal(np.stack(one), np.stack(other))
@@ -157,7 +158,7 @@ def test_one_token_a_step_and_no_bound_is_the_plain_algorithm():
 
 def test_with_nothing_to_wait_for_as_many_are_committed_as_may_be():
     keys = jax.random.split(jax.random.key(0), 1)
-    tail = decode.make_tail(4, noise=0.5, **stable(0, 1e9))
+    tail = tiny.tail(4, tail_noise=0.5, **stable(0, 1e6))
     tokens, tails = cached([[5, 9, 33]], tail, keys, most=4)
     # Four and the two that are left of the budget, unless the text ends before.
     assert len(tails[0]) == (2 if len(tokens[0]) > 4 else 1)
@@ -166,7 +167,7 @@ def test_with_nothing_to_wait_for_as_many_are_committed_as_may_be():
 
 def test_an_early_commit_recomputes_no_part_of_the_history_differently():
     params, _, vocabulary = tiny.model()
-    tail = decode.make_tail(4, noise=0.5, **stable(0, 1e9))
+    tail = tiny.tail(4, tail_noise=0.5, **stable(0, 1e6))
     begin, step = compiled(4, 3)
     lengths = jnp.array([1, 2, 8, 3])
     ids = jax.random.randint(jax.random.key(4), (BATCH, WIDTH), 1, tiny.VOCAB)
@@ -180,7 +181,7 @@ def test_an_early_commit_recomputes_no_part_of_the_history_differently():
 
 def test_immediate_projection_is_greedy_nearest_token_decoding():
     params, forward, vocabulary = tiny.model()
-    tail = decode.make_tail(1, "constant", 1.0, noise=0.5)
+    tail = tiny.tail(1, profile="constant", max_maturity=1.0, tail_noise=0.5)
     prompt = [5, 9, 33]
     got, _ = cached([prompt], tail, jax.random.split(jax.random.key(0), 1))
     ids = list(prompt)
@@ -194,25 +195,25 @@ def test_immediate_projection_is_greedy_nearest_token_decoding():
 
 def test_guidance_of_one_equals_no_guidance():
     params, forward, vocabulary = tiny.model()
-    tail = decode.make_tail(4, noise=0.5)
+    tail = tiny.tail(4, tail_noise=0.5)
     begin, _ = compiled(4)
     keys = jax.random.split(jax.random.key(3), BATCH)
     ids = jax.random.randint(jax.random.key(4), (BATCH, WIDTH), 1, tiny.VOCAB)
     state = begin(params, vocabulary, ids, jnp.full((BATCH,), WIDTH), jnp.full((BATCH,), NEW), keys, tail)
-    guided = cache.cached_predict(params, forward, tail.replace(guidance_scale=jnp.float32(1.0)), 4)
-    plain = cache.cached_predict(params, forward, tail, 4)
+    guided = cache.cached_predict(functools.partial(forward, params), tail.replace(guidance=Guidance(jnp.float32(1.0))), 4)
+    plain = cache.cached_predict(functools.partial(forward, params), tail, 4)
     np.testing.assert_allclose(guided(state)[0], plain(state)[0], atol=1e-6)
 
 
 def test_the_unconditional_pass_reads_no_history():
     params, forward, vocabulary = tiny.model()
     # At s = 0 the prediction is the unconditional one.
-    tail = decode.make_tail(4, noise=0.5, guidance_scale=0.0)
+    tail = tiny.tail(4, tail_noise=0.5, guidance_scale=0.0)
     begin, _ = compiled(4)
     keys = jax.random.split(jax.random.key(3), BATCH)
     ids = jax.random.randint(jax.random.key(4), (BATCH, WIDTH), 1, tiny.VOCAB)
     budgets = jnp.full((BATCH,), NEW)
-    predict = cache.cached_predict(params, forward, tail, 4)
+    predict = cache.cached_predict(functools.partial(forward, params), tail, 4)
     lengths = jnp.full((BATCH,), WIDTH)
     one, _ = predict(begin(params, vocabulary, ids, lengths, budgets, keys, tail))
     other, _ = predict(begin(params, vocabulary, ids.at[:, :-1].set(1), lengths, budgets, keys, tail))
@@ -223,14 +224,14 @@ def test_the_unconditional_pass_reads_no_history():
 
 def test_a_step_adds_one_position_to_the_history_and_rewrites_none():
     params, forward, vocabulary = tiny.model()
-    tail = decode.make_tail(4, noise=0.5)
+    tail = tiny.tail(4, tail_noise=0.5)
     begin, _ = compiled(4)
     lengths = jnp.array([2, 5, 8, 3])
     ids = jax.random.randint(jax.random.key(4), (BATCH, WIDTH), 1, tiny.VOCAB)
     keys = jax.random.split(jax.random.key(3), BATCH)
     state = begin(params, vocabulary, ids, lengths, jnp.full((BATCH,), NEW), keys, tail)
-    predict = cache.cached_predict(params, forward, tail, 4)
-    state, _ = decode.liquid_step(state, predict, vocabulary, tail, 1.0, END)
+    predict = cache.cached_predict(functools.partial(forward, params), tail, 4)
+    state, _ = liquid_step(state, predict, vocabulary, tail, END)
     _, memory = predict(state)
     changed = np.any([np.any(np.asarray(new.key != old.key), axis=(1, 3))
                       for new, old in zip(memory, state.memory, strict=True)], axis=0)
@@ -242,7 +243,7 @@ def test_a_step_adds_one_position_to_the_history_and_rewrites_none():
 @pytest.mark.parametrize("name", ["guidance and repulsion", "all"])
 def test_the_decode_loop_lowers_for_accelerators(platform, name):
     params, _, vocabulary = tiny.model()
-    tail, most = decode.make_tail(4, **CONTROLS[name](4)), MOST.get(name, 1)
+    tail, most = tiny.tail(4, **CONTROLS[name](4)), MOST.get(name, 1)
     begin, _ = compiled(4, most)
     keys = jax.random.split(jax.random.key(3), BATCH)
     ids, lengths = jnp.ones((BATCH, WIDTH), jnp.int32), jnp.full((BATCH,), WIDTH)
@@ -251,7 +252,7 @@ def test_the_decode_loop_lowers_for_accelerators(platform, name):
 
     @jax.jit
     def loop(params, vocabulary, state):
-        predict = cache.cached_predict(params, forward, tail, 4)
-        return decode.run(state, predict, vocabulary, tail, 1.0, END, NEW)[1]
+        predict = cache.cached_predict(functools.partial(forward, params), tail, 4)
+        return decode(state, predict, vocabulary, tail, END, NEW)[1]
 
     assert jax.export.export(loop, platforms=[platform])(params, vocabulary, state).platforms == (platform,)

@@ -13,6 +13,7 @@ from tokmat_jax.generation.generator import Generator
 from tokmat_jax.hf import families
 from tokmat_jax.hf.convert import export_weights, import_weights, load_flat, nested
 from tokmat_jax.model.backbone import make_forward
+from tokmat_jax.model.params import vocabulary_of
 from tokmat_jax.training import objective
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs torch: pip install -e '.[parity]'")
@@ -67,7 +68,7 @@ def test_logits_gradients_and_greedy_text_are_those_of_transformers(name, tmp_pa
     assert tokenizer.vocab_size == 300
 
     positions = jnp.broadcast_to(jnp.arange(64)[None], (2, 64))
-    tokens = objective.vocabulary(params, config)
+    tokens = vocabulary_of(params, config)
     prediction, _ = jax.jit(make_forward(config))(
         params["backbone"], tokens.table[IDS], jnp.ones((2, 64)), jnp.zeros((2,), jnp.int32), positions)
     with torch.no_grad():

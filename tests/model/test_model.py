@@ -8,7 +8,7 @@ import pytest
 import tiny
 from tokmat_jax.config import ModelConfig
 from tokmat_jax.model.backbone import make_backbone, make_forward, sinusoidal_embedding
-from tokmat_jax.training.step import init_params
+from tokmat_jax.model.params import init_params
 
 
 def inputs(batch=2, length=9, seed=0):

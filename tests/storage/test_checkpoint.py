@@ -20,11 +20,11 @@ from tokmat_jax.commands import train
 from tokmat_jax.config import MeshConfig
 from tokmat_jax.distributed.mesh import make_mesh
 from tokmat_jax.errors import UserError
+from tokmat_jax.model.params import TrainState
 from tokmat_jax.storage import checkpoint
 from tokmat_jax.storage.checkpoint import Checkpoints, load_params, save_params
 from tokmat_jax.storage.integrity import bit_sum, is_sealed, seal
 from tokmat_jax.training.metrics_log import JsonLines, MetricsLog
-from tokmat_jax.training.step import TrainState
 
 # Orbax leaves futures behind when a read or a write fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

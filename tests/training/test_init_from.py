@@ -11,16 +11,15 @@ import tiny
 from tokmat_jax.config import ObjectiveConfig
 from tokmat_jax.errors import UserError
 from tokmat_jax.model.backbone import make_forward
-from tokmat_jax.training import objective
+from tokmat_jax.model.params import init_params, vocabulary_of
 from tokmat_jax.training.start_from import adopt, begin, check_source
-from tokmat_jax.training.step import init_params
 
 AR = dataclasses.replace(tiny.CONFIG, objective=ObjectiveConfig(kind="ar"))
 IDS = jax.random.randint(jax.random.key(9), (3, 48), 0, tiny.VOCAB)
 
 
 def predict(params, config, maturity=1.0, tail_length=0):
-    tokens = objective.vocabulary(params, config)
+    tokens = vocabulary_of(params, config)
     positions = jnp.broadcast_to(jnp.arange(48)[None], (3, 48))
     told = jnp.full((3,), tail_length)
     level = jnp.full((3, 48), maturity)
@@ -56,7 +55,7 @@ def test_an_imported_model_goes_on_as_it_was_or_is_set_on_the_sphere():
     config = adopt(tiny.CONFIG, source_config, "imported", "maturation")
     assert (config.table.geometry, config.table.radius, config.model.head) == ("sphere", 2.0, "linear")
     params = begin(source, init_params(jax.random.key(5), config, tiny.VOCAB), IDS, source_config, config)
-    rows = objective.vocabulary(params, config).table
+    rows = vocabulary_of(params, config).table
     np.testing.assert_allclose(np.linalg.norm(rows, axis=-1), 2.0, rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(predict(params, config)[0], axis=-1).mean(), 1.0, rtol=1e-4)
 
@@ -69,7 +68,7 @@ def test_an_output_table_of_its_own_is_read_through_the_head():
     mixed = jax.random.normal(jax.random.key(1), (16, 16))
     config = adopt(tiny.CONFIG, source_config, "imported", "maturation")
     # Where W is a linear image of E on the sphere, the least-squares head reproduces its ranking.
-    rows = objective.vocabulary({"table": source["table"]}, config).table
+    rows = vocabulary_of({"table": source["table"]}, config).table
     source["readout"] = rows @ mixed
     params = begin(source, init_params(jax.random.key(5), config, tiny.VOCAB), IDS, source_config, config)
     kernel = np.asarray(params["backbone"]["head"]["kernel"])

@@ -8,8 +8,9 @@ import pytest
 import tiny
 from tokmat_jax.config import MaturationConfig, ObjectiveConfig
 from tokmat_jax.method import losses, maturation
-from tokmat_jax.method.guidance import history_mask
+from tokmat_jax.model.attention import history_mask
 from tokmat_jax.model.backbone import make_forward
+from tokmat_jax.model.params import ar_logit_scale_of, keep_logit_scale_in_range, logit_scale_of, vocabulary_of
 from tokmat_jax.training import objective
 
 IDS = jax.random.randint(jax.random.key(7), (4, 48), 0, tiny.VOCAB)
@@ -43,7 +44,7 @@ def test_the_windows_weigh_a_target_by_its_maturity_and_predict_it_from_before()
     draw = maturation.draw_tail(KEYS, config.maturation, 16, 1.0)
     np.testing.assert_array_equal(tail_length, draw.tail_length)
     np.testing.assert_array_equal(mask, history_mask(48, 48 - draw.tail_length, draw.history_dropped)[:, -17:])
-    table = objective.vocabulary(params, config).table
+    table = vocabulary_of(params, config).table
     for row in range(4):
         length = int(tail_length[row])
         for t in range(48):
@@ -100,7 +101,7 @@ def test_a_self_conditioned_tail_holds_predictions_and_never_the_truth():
     draw = maturation.draw_tail(KEYS, config.maturation, 16, 1.0)
     own = make_forward(config)(params["backbone"], first, maturity, tail_length,
                                jnp.broadcast_to(jnp.arange(48)[None], (4, 48)))[0]
-    table = objective.vocabulary(params, config).table
+    table = vocabulary_of(params, config).table
     for row in range(4):
         start = 48 - int(tail_length[row])
         np.testing.assert_array_equal(first[row, start:], draw.noise[row, start - 32 :])
@@ -133,14 +134,14 @@ def test_the_baseline_reads_clean_vectors_without_a_tail():
     params, calls = tiny.shaken_params(config), []
     windows = objective.run_windows(params, IDS, KEYS, config, recording_forward(config, calls))
     z, maturity, tail_length, mask = calls[0]
-    np.testing.assert_array_equal(z, objective.vocabulary(params, config).table[IDS])
+    np.testing.assert_array_equal(z, vocabulary_of(params, config).table[IDS])
     assert np.all(np.asarray(maturity) == 1.0)
     assert not np.any(tail_length)
     assert mask is None
     sums = objective.weighted_sums(windows, params, NEGATIVES, config)
     assert set(sums) == {"loss", "cross_entropy", "weight"}
     own = losses.cross_entropy(windows.prediction, windows.target_ids, windows.vocabulary.readout,
-                               objective.ar_logit_scale(params, config))
+                               ar_logit_scale_of(params, config))
     np.testing.assert_allclose(sums["loss"], np.sum(own), rtol=1e-5)
 
 
@@ -160,7 +161,7 @@ def test_a_learned_logit_scale_moves_and_stays_in_range():
     config = dataclasses.replace(tiny.CONFIG, objective=ObjectiveConfig(logit_scale=10.0, learn_logit_scale=True))
     params = tiny.shaken_params(config)
     params["log_logit_scale"] = jnp.log(jnp.float32(10.0))
-    np.testing.assert_allclose(objective.logit_scale(params, config), 10.0, rtol=1e-6)
+    np.testing.assert_allclose(logit_scale_of(params, config), 10.0, rtol=1e-6)
 
     def loss(params):
         return objective.loss_sums(params, IDS, KEYS, NEGATIVES, config, make_forward(config))[0]
@@ -168,5 +169,5 @@ def test_a_learned_logit_scale_moves_and_stays_in_range():
     assert float(jax.grad(loss)(params)["log_logit_scale"]) != 0.0
     for far, edge in ((99.0, 100.0), (-99.0, 1.0)):
         params["log_logit_scale"] = jnp.float32(far)
-        back = objective.keep_logit_scale_in_range(params)
-        np.testing.assert_allclose(objective.logit_scale(back, config), edge, rtol=1e-5)
+        back = keep_logit_scale_in_range(params)
+        np.testing.assert_allclose(logit_scale_of(back, config), edge, rtol=1e-5)

@@ -18,8 +18,9 @@ import pytest
 import tiny
 from tokmat_jax.config import ComputeConfig, MeshConfig, ObjectiveConfig, OptimizerConfig
 from tokmat_jax.distributed import mesh as sharding
+from tokmat_jax.model.params import init_params, vocabulary_of
 from tokmat_jax.training.optim import make_optimizer, make_schedule
-from tokmat_jax.training.step import eval_means, eval_sums, init_params, make_train_functions
+from tokmat_jax.training.step import eval_means, eval_sums, make_train_functions
 
 pytestmark = pytest.mark.usefixtures("optax_promotion")
 
@@ -248,7 +249,7 @@ def test_accuracy_is_one_where_the_prediction_is_the_target(monkeypatch):
 
     def perfect(params, ids, keys, config, forward):
         windows = train_step.objective.Windows
-        tokens = train_step.objective.vocabulary(params, config)
+        tokens = vocabulary_of(params, config)
         return windows(tokens, ids[:, 1:], jnp.ones((4, 47)), tokens.table[ids[:, 1:]])
 
     monkeypatch.setattr(train_step.objective, "run_windows", perfect)

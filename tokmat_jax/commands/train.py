@@ -33,6 +33,7 @@ from tokmat_jax.distributed.processes import (
 from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.model.backbone import Params
+from tokmat_jax.model.params import TrainState
 from tokmat_jax.progress import Bar, bar
 from tokmat_jax.storage.checkpoint import Checkpoints, open_checkpoints
 from tokmat_jax.storage.npy import open_npy
@@ -51,7 +52,7 @@ from tokmat_jax.storage.workdir import (
 from tokmat_jax.training.metrics_log import JsonLines, MetricsLog
 from tokmat_jax.training.spikes import LossWatch
 from tokmat_jax.training.start_from import begin, load_source
-from tokmat_jax.training.step import TrainFunctions, TrainState, eval_means, make_train_functions
+from tokmat_jax.training.step import TrainFunctions, eval_means, make_train_functions
 from tokmat_jax.training.stopping import Stop, stop_signals
 from tokmat_jax.training.throughput import flops_per_token, measures, memory
 from tokmat_jax.view.terminal import tail_text

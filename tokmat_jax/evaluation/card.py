@@ -28,9 +28,8 @@ from tokmat_jax.evaluation.methods import (
 from tokmat_jax.evaluation.pair import Prompts
 from tokmat_jax.evaluation.store import Store
 from tokmat_jax.generation.generator import Generator
+from tokmat_jax.model.params import init_params, vocabulary_of
 from tokmat_jax.storage.npy import open_npy
-from tokmat_jax.training import objective
-from tokmat_jax.training.step import init_params
 
 _BRIER = {"contexts": 4, "ahead": 4, "samples": 4}
 """Beginnings per prompt, tokens behind each, and independent samples of them."""
@@ -365,7 +364,7 @@ def starting_table(generator: Generator) -> np.ndarray | None:
             rows = jax.jit(lambda: init_params(jax.random.key(config.train.seed), config, shape[0])["table"])()
     except UserError:
         return None
-    return np.asarray(objective.vocabulary({"table": rows}, config).table) if rows.shape == shape else None
+    return np.asarray(vocabulary_of({"table": rows}, config).table) if rows.shape == shape else None
 
 
 def num_parameters(generator: Generator) -> int:

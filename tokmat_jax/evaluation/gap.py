@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokmat_jax.config import Config
+from tokmat_jax.config import Config, GenerationConfig
 from tokmat_jax.generation import cache
-from tokmat_jax.method import algorithm as decode
 from tokmat_jax.method import losses, maturation
+from tokmat_jax.method.algorithm import commit, start_decoding
+from tokmat_jax.method.noise import embryos
 from tokmat_jax.method.table import look_up, scores
+from tokmat_jax.method.tail import Tail, make_tail
 from tokmat_jax.model.backbone import Params, make_forward
-from tokmat_jax.training import objective
+from tokmat_jax.model.params import logit_scale_of, vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -49,40 +51,45 @@ def measure_gap(
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(batch))
     sums = _sums(params, jnp.asarray(ids), keys, config, prompt_tokens, tail_length, num_steps)
     kept = np.asarray(sums)[tail_length:].sum(0) / (batch * (num_steps - tail_length))
-    settings = config.maturation
-    maturity = decode.make_tail(tail_length, settings.profile, settings.max_maturity).maturity
+    maturity = _training_tail(config, tail_length).maturity
     return Gap(np.asarray(maturity), *kept, count=batch * (num_steps - tail_length))
+
+
+def _training_tail(config: Config, tail_length: int) -> Tail:
+    """A tail that is run as training simulates it."""
+    settings = config.maturation
+    return make_tail(GenerationConfig(tail_length=tail_length, profile=settings.profile,
+                                      max_maturity=settings.max_maturity, tail_noise=settings.tail_noise))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "prompt_tokens", "tail_length", "num_steps"))
 def _sums(params, ids, keys, config: Config, prompt_tokens: int, tail_length: int, num_steps: int) -> jax.Array:
     """Sums over rows by step [num_steps, 4, K]: loss simulated, loss real, hits simulated, hits real."""
-    settings, radius = config.maturation, config.table.radius
-    forward, vocabulary = make_forward(config), objective.vocabulary(params, config)
-    tail = decode.make_tail(tail_length, settings.profile, settings.max_maturity, settings.tail_noise)
-    predict = cache.cached_predict(params["backbone"], forward, tail, tail_length)
-    scale = objective.logit_scale(params, config)
+    model, vocabulary = functools.partial(make_forward(config), params["backbone"]), vocabulary_of(params, config)
+    tail, radius = _training_tail(config, tail_length), vocabulary.radius
+    predict = cache.cached_predict(model, tail, tail_length)
+    scale = logit_scale_of(params, config)
     batch, length = ids.shape
     vectors = look_up(vocabulary.table, ids)
     rows = jnp.full((batch,), tail_length, jnp.int32)
-    memory = cache.prefill(params["backbone"], forward, vectors[:, :prompt_tokens], rows, length)
+    memory = cache.prefill(model, vectors[:, :prompt_tokens], rows, length)
     at = jnp.full((batch,), prompt_tokens, jnp.int32)
-    state = decode.start(keys, vectors[:, prompt_tokens - 1 : prompt_tokens], at, jnp.full((batch,), length), memory,
-                         tail, radius)
+    state = start_decoding(keys, vectors[:, prompt_tokens - 1 : prompt_tokens], at, jnp.full((batch,), length), memory,
+                           tail, radius)
 
     def body(state, _):
         slots = state.num_committed[:, None] + jnp.arange(tail_length)[None, :]
         targets = jnp.take_along_axis(ids, slots, axis=1)
         prediction, memory = predict(state)
         # Numbers that no embryo of this rollout has.
-        noise = decode.embryos(state.key, state.num_born + length, tail_length, vectors.shape[-1], tail.noise, radius)
+        noise = embryos(state.key, state.num_born + length, tail_length, vectors.shape[-1], tail.noise, radius)
         told = jnp.broadcast_to(tail.maturity[None, :], targets.shape)
         simulated = state.replace(tail=maturation.corrupt(look_up(vocabulary.table, targets), noise, told))
         pair = (predict(simulated)[0], prediction)
         measured = [jnp.sum(part(one, targets), axis=0) for part in (loss, hit) for one in pair]
         refined = maturation.contract(state.tail, prediction, tail.rate)
-        following = decode.commit(state, refined, memory, targets[:, :1], jnp.ones((batch,), jnp.int32), vocabulary,
-                                  tail, radius, end_of_text=-1)
+        following = commit(state, refined, memory, targets[:, :1], jnp.ones((batch,), jnp.int32), vocabulary,
+                           tail, end_of_text=-1)
         return following, jnp.stack(measured)
 
     def loss(prediction, targets):

@@ -136,7 +136,7 @@ def start(
     batch, width = ids.shape
     told = jnp.zeros((batch,), jnp.int32)
     vectors = look_up(model.vocabulary.table, ids)
-    prediction, history = cache.read_prompts(model.backbone, forward, vectors, told, capacity)
+    prediction, history = cache.read_prompts(functools.partial(forward, model.backbone), vectors, told, capacity)
     seen = jnp.zeros((batch, model.vocabulary.table.shape[0]), bool)
     return State(
         num_committed=lengths,

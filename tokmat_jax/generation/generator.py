@@ -18,15 +18,14 @@ from tokmat_jax.generation import cache
 from tokmat_jax.generation.partial_sample import Living, held_at, with_vectors
 from tokmat_jax.generation.requests import SMALLEST_PROMPT, Batch, Row, bucket, chunk, make_batch, sample_key
 from tokmat_jax.generation.trajectory import Trajectory
-from tokmat_jax.method import algorithm as decode
-from tokmat_jax.method.stability import Stability
-from tokmat_jax.method.steering import Steering, direction_of, make_steering
+from tokmat_jax.method.algorithm import DecodeState, Record, decode, start_decoding
+from tokmat_jax.method.steering import direction_of
 from tokmat_jax.method.table import Vocabulary, look_up, read
+from tokmat_jax.method.tail import Tail, make_tail
 from tokmat_jax.model.backbone import Params, apart, make_forward
+from tokmat_jax.model.params import ar_logit_scale_of, param_shapes, vocabulary_of
 from tokmat_jax.storage.checkpoint import load_params
 from tokmat_jax.storage.workdir import TOKENIZER, load_config
-from tokmat_jax.training import objective
-from tokmat_jax.training.step import init_params
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Generator:
         self.tokenizer = tokenizer
         self._compilations = 0
         self._prefill = jax.jit(self._trace_prefill, static_argnames=("capacity", "max_commit"))
-        static = ("read_tail", "num_steps", "num_candidates", "keep_vectors")
+        static = ("num_steps", "record")
         self._advance = jax.jit(self._trace_advance, static_argnames=static, donate_argnames="state")
         # Whoever holds a state may go on from it twice: it is not donated.
         self._step = jax.jit(self._trace_advance, static_argnames=static)
@@ -92,9 +91,7 @@ class Generator:
         config = load_config(workdir)
         tokenizer = load_tokenizer(workdir / TOKENIZER)
         here = replicated(make_mesh(MeshConfig(), jax.local_devices()))
-        shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, tokenizer.vocab_size))
-        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
-        params, _ = load_params(workdir, shapes)
+        params, _ = load_params(workdir, param_shapes(config, tokenizer.vocab_size, here))
         return cls(config, params | {"backbone": apart(params["backbone"])}, tokenizer)
 
     def set_params(self, params: Params) -> None:
@@ -105,8 +102,8 @@ class Generator:
         whole = isinstance(table, jax.Array) and table.sharding.is_fully_replicated
         self._devices = sorted(table.sharding.device_set, key=lambda device: device.id) if whole else [None]
         self._params = params["backbone"]
-        self._vocabulary = objective.vocabulary(params, self.config)
-        self._logit_scale = objective.ar_logit_scale(params, self.config)
+        self._vocabulary = vocabulary_of(params, self.config)
+        self._logit_scale = ar_logit_scale_of(params, self.config)
 
     @property
     def backbone(self) -> Params:
@@ -183,8 +180,8 @@ class Generator:
         """
         if living.done:
             raise UserError("the sample is complete: it has committed end-of-text or spent its budget")
-        state, step = self._step(self._params, self._vocabulary, living.state, living.tail, read_tail=True, num_steps=1,
-                                 num_candidates=0, keep_vectors=False)
+        state, step = self._step(self._params, self._vocabulary, living.state, living.tail, num_steps=1,
+                                 record=Record(read_tail=True))
         slots, count = np.asarray(step.tokens[0, 0]).tolist(), int(step.committed[0, 0])
         tokens = (*living.tokens, *slots[:count])
         moment = Moment(
@@ -235,11 +232,11 @@ class Generator:
         if not 0 <= num_candidates <= self.tokenizer.vocab_size:
             raise UserError(f"num_candidates must lie in 0..{self.tokenizer.vocab_size}, found {num_candidates}")
         living = self.begin(prompt, settings, number, seed, direction)
-        state, steps = living.state, []
+        state, steps, kept = living.state, [], Record(True, num_candidates, keep_vectors)
         count = chunk(int(state.budget[0] - state.num_committed[0]))
         while not bool(state.done[0]):
-            state, step = self._advance(self._params, self._vocabulary, state, living.tail, read_tail=True,
-                                        num_steps=count, num_candidates=num_candidates, keep_vectors=keep_vectors)
+            state, step = self._advance(self._params, self._vocabulary, state, living.tail, num_steps=count,
+                                        record=kept)
             steps.append(jax.tree.map(np.asarray, step))
         whole = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
         alive = whole.committed[:, 0] > 0
@@ -297,18 +294,10 @@ class Generator:
             rows.extend(Row(text, ids, number) for number in range(num_samples))
         return rows
 
-    def _tail(self, settings: GenerationConfig, direction: np.ndarray | None) -> decode.Tail:
+    def _tail(self, settings: GenerationConfig, direction: np.ndarray | None) -> Tail:
         if self.is_autoregressive:
-            return decode.make_tail(1, "constant", 1.0, 0.0, temperature=settings.entropy_temperature,
-                                    repulsion=settings.repulsion, repulsion_sharpness=settings.repulsion_sharpness)
-        stability = None
-        if settings.commit == "stable":
-            stability = Stability(jnp.int32(settings.patience), jnp.float32(settings.tolerance))
-        return decode.make_tail(settings.tail_length, settings.profile, settings.max_maturity, settings.tail_noise,
-                                settings.guidance_scale, settings.entropy_temperature, settings.rate,
-                                settings.history_noise, settings.repulsion, settings.repulsion_sharpness,
-                                settings.fresh_noise, settings.history_smoothing, self._steering(settings, direction),
-                                stability)
+            return make_tail(settings.immediate())
+        return make_tail(settings, self._direction(settings, direction))
 
     def check(
         self, prompts: Sequence[str | Sequence[int]], settings: GenerationConfig, direction: np.ndarray | None = None
@@ -317,7 +306,8 @@ class Generator:
         self.rows(prompts, settings)
         self._tail(settings, direction)
 
-    def _steering(self, settings: GenerationConfig, direction: np.ndarray | None) -> Steering | None:
+    def _direction(self, settings: GenerationConfig, direction: np.ndarray | None) -> jax.Array | None:
+        """Where steering draws to [d]; None where it is off."""
         if settings.steering == 0.0:
             return None
         if direction is None and not settings.steering_words:
@@ -330,8 +320,7 @@ class Generator:
                             f"{towards.dtype} of the shape {towards.shape}")
         # Whatever its norm: the largest of its numbers becomes 1 before it meets float32.
         towards = towards.astype(np.float64) / np.abs(towards.astype(np.float64)).max()
-        return make_steering(jnp.asarray(towards, jnp.float32), settings.steering, settings.steering_slots,
-                             settings.steering_schedule, settings.tail_length, settings.max_new_tokens)
+        return jnp.asarray(towards, jnp.float32)
 
     def batch(self, rows: Sequence[Row], max_new_tokens: int, seed: int) -> Batch:
         """`rows` in their bucket of shapes, spread over the devices that hold the model, if these divide it."""
@@ -341,7 +330,7 @@ class Generator:
 
     def _start(
         self, rows: Sequence[Row], settings: GenerationConfig, seed: int, direction: np.ndarray | None
-    ) -> tuple[decode.State, decode.Tail]:
+    ) -> tuple[DecodeState, Tail]:
         """The state behind the prompts of `rows`, and how its tail is run."""
         batch = self.batch(rows, settings.max_new_tokens, seed)
         tail = jax.tree.map(np.asarray, self._tail(settings, direction))
@@ -357,8 +346,8 @@ class Generator:
         state, tail = self._start(chosen, settings, seed, direction)
         steps, count = [], chunk(settings.max_new_tokens)
         while not bool(jnp.all(state.done)):
-            state, step = self._advance(self._params, self._vocabulary, state, tail, read_tail=False, num_steps=count,
-                                        num_candidates=0, keep_vectors=False)
+            state, step = self._advance(self._params, self._vocabulary, state, tail, num_steps=count,
+                                        record=Record())
             steps.append(jax.tree.map(np.asarray, step))
         whole = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
         return [self._sample(row.prompt, row.number, *(part[:, index] for part in (
@@ -390,18 +379,18 @@ class Generator:
         # Whatever kernel it was trained with, it writes on any machine.
         return make_forward(dataclasses.replace(self.config, compute=ComputeConfig()))
 
-    def _told_tail_length(self, tail: decode.Tail) -> int:
+    def _model_tail_length(self, tail: Tail) -> int:
         return 0 if self.is_autoregressive else tail.maturity.shape[0]
 
     def _trace_prefill(self, params, vocabulary, ids, lengths, budgets, names, tail, capacity, max_commit):
         self._compilations += 1
-        told = jnp.full(lengths.shape, self._told_tail_length(tail), jnp.int32)
+        tail_length = jnp.full(lengths.shape, self._model_tail_length(tail), jnp.int32)
         vectors = look_up(vocabulary.table, ids)
-        memory = cache.prefill(params, self._forward, vectors, told, capacity, tail.repulsion is not None)
+        model = functools.partial(self._forward, params)
+        memory = cache.prefill(model, vectors, tail_length, capacity, tail.repulsion is not None)
         newest = lengths[:, None] - max_commit + jnp.arange(max_commit)[None, :]
         recent = jnp.take_along_axis(vectors, jnp.maximum(newest, 0)[:, :, None], axis=1)
-        return decode.start(jax.vmap(sample_key)(names), recent, lengths, budgets, memory, tail,
-                            self.config.table.radius)
+        return start_decoding(jax.vmap(sample_key)(names), recent, lengths, budgets, memory, tail, vocabulary.radius)
 
     def _trace_read(self, params, vocabulary, ids):
         self._compilations += 1
@@ -411,12 +400,11 @@ class Generator:
                                       jnp.zeros((batch,), jnp.int32), positions)
         return read(prediction, vocabulary, 1.0)[0]
 
-    def _trace_advance(self, params, vocabulary, state, tail, read_tail, num_steps, num_candidates, keep_vectors):
+    def _trace_advance(self, params, vocabulary, state, tail, num_steps, record):
         self._compilations += 1
-        params = apart(params)  # once for all steps of the scan
-        predict = cache.cached_predict(params, self._forward, tail, self._told_tail_length(tail))
-        return decode.run(state, predict, vocabulary, tail, self.config.table.radius, self.tokenizer.end_of_text,
-                          num_steps, read_tail, num_candidates, keep_vectors)
+        model = functools.partial(self._forward, apart(params))  # apart once for all steps of the scan
+        predict = cache.cached_predict(model, tail, self._model_tail_length(tail))
+        return decode(state, predict, vocabulary, tail, self.tokenizer.end_of_text, num_steps, record)
 
 
 def _is_unicode(text: str) -> bool:

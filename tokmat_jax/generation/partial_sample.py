@@ -8,7 +8,8 @@ import numpy as np
 
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.requests import Row
-from tokmat_jax.method.algorithm import State, Tail
+from tokmat_jax.method.algorithm import DecodeState
+from tokmat_jax.method.tail import Tail
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Living:
     """
 
     row: Row
-    state: State
+    state: DecodeState
     """Of a batch of one."""
     tail: Tail
     tokens: tuple[int, ...] = ()

@@ -1,8 +1,8 @@
 """Algorithm 1 as it reads, with nothing clever: the whole sequence is run again for every step.
 
-The oracle of `decode.py` and `cache.py`, and the other side of their benchmark. One row, no cache, Python loops over
-NumPy; it shares with them the model, the vocabulary table, and the noise of embryo number i, of step t and of
-position n.
+The oracle of `method/algorithm.py` and `cache.py`, and the other side of their benchmark. One row, no cache, Python
+loops over NumPy; it shares with them the model, the vocabulary table, and the noise of embryo number i, of step t and
+of position n.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,12 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from tokmat_jax.method.algorithm import Tail, embryos, fresh
-from tokmat_jax.method.guidance import history_mask
 from tokmat_jax.method.history import history_noise
+from tokmat_jax.method.noise import embryos, fresh
 from tokmat_jax.method.table import Vocabulary
-from tokmat_jax.model.backbone import Forward, Params
+from tokmat_jax.method.tail import Tail
+from tokmat_jax.model.attention import history_mask
+from tokmat_jax.model.backbone import Model
 
 _EMBRYOS = jax.jit(embryos, static_argnames=("count", "embed_dim", "radius"))
 _FRESH = jax.jit(fresh, static_argnames=("embed_dim", "radius"))
@@ -22,10 +23,9 @@ _HISTORY_NOISE = jax.jit(history_noise, static_argnames=("embed_dim", "radius"))
 _HISTORY_MASK = jax.jit(history_mask, static_argnames="seq_len")
 
 
-def generate_naively(
-    params: Params, forward: Forward, vocabulary: Vocabulary, prompt: list[int], max_new_tokens: int,
-    key: jax.Array, tail: Tail, radius: float, end_of_text: int, told_tail_length: int, max_commit: int = 1,
-    pins: Mapping[int, int] | None = None,
+def generate_by_reference(
+    model: Model, vocabulary: Vocabulary, prompt: list[int], max_new_tokens: int, key: jax.Array, tail: Tail,
+    end_of_text: int, model_tail_length: int, max_commit: int = 1, pins: Mapping[int, int] | None = None,
 ) -> tuple[list[int], np.ndarray]:
     """Tokens committed behind `prompt` (at least one id), and the tail [steps, K, d] after each contraction.
 
@@ -34,7 +34,7 @@ def generate_naively(
     their birth on, by the number of the new token.
     """
     # Numbers of the tail in NumPy: a loop over JAX arrays would wait for every single operation.
-    key, tail, pins = key[None], jax.tree.map(np.asarray, tail), pins or {}
+    key, tail, pins, radius = key[None], jax.tree.map(np.asarray, tail), pins or {}, vocabulary.radius
     length, size = tail.maturity.shape[0], vocabulary.table.shape[1]
     table, readout = np.asarray(vocabulary.table), np.asarray(vocabulary.readout)
 
@@ -49,26 +49,27 @@ def generate_naively(
         z = np.stack(history + slots)[None]
         total, committed = z.shape[1], len(history)
         maturity = np.concatenate([np.ones(committed, np.float32), tail.maturity])[None]
-        told, positions = np.array([told_tail_length], np.int32), np.arange(total, dtype=np.int32)[None]
+        tail_length, positions = np.array([model_tail_length], np.int32), np.arange(total, dtype=np.int32)[None]
 
-        def predict(hidden, z=z, maturity=maturity, told=told, positions=positions, committed=committed):
+        def predict(hidden, z=z, maturity=maturity, tail_length=tail_length, positions=positions, committed=committed):
             mask = _HISTORY_MASK(z.shape[1], np.array([committed], np.int32), np.array([hidden]))
-            return np.asarray(forward(params, z, maturity, told, positions, mask)[0][0])
+            return np.asarray(model(z, maturity, tail_length, positions, mask)[0][0])
 
         everywhere = predict(False)
         prediction = everywhere[committed - 1 : total - 1]
         if tail.repulsion is not None:
             prediction = np.stack([pushed(one, everywhere, history, tail) for one in prediction])
-        if tail.guidance_scale is not None:
+        if tail.guidance is not None:
             free = predict(True)[committed - 1 : total - 1]
-            prediction = free + tail.guidance_scale * (prediction - free)
+            prediction = free + tail.guidance.scale * (prediction - free)
         if tail.steering is not None:
             prediction = np.stack([
                 one + radius * drawn(slot, len(tokens) + slot, tail) for slot, one in enumerate(prediction)])
         before = slots
         slots = [slot + rate * (ahead - slot) for slot, rate, ahead in zip(slots, tail.rate, prediction, strict=True)]
         if tail.fresh_noise is not None:
-            noise = np.asarray(_FRESH(key, np.int32(len(trajectory)), tail, size, radius))[0]
+            noise = np.asarray(_FRESH(key, np.int32(len(trajectory)), tail.maturity, tail.fresh_noise, size,
+                                      radius))[0]
             slots = [slot + one for slot, one in zip(slots, noise, strict=True)]
         slots = [table[pins[len(tokens) + index]] if len(tokens) + index in pins else slot
                  for index, slot in enumerate(slots)]
@@ -82,11 +83,11 @@ def generate_naively(
             count += 1
         for token in [words[-1] for words in said[:count]]:
             vector = table[token]
-            if tail.history_smoothing is not None:
-                vector = (1.0 - tail.history_smoothing) * vector + tail.history_smoothing * history[-1]
-            if tail.history_noise is not None:
+            if tail.entry.smoothing is not None:
+                vector = (1.0 - tail.entry.smoothing) * vector + tail.entry.smoothing * history[-1]
+            if tail.entry.noise is not None:
                 place = np.array([len(history)], np.int32)
-                vector = vector + np.asarray(_HISTORY_NOISE(key, place, size, tail.history_noise, radius))[0]
+                vector = vector + np.asarray(_HISTORY_NOISE(key, place, size, tail.entry.noise, radius))[0]
             history.append(vector)
             tokens.append(token)
         slots = [*slots[count:], *(embryo(length + len(tokens) - count + index) for index in range(count))]
@@ -119,8 +120,7 @@ def pushed(
     `everywhere` [T, d] is the model's output; the one at position m − 1 predicted position m.
     """
     assert tail.repulsion is not None
-    assert tail.repulsion_sharpness is not None
-    strength, sharpness = float(tail.repulsion), float(tail.repulsion_sharpness)
+    strength, sharpness = float(tail.repulsion.strength), float(tail.repulsion.sharpness)
     length = np.linalg.norm(prediction)
     total, away = 0.0, np.zeros_like(prediction)
     for position in range(1, len(history)):

@@ -37,6 +37,7 @@ from tokmat_jax.hf.families import Weight
 from tokmat_jax.hf.files import Safetensors, Stored, find_source, write_safetensors
 from tokmat_jax.hf.gguf_file import Gguf
 from tokmat_jax.model.backbone import Params, conditioning_of_committed
+from tokmat_jax.model.params import ar_logit_scale_of, init_params, param_shapes, vocabulary_of
 from tokmat_jax.progress import bar
 from tokmat_jax.storage.checkpoint import load_params, save_params
 from tokmat_jax.storage.workdir import (
@@ -49,8 +50,6 @@ from tokmat_jax.storage.workdir import (
     save_config,
     write_json,
 )
-from tokmat_jax.training import objective
-from tokmat_jax.training.step import init_params
 
 SIDECAR = "maturation"
 """Folder of an exported checkpoint: `run.json`, `weights.safetensors` and `tokenizer/`."""
@@ -221,7 +220,7 @@ def _plain_config(model: ModelConfig, tied: bool, out: Path) -> Config:
 
 def _shapes(config: Config, vocab_size: int) -> Shapes:
     try:
-        shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, vocab_size))
+        shapes = param_shapes(config, vocab_size)
     except UserError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:  # sizes for which no array has room
@@ -335,9 +334,7 @@ def load_flat(workdir: Path) -> tuple[Config, Tokenizer, Flat]:
     """The newest parameters of a run, on the host."""
     config, tokenizer = load_config(workdir), load_tokenizer(workdir / TOKENIZER)
     here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, tokenizer.vocab_size))
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
-    params, _ = load_params(workdir, shapes)
+    params, _ = load_params(workdir, param_shapes(config, tokenizer.vocab_size, here))
     flat = {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     return config, tokenizer, flat
 
@@ -406,8 +403,8 @@ def _autoregressive_view(config: Config, flat: Flat) -> tuple[Flat, bool]:
     told = 0 if config.objective.kind == "ar" else 1
     scale, shift = (np.asarray(x) for x in conditioning_of_committed(params["backbone"], config, told))
     input_scale = config.model.input_norm / config.table.radius
-    vocabulary = objective.vocabulary(params, config)
-    logit_scale = float(objective.ar_logit_scale(params, config))
+    vocabulary = vocabulary_of(params, config)
+    logit_scale = float(ar_logit_scale_of(params, config))
     stored: Flat = {}
     if config.table.geometry == "sphere" or input_scale != 1 or np.any(scale != 1) or np.any(shift):
         rows = scale * (input_scale * np.asarray(vocabulary.table))

@@ -1,13 +1,28 @@
-"""Classifier-free guidance: combining two predictions, and what the unconditional one may see (METHOD §4).
+"""Classifier-free guidance: combining two predictions (METHOD §4).
 
-Guidance is off at s = 1. The unconditional pass sees the last committed token and the tail before the query, and
-nothing earlier; in training, history dropout hides the same positions.
+Guidance is off at s = 1. What the unconditional pass may see is decided by the caller: the last committed token and the
+tail before the query, and nothing earlier; in training, history dropout hides the same positions
+(`model/attention.py`).
 """
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from tokmat_jax.model.attention import causal_mask
+from tokmat_jax.config import GenerationConfig
+
+
+@struct.dataclass
+class Guidance:
+    """How far a prediction goes beyond the unconditional one; a pytree of numbers."""
+
+    scale: jax.Array
+    """s []."""
+
+
+def make_guidance(settings: GenerationConfig) -> Guidance | None:
+    """None at s = 1."""
+    return None if settings.guidance_scale == 1.0 else Guidance(jnp.float32(settings.guidance_scale))
 
 
 def combine(conditional: jax.Array, unconditional: jax.Array, guidance_scale: jax.Array | float) -> jax.Array:
@@ -15,7 +30,7 @@ def combine(conditional: jax.Array, unconditional: jax.Array, guidance_scale: ja
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def guide(conditional, unconditional, guidance_scale: jax.Array | float):
+def guide(conditional, unconditional, guidance: Guidance):
     """One `predict` from two: the decoder cannot tell that guidance exists.
 
     Each takes a decoder state and returns (prediction, memory); the unconditional one predicts the tail alone
@@ -25,22 +40,6 @@ def guide(conditional, unconditional, guidance_scale: jax.Array | float):
     def predict(state):
         prediction, memory = conditional(state)
         free, _ = unconditional(state)
-        return combine(prediction[:, -free.shape[1]:], free, guidance_scale), memory
+        return combine(prediction[:, -free.shape[1]:], free, guidance.scale), memory
 
     return predict
-
-
-def history_mask(
-    seq_len: int, num_committed: jax.Array, dropped: jax.Array, num_queries: int | None = None
-) -> jax.Array:
-    """[B, Q, T] bool, what the last `num_queries` Q (None: all) of T positions see: causal, and where `dropped` [B]
-    nothing before the last committed position is seen from it on.
-
-    `num_committed` [B] counts the committed positions, so the last one is num_committed − 1.
-    """
-    last = num_committed[:, None, None] - 1
-    position = jnp.arange(seq_len)
-    first = 0 if num_queries is None else seq_len - num_queries
-    query, key = position[None, first:, None], position[None, None, :]
-    hidden = dropped[:, None, None] & (query >= last) & (key < last)
-    return causal_mask(seq_len)[:, first:] & ~hidden

@@ -7,29 +7,45 @@ Nothing is drawn or mixed again later, so that keys and values computed from the
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
+from tokmat_jax.config import GenerationConfig
 from tokmat_jax.method.maturation import noise_vector
 
 _HISTORY = 2**32 - 1
 """Numbers the key of the history's noise; embryos never get that far."""
 
 
-def enter(
-    clean: jax.Array, last: jax.Array, key: jax.Array, first: jax.Array, noise: jax.Array | None,
-    smoothing: jax.Array | None, radius: float,
+@struct.dataclass
+class Entry:
+    """What happens to a vector when it enters the history; a pytree of numbers, None where nothing does."""
+
+    noise: jax.Array | None = None
+    """σ_h [] ≥ 0, norm in units of R of what is added."""
+    smoothing: jax.Array | None = None
+    """h [] in [0, 1), share of the vector before it."""
+
+
+def make_entry(settings: GenerationConfig) -> Entry:
+    """A field is None where its control is off."""
+    noise, smoothing = settings.history_noise, settings.history_smoothing
+    return Entry(jnp.float32(noise) if noise else None, jnp.float32(smoothing) if smoothing else None)
+
+
+def committed_vectors(
+    clean: jax.Array, last: jax.Array, key: jax.Array, first: jax.Array, entry: Entry, radius: float
 ) -> jax.Array:
     """Vectors [B, M, d] of M tokens that enter one behind the other at positions `first` [B] and on.
 
-    `clean` [B, M, d] are their rows of the table, `last` [B, d] is the vector before them, `key` [B] the rows' keys,
-    `noise` σ_h [] ≥ 0 and `smoothing` h [] in [0, 1); None is off.
+    `clean` [B, M, d] are their rows of the table, `last` [B, d] is the vector before them, `key` [B] the rows' keys.
     """
     entered, before = [], last
     for index in range(clean.shape[1]):
         vector = clean[:, index]
-        if smoothing is not None:
-            vector = (1.0 - smoothing) * vector + smoothing * before
-        if noise is not None:
-            vector = vector + history_noise(key, first + index, vector.shape[-1], noise, radius)
+        if entry.smoothing is not None:
+            vector = (1.0 - entry.smoothing) * vector + entry.smoothing * before
+        if entry.noise is not None:
+            vector = vector + history_noise(key, first + index, vector.shape[-1], entry.noise, radius)
         entered.append(vector)
         before = vector
     return jnp.stack(entered, axis=1)

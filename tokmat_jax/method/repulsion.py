@@ -17,7 +17,25 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from tokmat_jax.config import GenerationConfig
 from tokmat_jax.method.table import unit
+
+
+@struct.dataclass
+class Repulsion:
+    """How strongly, and from how near; a pytree of numbers."""
+
+    strength: jax.Array
+    """ρ [] ≥ 0, length of the push as a share of ‖ẑ‖."""
+    sharpness: jax.Array
+    """b [] > 0, how alike two predictions must be to count as the same place."""
+
+
+def make_repulsion(settings: GenerationConfig) -> Repulsion | None:
+    """None at ρ = 0."""
+    if settings.repulsion == 0.0:
+        return None
+    return Repulsion(jnp.float32(settings.repulsion), jnp.float32(settings.repulsion_sharpness))
 
 
 @struct.dataclass
@@ -50,24 +68,19 @@ def begin_trace(prediction: jax.Array, vectors: jax.Array, capacity: int) -> Tra
                  jnp.pad(unit(vectors), ((0, 0), (0, rest), (0, 0))))
 
 
-def push(
-    prediction: jax.Array, trace: Trace, num_committed: jax.Array, strength: jax.Array, sharpness: jax.Array
-) -> jax.Array:
-    """`prediction` [B, K, d] pushed away from the committed vectors of rows with `num_committed` n [B].
-
-    `strength` ρ ≥ 0 and `sharpness` b > 0 are scalars.
-    """
+def push(prediction: jax.Array, trace: Trace, num_committed: jax.Array, repulsion: Repulsion) -> jax.Array:
+    """`prediction` [B, K, d] pushed away from the committed vectors of rows with `num_committed` n [B]."""
     # Rounding takes the cosine of equal vectors beyond 1, which a large b would blow up.
     cosine = jnp.minimum(jnp.einsum("bkd,bsd->bks", unit(prediction), trace.predicted), 1.0)
     position = jnp.arange(trace.predicted.shape[1])[None, :]
     valid = (position >= 1) & (position < num_committed[:, None])
-    weight = jnp.where(valid[:, None], jnp.exp(sharpness * (cosine - 1.0)), 0.0)
+    weight = jnp.where(valid[:, None], jnp.exp(repulsion.sharpness * (cosine - 1.0)), 0.0)
     total = jnp.sum(weight, axis=-1, keepdims=True)
     away = jnp.einsum("bks,bsd->bkd", weight, trace.committed) / jnp.maximum(total, 1.0)
-    return prediction - strength * jnp.linalg.norm(prediction, axis=-1, keepdims=True) * away
+    return prediction - repulsion.strength * jnp.linalg.norm(prediction, axis=-1, keepdims=True) * away
 
 
-def repel(predict, tail_length: int, strength: jax.Array, sharpness: jax.Array):
+def repel(predict, tail_length: int, repulsion: Repulsion):
     """`predict` of a decoder with the predictions of its `tail_length` slots pushed; its memory is a `Remembering`.
 
     The newest committed vectors enter the trace here, as many as a step may commit, and so does what stands for them
@@ -77,11 +90,11 @@ def repel(predict, tail_length: int, strength: jax.Array, sharpness: jax.Array):
     def repelled(state):
         old: Remembering = state.memory
         prediction, memory = predict(state.replace(memory=old.memory))
-        n, most = state.num_committed, state.recent.shape[1]
-        newest = n[:, None] - most + jnp.arange(most)[None, :]
-        trace = Trace(_write(old.trace.predicted, newest + 1, unit(prediction[:, :most])),
+        n, max_commit = state.num_committed, state.recent.shape[1]
+        newest = n[:, None] - max_commit + jnp.arange(max_commit)[None, :]
+        trace = Trace(_write(old.trace.predicted, newest + 1, unit(prediction[:, :max_commit])),
                       _write(old.trace.committed, newest, unit(state.recent)))
-        return push(prediction[:, -tail_length:], trace, n, strength, sharpness), Remembering(memory, trace)
+        return push(prediction[:, -tail_length:], trace, n, repulsion), Remembering(memory, trace)
 
     return repelled
 

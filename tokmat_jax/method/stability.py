@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from tokmat_jax.config import GenerationConfig
+
 
 @struct.dataclass
 class Stability:
@@ -17,6 +19,13 @@ class Stability:
     """Updates [] in a row that left the nearest token as it was."""
     tolerance: jax.Array
     """Bound [] of the last movement, in units of R."""
+
+
+def make_stability(settings: GenerationConfig) -> Stability | None:
+    """None unless slots are committed when stable."""
+    if settings.commit != "stable":
+        return None
+    return Stability(jnp.int32(settings.patience), jnp.float32(settings.tolerance))
 
 
 @struct.dataclass

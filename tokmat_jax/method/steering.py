@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tokmat_jax.config import SteeringSchedule
+from tokmat_jax.config import GenerationConfig, SteeringSchedule
 from tokmat_jax.method.table import unit
 
 _ENDS: dict[SteeringSchedule, tuple[float, float]] = {"constant": (1.0, 1.0), "fade": (1.0, 0.0), "rise": (0.0, 1.0)}
@@ -32,15 +32,17 @@ class Steering:
     """Tokens [] of a sample."""
 
 
-def make_steering(
-    direction: jax.Array, strength: float, slots: tuple[int, ...], schedule: SteeringSchedule, tail_length: int,
-    max_new_tokens: int,
-) -> Steering:
-    """Steering along `direction` [d] of any norm; `slots` are those that are drawn, none means all K."""
-    chosen = jnp.isin(jnp.arange(tail_length), jnp.array(slots or range(tail_length)))
-    begin, end = _ENDS[schedule]
-    return Steering(unit(jnp.asarray(direction, jnp.float32)), jnp.where(chosen, strength, 0.0).astype(jnp.float32),
-                    jnp.float32(begin), jnp.float32(end), jnp.float32(max_new_tokens))
+def make_steering(settings: GenerationConfig, direction: jax.Array | None) -> Steering | None:
+    """Steering along `direction` [d] of any norm, which it needs unless γ = 0; None then."""
+    if settings.steering == 0.0:
+        return None
+    assert direction is not None
+    chosen = jnp.isin(jnp.arange(settings.tail_length),
+                      jnp.array(settings.steering_slots or range(settings.tail_length)))
+    begin, end = _ENDS[settings.steering_schedule]
+    return Steering(unit(jnp.asarray(direction, jnp.float32)),
+                    jnp.where(chosen, settings.steering, 0.0).astype(jnp.float32), jnp.float32(begin),
+                    jnp.float32(end), jnp.float32(settings.max_new_tokens))
 
 
 def steer(prediction: jax.Array, remaining: jax.Array, steering: Steering, radius: float) -> jax.Array:

@@ -20,12 +20,14 @@ class Vocabulary:
     """Rows [V, d] with which a front is compared. E itself, but for an imported model with an untied head."""
     norm: jax.Array
     """‖row of the readout‖ [V]."""
+    radius: float = struct.field(pytree_node=False)
+    """R, the norm of the table's rows; of a raw table the length in which movement and noise are measured."""
 
 
-def make_vocabulary(table: jax.Array, readout: jax.Array | None = None) -> Vocabulary:
+def make_vocabulary(table: jax.Array, readout: jax.Array | None = None, radius: float = 1.0) -> Vocabulary:
     """A Vocabulary of `table` [V, d], read with the same rows unless a `readout` [V, d] is given."""
     readout = table if readout is None else readout
-    return Vocabulary(table, readout, jnp.sqrt(jnp.sum(readout * readout, axis=-1) + _TINY))
+    return Vocabulary(table, readout, jnp.sqrt(jnp.sum(readout * readout, axis=-1) + _TINY), radius)
 
 
 def sphere(weight: jax.Array, radius: float) -> jax.Array:

@@ -16,6 +16,22 @@ def causal_mask(seq_len: int) -> jax.Array:
     return jnp.tril(jnp.ones((1, seq_len, seq_len), bool))
 
 
+def history_mask(
+    seq_len: int, num_committed: jax.Array, dropped: jax.Array, num_queries: int | None = None
+) -> jax.Array:
+    """[B, Q, T] bool, what the last `num_queries` Q (None: all) of T positions see: causal, and where `dropped` [B]
+    nothing before the last committed position is seen from it on.
+
+    `num_committed` [B] counts the committed positions, so the last one is num_committed − 1.
+    """
+    last = num_committed[:, None, None] - 1
+    position = jnp.arange(seq_len)
+    first = 0 if num_queries is None else seq_len - num_queries
+    query, key = position[None, first:, None], position[None, None, :]
+    hidden = dropped[:, None, None] & (query >= last) & (key < last)
+    return causal_mask(seq_len)[:, first:] & ~hidden
+
+
 @struct.dataclass
 class History:
     """Keys and values of committed positions in one layer; they never change (METHOD §4, exact caching).

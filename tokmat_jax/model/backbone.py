@@ -24,6 +24,9 @@ Params = Any
 Live = tuple[History, ...]
 """Keys and values of some positions, layer by layer."""
 Forward = Callable[..., tuple[jax.Array, Live]]
+"""(params, z, maturity, tail_length, positions, …) → (predictions, keys and values), see `make_forward`."""
+Model = Callable[..., tuple[jax.Array, Live]]
+"""A Forward with its parameters bound: (z, maturity, tail_length, positions, …)."""
 
 _MATURITY_RANGE = 1000.0
 _fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")

@@ -22,9 +22,9 @@ import orbax.checkpoint as ocp
 from tokmat_jax.distributed.processes import everywhere, leave_broken_cluster, on_first
 from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.model.backbone import Params
+from tokmat_jax.model.params import TrainState
 from tokmat_jax.storage.integrity import describe, is_sealed, seal, summed
 from tokmat_jax.storage.workdir import CHECKPOINTS, DAMAGED
-from tokmat_jax.training.step import TrainState
 
 RETRY_SECONDS = 30.0
 """At least so long after a checkpoint could not be saved it is tried again."""

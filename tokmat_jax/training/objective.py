@@ -4,20 +4,20 @@ Everything is returned as sums over positions with the weight they carry, so tha
 validation batches add up to exactly what one large batch gives.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from tokmat_jax.config import Config
-from tokmat_jax.method import guidance, losses, maturation
-from tokmat_jax.method.table import Vocabulary, look_up, make_vocabulary, sphere
+from tokmat_jax.method import losses, maturation
+from tokmat_jax.method.table import Vocabulary, look_up
+from tokmat_jax.model.attention import history_mask
 from tokmat_jax.model.backbone import Forward, Params
+from tokmat_jax.model.params import ar_logit_scale_of, logit_scale_of, vocabulary_of
 
 
 @struct.dataclass
-class Windows:
+class PredictedWindows:
     """A batch as the model meets it, and what it answers."""
 
     vocabulary: Vocabulary
@@ -35,44 +35,14 @@ def row_keys(step_key: jax.Array, batch_size: int) -> jax.Array:
     return jax.vmap(lambda row: jax.random.fold_in(step_key, row))(jnp.arange(batch_size))
 
 
-def logit_scale(params: Params, config: Config) -> jax.Array:
-    """κ [], fixed or learned."""
-    if not config.objective.learn_logit_scale:
-        return jnp.float32(config.objective.logit_scale)
-    return jnp.exp(params["log_logit_scale"])
-
-
-def keep_logit_scale_in_range(params: Params) -> Params:
-    """`params` with a learned κ back within 1..100; after the update, so that its gradient never vanishes."""
-    if "log_logit_scale" not in params:
-        return params
-    return params | {"log_logit_scale": jnp.clip(params["log_logit_scale"], 0.0, math.log(100.0))}
-
-
-def ar_logit_scale(params: Params, config: Config) -> jax.Array:
-    """What multiplies ⟨ẑ, e_i⟩ in the baseline's logits []: κ/R² on the sphere, κ with a raw table."""
-    scale = logit_scale(params, config)
-    return scale / config.table.radius**2 if config.table.geometry == "sphere" else scale
-
-
-def vocabulary(params: Params, config: Config) -> Vocabulary:
-    """E and its readout; a frozen table passes no gradient. An output table of its own is taken as it is."""
-    table = params["table"]
-    if config.table.geometry == "sphere":
-        table = sphere(table, config.table.radius)
-    if not config.table.trainable:
-        table = jax.lax.stop_gradient(table)
-    return make_vocabulary(table, params.get("readout"))
-
-
-def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config, forward: Forward) -> Windows:
+def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config, forward: Forward) -> PredictedWindows:
     """Builds the vectors of `ids` [B, T] with one of `keys` [B] per row and predicts every position.
 
     The baseline (`objective.kind = "ar"`) reads clean vectors, with maturity 1 and K = 0. A self-conditioned row
     is predicted twice: first with embryos for a tail, as the decoder starts, then with those predictions in
     the truth's place.
     """
-    tokens = vocabulary(params, config)
+    tokens = vocabulary_of(params, config)
     clean = look_up(tokens.table, ids)
     batch, length = ids.shape
     positions = jnp.broadcast_to(jnp.arange(length)[None, :], (batch, length))
@@ -90,8 +60,8 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
         mask = None
         if settings.history_dropout > 0:
             # Whatever K is, the last committed position is among the last K_max + 1.
-            mask = guidance.history_mask(length, length - draw.tail_length, draw.history_dropped,
-                                         settings.max_tail_length + 1)
+            mask = history_mask(length, length - draw.tail_length, draw.history_dropped,
+                                settings.max_tail_length + 1)
         history = jnp.arange(length)[None, :] < (length - draw.tail_length)[:, None]
         content = clean
         if settings.self_condition_prob > 0:
@@ -101,23 +71,23 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
             content = jnp.where((draw.self_conditioned[:, None] & ~history)[..., None], own, clean)
         z = maturation.mix_tail(content, draw.noise, maturity)
         output = predict(z, maturity, draw.tail_length, mask)
-    return Windows(tokens, ids[:, 1:], maturity[:, 1:], output[:, :-1])
+    return PredictedWindows(tokens, ids[:, 1:], maturity[:, 1:], output[:, :-1])
 
 
 def weighted_sums(
-    windows: Windows, params: Params, negatives: losses.Negatives, config: Config
+    windows: PredictedWindows, params: Params, negatives: losses.Negatives, config: Config
 ) -> dict[str, jax.Array]:
     """Σ w_t of each loss term [] by name, and `weight` = Σ w_t; `loss` is what training minimises."""
     dtype, total = jnp.dtype(config.model.dtype), jnp.sum(windows.weight)
     if config.objective.kind == "ar":
         entropy = losses.summed_cross_entropy(windows.prediction, windows.target_ids, windows.vocabulary.readout,
-                                              ar_logit_scale(params, config), windows.weight, dtype)
+                                              ar_logit_scale_of(params, config), windows.weight, dtype)
         return {"loss": entropy, "cross_entropy": entropy, "weight": total}
     table = windows.vocabulary.table
     mse = jnp.sum(windows.weight * losses.regression(windows.prediction, look_up(table, windows.target_ids),
                                                      config.table.radius))
     nce = losses.summed_info_nce(windows.prediction, windows.target_ids, table, negatives,
-                                 logit_scale(params, config), windows.weight, dtype)
+                                 logit_scale_of(params, config), windows.weight, dtype)
     return {"loss": mse + config.objective.nce_weight * nce, "mse": mse, "info_nce": nce, "weight": total}
 
 

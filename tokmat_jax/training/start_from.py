@@ -13,14 +13,13 @@ from jax.sharding import Mesh
 
 from tokmat_jax.config import Config, TokenizerConfig
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
-from tokmat_jax.distributed.mesh import path_name, place
+from tokmat_jax.distributed.mesh import path_name
 from tokmat_jax.errors import UserError
 from tokmat_jax.method.table import look_up
 from tokmat_jax.model.backbone import Params, make_forward, maturity_of_committed
+from tokmat_jax.model.params import param_shapes, vocabulary_of
 from tokmat_jax.storage.checkpoint import load_params
 from tokmat_jax.storage.workdir import TOKENIZER, load_config
-from tokmat_jax.training.objective import vocabulary
-from tokmat_jax.training.step import init_params
 
 _OWN = ("head", "head_init", "dtype")
 """Fields of `model` that a run chooses for itself; the others are the shape of the model it starts from."""
@@ -57,10 +56,7 @@ def load_source(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Param
     if not load_tokenizer(path / TOKENIZER).same_ids(tokenizer):
         raise UserError(f"init_from: {path} has another tokenizer than this run's corpus: take --tokenizer.kind "
                         f"workdir --tokenizer.name {path}")
-    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), source, tokenizer.vocab_size))
-    shapes = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes,
-                          place(shapes, mesh))
-    params, _ = load_params(path, shapes)
+    params, _ = load_params(path, param_shapes(source, tokenizer.vocab_size, mesh))
     return params, source
 
 
@@ -114,7 +110,7 @@ def begin(source: Params, fresh: Params, ids: jax.Array, source_config: Config, 
 def _length(params: Params, ids: jax.Array, config: Config) -> jax.Array:
     """Mean ‖ẑ‖ [] over the positions of `ids` [B, T], all committed."""
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None, :], ids.shape)
-    clean = look_up(vocabulary(params, config).table, ids)
+    clean = look_up(vocabulary_of(params, config).table, ids)
     told = jnp.zeros((ids.shape[0],), jnp.int32)
     prediction, _ = make_forward(config)(params["backbone"], clean, jnp.ones(ids.shape), told, positions)
     return jnp.mean(jnp.linalg.norm(prediction, axis=-1))
@@ -142,5 +138,5 @@ def _head(source: Params, source_config: Config, config: Config) -> jax.Array:
     size = config.model.embed_dim
     if source_config.table.tied:
         return jnp.eye(size)
-    table, readout = vocabulary({"table": source["table"]}, config).table, source["readout"]
+    table, readout = vocabulary_of({"table": source["table"]}, config).table, source["readout"]
     return jnp.linalg.solve(table.T @ table, table.T @ readout).T

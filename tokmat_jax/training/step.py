@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax.sharding import Mesh
 
 from tokmat_jax.config import Config
 from tokmat_jax.distributed.mesh import batch_sharding, place, replicated
 from tokmat_jax.method import losses
 from tokmat_jax.method.table import rank_and_entropy
-from tokmat_jax.model.backbone import Params, make_backbone, make_forward
+from tokmat_jax.model.backbone import Params, make_forward
+from tokmat_jax.model.params import TrainState, init_params, keep_logit_scale_in_range, logit_scale_of
 from tokmat_jax.training import objective
 from tokmat_jax.training.optim import make_optimizer, make_schedule
 
@@ -25,37 +25,6 @@ MATURITY_BINS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _EVAL = 2**32 - 1
 """Folded into the seed for validation, so that its noise is that of no training step."""
-
-
-@struct.dataclass
-class TrainState:
-    """All that an update changes. Randomness is a function of the seed and `step`, so none is stored."""
-
-    step: jax.Array
-    """Updates done, int32 []."""
-    params: Params
-    """`table` [V, d] (free rows w), `backbone`, `readout` [V, d] where it is not tied to the table, and
-    `log_logit_scale` [] where κ is learned; float32."""
-    opt_state: optax.OptState
-    """State of the optimiser, sharded as the parameters are."""
-
-
-def init_params(key: jax.Array, config: Config, vocab_size: int, table: jax.Array | None = None) -> Params:
-    """Fresh parameters; `table` [V, d], where given, holds the rows to start from."""
-    backbone_key, table_key = jax.random.split(key)
-    size = config.model.embed_dim
-    scalar = jnp.zeros((1, 1), jnp.int32)
-    backbone = make_backbone(config).init(
-        backbone_key, jnp.zeros((1, 1, size)), jnp.ones((1, 1)), scalar[0], scalar
-    )["params"]
-    if table is None:
-        table = jax.random.normal(table_key, (vocab_size, size)) / jnp.sqrt(float(size))
-    params = {"backbone": backbone, "table": table}
-    if not config.table.tied:
-        params["readout"] = table
-    if config.objective.learn_logit_scale:
-        params["log_logit_scale"] = jnp.log(jnp.float32(config.objective.logit_scale))
-    return params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +66,7 @@ def update(
         grads, sums = _accumulate(gradient, ids, keys, config.train.accumulation)
     grads = jax.tree.map(lambda g: g / sums["weight"], grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = objective.keep_logit_scale_in_range(optax.apply_updates(state.params, updates))
+    params = keep_logit_scale_in_range(optax.apply_updates(state.params, updates))
     metrics = {name: total / sums["weight"] for name, total in sums.items() if name != "weight"}
     grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
@@ -109,7 +78,7 @@ def update(
         "param_norm": param_norm,
         "skipped": 1.0 - finite.astype(jnp.float32),
         "learning_rate": schedule(state.step),
-        "logit_scale": objective.logit_scale(state.params, config),
+        "logit_scale": logit_scale_of(state.params, config),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 

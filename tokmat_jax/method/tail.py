@@ -1,0 +1,62 @@
+"""The liquid tail's settings as numbers: what Algorithm 1 and its controls read (METHOD §4).
+
+A control at its neutral value is None, so that it costs nothing and the plain algorithm runs bit for bit.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tokmat_jax.config import GenerationConfig
+from tokmat_jax.method.guidance import Guidance, make_guidance
+from tokmat_jax.method.history import Entry, make_entry
+from tokmat_jax.method.maturation import profile_maturity
+from tokmat_jax.method.noise import FreshNoise, make_fresh_noise
+from tokmat_jax.method.repulsion import Repulsion, make_repulsion
+from tokmat_jax.method.stability import Stability, make_stability
+from tokmat_jax.method.steering import Steering, make_steering
+
+
+@struct.dataclass
+class Tail:
+    """How the tail is run; a pytree of numbers, so that another value compiles nothing."""
+
+    maturity: jax.Array
+    """α [K], front first, in [0, 1]."""
+    rate: jax.Array
+    """η [K], front first, in [0, 1]."""
+    noise: jax.Array
+    """σ [], norm of the embryos in units of R."""
+    temperature: jax.Array
+    """τ [] of the entropy that is reported."""
+    guidance: Guidance | None
+    repulsion: Repulsion | None
+    steering: Steering | None
+    fresh_noise: FreshNoise | None
+    entry: Entry
+    """What happens to a committed vector when it enters the history."""
+    stability: Stability | None
+    """When slots have settled; None commits the front alone."""
+
+
+def make_tail(settings: GenerationConfig, direction: jax.Array | None = None) -> Tail:
+    """The Tail of `settings`; steering, if it is on, draws to `direction` [d]."""
+    front = settings.max_maturity if settings.rate is None else settings.rate
+    return Tail(
+        maturity=_along(settings, settings.max_maturity),
+        rate=jnp.array(front, jnp.float32) if isinstance(front, tuple) else _along(settings, front),
+        noise=jnp.float32(settings.tail_noise),
+        temperature=jnp.float32(settings.entropy_temperature),
+        guidance=make_guidance(settings),
+        repulsion=make_repulsion(settings),
+        steering=make_steering(settings, direction),
+        fresh_noise=make_fresh_noise(settings),
+        entry=make_entry(settings),
+        stability=make_stability(settings),
+    )
+
+
+def _along(settings: GenerationConfig, front: float) -> jax.Array:
+    """Numbers [K] that fall off from `front` as the profile does."""
+    length = settings.tail_length
+    return profile_maturity(jnp.arange(length), jnp.int32(length), settings.profile, jnp.float32(front))
