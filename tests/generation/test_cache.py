@@ -200,8 +200,9 @@ def test_guidance_of_one_equals_no_guidance():
     keys = jax.random.split(jax.random.key(3), BATCH)
     ids = jax.random.randint(jax.random.key(4), (BATCH, WIDTH), 1, tiny.VOCAB)
     state = begin(params, vocabulary, ids, jnp.full((BATCH,), WIDTH), jnp.full((BATCH,), NEW), keys, tail)
-    guided = cache.cached_predict(functools.partial(forward, params), tail.replace(guidance=Guidance(jnp.float32(1.0))), 4)
-    plain = cache.cached_predict(functools.partial(forward, params), tail, 4)
+    model = functools.partial(forward, params)
+    guided = cache.cached_predict(model, tail.replace(guidance=Guidance(jnp.float32(1.0))), 4)
+    plain = cache.cached_predict(model, tail, 4)
     np.testing.assert_allclose(guided(state)[0], plain(state)[0], atol=1e-6)
 
 

@@ -1,0 +1,108 @@
+"""Settings of a generation: how the liquid tail is run."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tokmat_jax.config.checks import Section, require, setting
+from tokmat_jax.config.training import Profile
+
+SteeringSchedule = Literal["constant", "fade", "rise"]
+Commit = Literal["front", "stable"]
+_LARGEST = 1_000_000
+"""No number of a generation may be larger: its vectors stay finite, its counts fit 32 bits."""
+
+
+@dataclass(frozen=True)
+class GenerationConfig(Section, name="generation"):
+    """How the liquid tail is run (paper Algorithm 1); `generate.py` overrides each by a flag."""
+
+    tail_length: int = setting(8, at_least=1, symbol="K")
+    """K, slots of the liquid tail; 1 is immediate projection."""
+    profile: Profile = "linear"
+    """Maturity along the tail, front first."""
+    max_maturity: float = setting(0.9, at_least=0, at_most=1)
+    """α_max, maturity of the front slot."""
+    rate: float | tuple[float, ...] | None = None
+    """η of the front slot in [0, 1], falling off along the tail as the maturity does; or K numbers, one per slot, front
+    first; None: each slot's rate is its maturity."""
+    tail_noise: float = setting(0.3, at_least=0)
+    """σ of the embryos, in units of R; 0 to 1."""
+    fresh_noise: float = setting(0.0, at_least=0)
+    """σ_f, norm of the noise added to the slots at every step, scaled by 1 − maturity, in units of R; 0 is off, 0.5 is
+    strong."""
+    history_noise: float = setting(0.0, at_least=0)
+    """σ_h, norm of the noise added to a vector when it enters the history, in units of R; 0 is off, 1 as long as the
+    vector."""
+    history_smoothing: float = setting(0.0, at_least=0, below=1)
+    """h in [0, 1), share of the vector before it in a vector that enters the history; 0 is off."""
+    guidance_scale: float = 1.0
+    """s; 1 is off, 1.5 to 3 is usual."""
+    repulsion: float = setting(0.0, at_least=0)
+    """ρ, how far a prediction is pushed away from what was committed where it was nearly the same, as a share of its
+    norm; 0 is off. Under guidance it pushes the conditional prediction, so that s multiplies it."""
+    repulsion_sharpness: float = setting(10.0, above=0)
+    """b: a place whose prediction has the cosine c with this one counts exp(b (c − 1))."""
+    steering: float = 0.0
+    """γ, how far predictions are drawn towards the steering direction, in units of R; 0 is off, 0.1 to 0.5 is usual,
+    negative pushes away."""
+    steering_words: tuple[str, ...] = ()
+    """Words whose mean embedding is the steering direction (a vector of one's own: the argument `direction`)."""
+    steering_slots: tuple[int, ...] = ()
+    """Slots that are steered, 0 is the front; none means all."""
+    steering_schedule: SteeringSchedule = "constant"
+    """How strongly from a sample's first token to the last of its budget: all along, falling to 0, or rising from 0."""
+    commit: Commit = "front"
+    """`front`: one token a step; `stable`: as many from the front on as have settled, at least one."""
+    max_commit: int = setting(4, above=0)
+    """The most that a step of `stable` commits (never more than K)."""
+    patience: int = setting(1, at_least=0)
+    """Updates in a row that must have left a slot's nearest token as it was, before `stable` commits it early."""
+    tolerance: float = setting(0.1, above=0)
+    """Bound of its last movement ‖Δz̃‖/R."""
+    max_new_tokens: int = setting(64, above=0)
+    """Token budget of a sample; end-of-text may come earlier."""
+    entropy_temperature: float = setting(1.0, above=0)
+    """τ of the reported entropy of softmax(cos/τ)."""
+
+    def __post_init__(self) -> None:
+        self._check_kinds()
+        super().__post_init__()
+        rates = self.rate if isinstance(self.rate, tuple) else (self.rate or 0.0,)
+        require(all(0.0 <= one <= 1.0 for one in rates), f"generation.rate must lie in [0, 1], found {self.rate}")
+        require(not isinstance(self.rate, tuple) or len(self.rate) == self.tail_length,
+                f"generation.rate is one number, or one per slot of the tail ({self.tail_length}), found {self.rate}")
+        require(all(0 <= slot < self.tail_length for slot in self.steering_slots),
+                f"generation.steering_slots must lie in 0..{self.tail_length - 1} (K = {self.tail_length}), found "
+                f"{self.steering_slots}")
+        require(all(word.strip() for word in self.steering_words),
+                f"generation.steering_words must not be blank, found {self.steering_words}")
+        for name, value in vars(self).items():
+            require(not isinstance(value, float | int) or abs(value) <= _LARGEST,
+                   f"generation.{name} must lie within ±{_LARGEST:,}, found {value}")
+
+    def _check_kinds(self) -> None:
+        """What a type checker would find in a script."""
+        for name, known in (("profile", Profile), ("steering_schedule", SteeringSchedule), ("commit", Commit)):
+            require(getattr(self, name) in get_args(known), f"generation.{name} must be one of "
+                    f"{', '.join(get_args(known))}, found {getattr(self, name)!r}")
+        for name in ("steering_words", "steering_slots"):
+            require(isinstance(getattr(self, name), tuple),
+                    f"generation.{name} must be a tuple, found {getattr(self, name)!r}")
+        require(self.rate is None or isinstance(self.rate, tuple | float | int),
+                f"generation.rate must be None, a number or a tuple of numbers, found {self.rate!r}")
+
+    def immediate(self) -> "GenerationConfig":
+        """Immediate projection: K = 1, α = η = 1 and no noise, as a language model writes; repulsion stays."""
+        return GenerationConfig(
+            tail_length=1, profile="constant", max_maturity=1.0, tail_noise=0.0, repulsion=self.repulsion,
+            repulsion_sharpness=self.repulsion_sharpness, max_new_tokens=self.max_new_tokens,
+            entropy_temperature=self.entropy_temperature)
+
+    def with_tail_length(self, tail_length: int) -> "GenerationConfig":
+        """These settings with a K that is not longer: what belongs to slots that are gone goes with them."""
+        rate = self.rate[:tail_length] if isinstance(self.rate, tuple) else self.rate
+        slots = tuple(slot for slot in self.steering_slots if slot < tail_length)
+        gone = bool(self.steering_slots) and not slots
+        return dataclasses.replace(self, tail_length=tail_length, rate=rate, steering_slots=slots,
+                                   steering=0.0 if gone else self.steering)

@@ -1,0 +1,60 @@
+"""A run, whole: every section of its settings, and what must fit together."""
+
+from dataclasses import dataclass
+
+from tokmat_jax.config.checks import require, section, setting
+from tokmat_jax.config.generation import GenerationConfig
+from tokmat_jax.config.machine import ClusterConfig, ComputeConfig, MeshConfig
+from tokmat_jax.config.model import ModelConfig, TableConfig
+from tokmat_jax.config.text import DataConfig, TokenizerConfig
+from tokmat_jax.config.training import MaturationConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run, whole."""
+
+    workdir: str = setting("runs/default", free=True)
+    """Everything the run leaves: config, tokenizer, checkpoints, metrics, samples."""
+    init_from: str | None = setting(None, paired=True)
+    """A workdir whose model is the beginning: imported weights or another run. It brings the shape of the model and
+    the tokenizer."""
+    data: DataConfig = section(DataConfig, paired=True)
+    tokenizer: TokenizerConfig = section(TokenizerConfig, paired=True)
+    table: TableConfig = section(TableConfig)
+    model: ModelConfig = section(ModelConfig, paired=True)
+    maturation: MaturationConfig = section(MaturationConfig)
+    objective: ObjectiveConfig = section(ObjectiveConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig, paired=True)
+    train: TrainConfig = section(TrainConfig)
+    mesh: MeshConfig = section(MeshConfig, free=True)
+    compute: ComputeConfig = section(ComputeConfig, free=True)
+    cluster: ClusterConfig = section(ClusterConfig, free=True)
+    generation: GenerationConfig = section(GenerationConfig, free=True)
+
+    def __post_init__(self) -> None:
+        window = self.data.seq_len
+        require(self.maturation.max_tail_length < window,
+                f"maturation.max_tail_length (K_max) must be smaller than data.seq_len, so that a committed "
+                f"position is left, found {self.maturation.max_tail_length} and {window}")
+        require(self.max_positions >= window,
+                f"model.max_positions must be at least data.seq_len, found {self.max_positions} and {window}")
+        require(self.compute.attention == "xla" or (self.model.dtype == "bfloat16" and self.model.head_size % 8 == 0),
+                f"compute.attention 'cudnn' needs model.dtype 'bfloat16' and heads whose width is a multiple of 8, "
+                f"found {self.model.dtype!r} and {self.model.head_size}")
+        if self.objective.kind == "maturation":
+            require(self.table.geometry == "sphere" and self.table.tied and self.model.head == "linear",
+                    f"maturation needs table.geometry 'sphere', one tied table and model.head 'linear', found "
+                    f"{self.table.geometry!r}, table.tied {self.table.tied} and {self.model.head!r}")
+        require(self.init_from is None or self.table.initial is None,
+                "init_from brings a table of its own: leave out table.initial")
+        require(self.generation.steering == 0.0 or bool(self.generation.steering_words),
+                "generation.steering needs a direction: give generation.steering_words")
+        require(self.generation.tail_length <= self.max_positions - 2,
+                f"generation.tail_length (K) must be smaller than the model's positions by at least 2 (a prompt and a "
+                f"new token), found {self.generation.tail_length} and {self.max_positions}")
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the backbone has."""
+        return self.data.seq_len if self.model.max_positions is None else self.model.max_positions

@@ -1,0 +1,127 @@
+"""Settings of training: the simulated tail, the loss, the optimiser, the loop."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tokmat_jax.config.checks import Section, require, setting
+
+Profile = Literal["linear", "cosine", "constant"]
+"""Maturity along the tail, front first."""
+
+
+@dataclass(frozen=True)
+class MaturationConfig(Section, name="maturation"):
+    """The simulated tail of training (paper §3.3)."""
+
+    max_tail_length: int = setting(16, at_least=1, symbol="K_max")
+    """K_max; each row draws its K from 1..K_max."""
+    no_tail_prob: float = setting(0.1, at_least=0, at_most=1)
+    """Probability that a row has no tail at all (K = 0)."""
+    profile: Profile = "linear"
+    """Maturity along the tail, front first."""
+    max_maturity: float = setting(0.9, above=0, at_most=1)
+    """α_max, maturity of the front slot; it weighs the tail's loss."""
+    tail_noise: float = setting(0.3, at_least=0)
+    """σ, norm of the noise in units of R."""
+    history_dropout: float = setting(0.1, at_least=0, at_most=1)
+    """Share of rows whose tail is predicted without the history (trains the unconditional branch)."""
+    self_condition_prob: float = setting(0.0, at_least=0, at_most=1)
+    """Share of rows whose tail is built from the model's own predictions instead of the truth."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(Section, name="objective"):
+    """What is minimised: L = L_reg + λ L_nce, or the baseline's cross-entropy."""
+
+    kind: Literal["maturation", "ar"] = "maturation"
+    """`maturation`: MSE + InfoNCE on a simulated tail; `ar`: next-token cross-entropy on the tied table."""
+    nce_weight: float = setting(1.0, at_least=0)
+    """λ."""
+    logit_scale: float = 20.0
+    """κ, scale of the cosines in InfoNCE and of the baseline's logits (its start where it is learned).
+    Logits are κ ⟨ẑ, e_i⟩ / R² on the sphere and κ ⟨ẑ, e_i⟩ with a raw table."""
+    learn_logit_scale: bool = False
+    """Whether κ is a parameter (kept within 1..100)."""
+    negatives: Literal["uniform", "batch", "unigram", "full", "weighted"] = "uniform"
+    """Where the negatives of InfoNCE come from: the vocabulary, the batch's targets, unigram^β, or all of V; `weighted`
+    takes all of V too, each as often as unigram^β would draw it out of V."""
+    num_negatives: int = setting(256, above=0)
+    """|N|, shared by the targets of a step (`full` and `weighted` take all of V)."""
+    unigram_power: float = setting(0.75, at_least=0)
+    """β of `unigram` and `weighted`: 0 is the likelihood, 1 is PMI."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.logit_scale > 0 and (not self.learn_logit_scale or 1.0 <= self.logit_scale <= 100.0),
+                f"objective.logit_scale must be positive, and within [1, 100] where it is learned, "
+                f"found {self.logit_scale}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Section, name="optimizer"):
+    """How parameters move."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the matrices of the blocks; everything else stays with AdamW."""
+    learning_rate: float = setting(2e-3, above=0)
+    """Peak rate of AdamW's parameters."""
+    muon_learning_rate: float = setting(2e-2, above=0)
+    """Peak rate of Muon's matrices."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up, down to `final_share` of the peak."""
+    warmup_steps: int = setting(50, at_least=0)
+    """Steps of linear warm-up from 0."""
+    final_share: float = setting(0.05, at_least=0, at_most=1)
+    """Rate at the last step as a share of the peak (`cosine` and `linear`)."""
+    weight_decay: float = setting(0.1, at_least=0)
+    """Decoupled decay of the matrices, with Muon of its matrices (never of biases, norms, table or embeddings)."""
+    beta1: float = setting(0.9, at_least=0, at_most=1)
+    """AdamW's decay of the first moment."""
+    beta2: float = setting(0.98, at_least=0, at_most=1)
+    """AdamW's decay of the second moment."""
+    clip_norm: float = setting(1.0, above=0)
+    """Gradients are scaled down to this global norm."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section, name="train"):
+    """The loop."""
+
+    num_steps: int = setting(1000, above=0, free=True, paired=True)
+    """Updates of the whole run; a resumed run may change it, and the schedule then follows the new value."""
+    batch_size: int = setting(16, above=0, paired=True)
+    """B, windows per update over all devices and micro-batches."""
+    accumulation: int = setting(1, above=0)
+    """Micro-batches per update."""
+    seed: int = 0
+    """Decides parameters, data order, tails and negatives, 0..2³²−1."""
+    log_every: int = setting(20, above=0, free=True)
+    """Steps between two rows of metrics."""
+    eval_every: int = setting(250, above=0, free=True)
+    """Steps between two validations (the last step always has one)."""
+    eval_batches: int = setting(8, above=0, free=True, paired=True)
+    """Batches of the held-out split that a validation reads."""
+    sample_every: int = setting(500, above=0, free=True)
+    """Steps between two printed samples."""
+    num_samples: int = setting(2, at_least=0, free=True)
+    """Held-out beginnings that are continued and printed; 0 prints none."""
+    checkpoint_every: int = setting(500, above=0, free=True)
+    """Steps between two checkpoints (the last step always has one)."""
+    keep_checkpoints: int = setting(2, above=0, free=True)
+    """Newest checkpoints that are kept."""
+    max_skipped: int = setting(10, at_least=0, free=True)
+    """Most steps in a row that may be skipped because a number in them is not finite; one more stops the run."""
+    skip_batches: tuple[int, ...] = setting((), free=True)
+    """Positions of batches in the data, from 0, that are left out (`spikes.jsonl` names those that stood out)."""
+    profile: tuple[int, int] | None = setting(None, free=True)
+    """First and last step of which a trace is written into the workdir's `profile/`, for TensorBoard and Perfetto."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(all(position >= 0 for position in self.skip_batches),
+                f"train.skip_batches must not be negative, found {self.skip_batches}")
+        require(0 <= self.seed < 2**32, f"train.seed must lie in 0..2³²−1, found {self.seed}")
+        first, last = self.profile or (1, 1)
+        require(1 <= first <= last, f"train.profile must be a first and a last step from 1 on, found {self.profile}")
+        require(self.batch_size % self.accumulation == 0,
+                f"train.accumulation must divide train.batch_size, found {self.accumulation} and {self.batch_size}")
