@@ -36,6 +36,7 @@ from tokmat_jax.machine import (
 )
 from tokmat_jax.metrics_log import JsonLines, MetricsLog
 from tokmat_jax.model import Params
+from tokmat_jax.plain_path import plain_path
 from tokmat_jax.sharding import make_mesh, process_rows, put_rows, put_whole
 from tokmat_jax.spikes import LossWatch
 from tokmat_jax.stopping import Stop, stop_signals
@@ -60,6 +61,7 @@ from tokmat_jax.workdir import (
 def open_workdir(workdir: Path) -> IO[str]:
     """Makes the run's folder and locks it until the file that is returned is closed."""
     make_workdir(workdir)
+    plain_path(workdir)  # refused before anything is done
     if (workdir / IMPORTED).exists():
         raise UserError(f"{workdir} holds imported weights, which training would replace: start from them with "
                         f"--init-from {workdir} and another --workdir")

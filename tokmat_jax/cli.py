@@ -15,7 +15,7 @@ from typing import TypeVar
 import tyro
 
 from tokmat_jax.config import Config
-from tokmat_jax.errors import UserError
+from tokmat_jax.errors import UserError, shown
 from tokmat_jax.init_from import adopt
 from tokmat_jax.workdir import load_config
 
@@ -29,6 +29,9 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.excepthook = _shown
     try:
+        for word in sys.argv[1:]:
+            if any("\ud800" <= character <= "\udfff" for character in word):
+                raise UserError(f"{shown(word)} is no UTF-8 text, which it must be: rename that file or folder")
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

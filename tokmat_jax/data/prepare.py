@@ -77,7 +77,8 @@ class Corpus:
         """Random access to the windows of `train` or `validation`: records {"tokens": int32 [T]}."""
         import tensorflow_datasets as tfds
 
-        builder: Any = tfds.builder_from_directory(self.folder / _WINDOWS)
+        # TFDS takes a leading ~ for the home folder.
+        builder: Any = tfds.builder_from_directory((self.folder / _WINDOWS).absolute())
         return builder.as_data_source(split=split)
 
 
@@ -471,7 +472,7 @@ def _write(folder: Path, streams: dict[str, _Ids], seq_len: int, vocab_size: int
             done += job.ids.size // seq_len
             progress.update(done)
     tfds.folder_dataset.write_metadata(
-        data_dir=folder, features=_features(seq_len), check_data=False, disable_shuffling=True,
+        data_dir=folder.absolute(), features=_features(seq_len), check_data=False, disable_shuffling=True,
         split_infos=[
             tfds.core.SplitInfo(
                 name=split, num_bytes=num_bytes[split],

@@ -299,7 +299,8 @@ def _open_parquet(path: Path, field: str) -> Iterator[Any]:
     if packed := _kind(path)[1]:
         raise UserError(f"{path}: Parquet compresses inside; unpack the outer {packed} first")
     # With a buffer a column is read piece by piece: a row group may be as large as its file.
-    with pyarrow.parquet.ParquetFile(path, buffer_size=_CHUNK) as table:
+    # An absolute path is never taken for an address, as `a:b/c` would be.
+    with pyarrow.parquet.ParquetFile(path.absolute(), buffer_size=_CHUNK) as table:
         names = table.schema_arrow.names
         if field not in names:
             raise UserError(f"{path} has no field {field!r}, found: {_listed(names)}; set --data.text-field")
@@ -326,7 +327,7 @@ def _rows_at_once(path: Path, group: int, field: str, kind: Any) -> int:
 
     if not any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)):
         return 1
-    with parquet.ParquetFile(path, buffer_size=_CHUNK, read_dictionary=[field]) as table:
+    with parquet.ParquetFile(path.absolute(), buffer_size=_CHUNK, read_dictionary=[field]) as table:
         first = next(table.iter_batches(batch_size=1, row_groups=[group], columns=[field]), None)
     if first is None or not pa.types.is_dictionary(first.column(0).type):
         return 1
@@ -349,7 +350,7 @@ def _tfds_records(name: str, config: DataConfig) -> Any:
     split = split or "train"
     try:
         if Path(name).is_dir():
-            builder: Any = tfds.builder_from_directory(name)
+            builder: Any = tfds.builder_from_directory(Path(name).absolute())  # a leading ~ is a folder, too
             return builder.as_data_source(split=split)
         return tfds.data_source(name, split=split, data_dir=config.tfds_data_dir)
     except tfds.core.DatasetNotFoundError:

@@ -41,6 +41,7 @@ from tokmat_jax.model import Params, conditioning_of_committed
 from tokmat_jax.sharding import path_name
 from tokmat_jax.train_step import init_params
 from tokmat_jax.view.progress import bar
+from tokmat_jax.plain_path import plain_path
 from tokmat_jax.workdir import (
     IMPORTED,
     TOKENIZER,
@@ -105,6 +106,7 @@ def import_weights(source: str, out: Path) -> Imported:
     behind, where the source is damaged, incomplete or of a kind that the backbone cannot express.
     """
     with appears_whole(out) as unfinished:
+        plain_path(unfinished)  # refused before anything is read
         path = find_source(source)
         found = _open_gguf(path, out) if path.is_file() else _open_folder(path, out)
         shapes = _shapes(found.config, found.tokenizer.vocab_size)
