@@ -17,7 +17,7 @@ import tyro
 from tokmat_jax.config import Config
 from tokmat_jax.errors import UserError, shown
 from tokmat_jax.init_from import adopt
-from tokmat_jax.workdir import load_config
+from tokmat_jax.workdir import CONFIG, load_config
 
 T = TypeVar("T")
 
@@ -100,7 +100,8 @@ def _one_line(box: str) -> str:
 def parse_config(args: Sequence[str]) -> Config:
     """The Config of `--config FILE` (or the defaults) with every other flag applied on top.
 
-    With `--init-from WORKDIR`, or a file that sets `init_from`, the shape of that model and its tokenizer come too.
+    With `--init-from WORKDIR`, or a file that sets `init_from`, the shape of that model and its tokenizer come too; a
+    run that has begun from it has them in its own config, and needs it no more.
     """
     args = list(args)
     default = Config()
@@ -109,7 +110,7 @@ def parse_config(args: Sequence[str]) -> Config:
     path = _value(args, "--init-from") or default.init_from
     description = "Train a model; start from a file with --config configs/NAME.py."
     if path not in (None, "None"):
-        source = load_config(Path(path))
+        source = _begun(Path(_value(args, "--workdir") or default.workdir), path) or load_config(Path(path))
         # What the flags say counts already for what is adopted: a shorter window, another objective.
         with contextlib.suppress(UserError):
             default = parse(Config, args, default, description)
@@ -117,9 +118,15 @@ def parse_config(args: Sequence[str]) -> Config:
     return parse(Config, args, default, description)
 
 
+def _begun(workdir: Path, init_from: str) -> Config | None:
+    """The config of the run in `workdir`, if there is one that has begun from `init_from`."""
+    own = load_config(workdir) if (workdir / CONFIG).is_file() else None
+    return own if own is not None and own.init_from == init_from else None
+
+
 def _value(args: list[str], flag: str, remove: bool = False) -> str | None:
-    """What the command line gives `flag`, None where it is left out."""
-    for index, word in enumerate(args):
+    """What the command line gives `flag`, at last if it does so repeatedly; None if it is left out."""
+    for index, word in reversed([*enumerate(args)]):
         if word == flag or word.startswith(f"{flag}="):
             value, used = (word.split("=", 1)[1], 1) if "=" in word else ("".join(args[index + 1 : index + 2]), 2)
             if remove:

@@ -47,7 +47,7 @@ from tokmat_jax.data import sources
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.view.progress import bar
-from tokmat_jax.workdir import TOKENIZER, read_json, write_json
+from tokmat_jax.workdir import CORPUS, TOKENIZER, load_config, read_json, write_json
 
 _FORMAT = 2
 _FACTS, _PLAN, _UNITS, _WINDOWS = "corpus.json", "plan.json", "units", "windows"
@@ -97,7 +97,7 @@ def prepare(config: Config, workers: int = 1) -> Corpus:
     made_from = {
         "format": _FORMAT,
         "data": {name: getattr(config.data, name) for name in names},
-        "tokenizer": _identity(config.tokenizer),
+        "tokenizer": _kept(config) or _identity(config.tokenizer),
         "source": sources.identity(config.data),
     }
     fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
@@ -158,6 +158,17 @@ def _identity(config: TokenizerConfig) -> dict[str, Any]:
     return made_from
 
 
+def _kept(config: Config) -> dict[str, Any] | None:
+    """What the run in `config.workdir` has noted of its tokenizer, if the folder that it came from is gone."""
+    workdir, named = Path(config.workdir), config.tokenizer
+    if not named.name or (Path(named.name) / (TOKENIZER if named.kind == "workdir" else "")).is_dir():
+        return None
+    with contextlib.suppress(UserError):
+        if load_config(workdir).tokenizer == named:
+            return read_json(workdir / CORPUS).get("tokenizer")
+    return None
+
+
 def _load(folder: Path, config: DataConfig) -> Corpus:
     try:
         facts = json.loads((folder / _FACTS).read_text())
@@ -201,7 +212,9 @@ def _tokenizer(folder: Path, config: Config) -> Tokenizer:
     """The tokenizer in `folder`, made if it is not there; it is there only when it is complete."""
     if not folder.exists():
         half = folder.with_name("tokenizer.unfinished")
-        make_tokenizer(config.tokenizer, _training_texts(config)).save(half)
+        made = load_tokenizer(Path(config.workdir) / TOKENIZER) if _kept(config) else make_tokenizer(
+            config.tokenizer, _training_texts(config))
+        made.save(half)
         half.rename(folder)
     return load_tokenizer(folder)
 
