@@ -26,6 +26,7 @@ from tokmat_jax.data.prepare import Corpus, prepare
 from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.generator import Generator
 from tokmat_jax.init_from import begin, load_source
+from tokmat_jax.keys import seed_key
 from tokmat_jax.machine import (
     check_fits,
     is_first,
@@ -328,7 +329,7 @@ def run(config: Config, mesh: Mesh) -> int:
         functions = make_train_functions(config, vocab_size, mesh)
         if checkpoints.latest_step() is None:
             table = initial_table(config, vocab_size)
-            state = functions.init(jax.random.key(config.train.seed), table)
+            state = functions.init(seed_key(config.train.seed), table)
             if config.init_from is not None:
                 source, of_source = load_source(config, corpus.tokenizer, mesh)
                 windows = corpus.windows("train")

@@ -20,6 +20,7 @@ from tokmat_jax.cli import load_config_file, parse, run_script
 from tokmat_jax.config import Config
 from tokmat_jax.data.loader import train_batches
 from tokmat_jax.data.prepare import Corpus, prepare
+from tokmat_jax.keys import seed_key
 from tokmat_jax.sharding import make_mesh, process_rows, put_rows, put_whole
 from tokmat_jax.train_step import make_train_functions
 
@@ -60,7 +61,7 @@ def training(config: Config, corpus: Corpus, count: int) -> Callable[[], None]:
     with jax.set_mesh(mesh):
         batch, unigram = put_rows(ids, rows, config.train.batch_size, mesh), put_whole(corpus.unigram(), mesh)
         functions = make_train_functions(config, corpus.tokenizer.vocab_size, mesh)
-        held = [functions.init(jax.random.key(config.train.seed))]
+        held = [functions.init(seed_key(config.train.seed))]
 
     def work() -> None:
         state = held.pop()

@@ -30,6 +30,7 @@ from tokmat_jax.config import Config, DataConfig, GenerationConfig, ModelConfig
 from tokmat_jax.decode import Tail
 from tokmat_jax.generator import Generator
 from tokmat_jax.guidance import history_mask
+from tokmat_jax.keys import seed_key
 from tokmat_jax.model import Forward, Params, apart, make_forward
 from tokmat_jax.naive import generate_naively
 from tokmat_jax.table import look_up
@@ -83,7 +84,7 @@ class Numbers:
 
 def make_generator(config: Config, vocab_size: int) -> Generator:
     """A Generator with random weights, whose blocks stand apart as those of a run do."""
-    params = jax.jit(lambda key: init_params(key, config, vocab_size))(jax.random.key(0))
+    params = jax.jit(lambda key: init_params(key, config, vocab_size))(seed_key(0))
     params["backbone"] = jax.jit(apart)(params["backbone"])
     return Generator(config, params, Numbers(vocab_size))  # pyright: ignore[reportArgumentType]
 

@@ -276,7 +276,8 @@ def _read(manager: ocp.CheckpointManager, step: int, shapes: dict[str, Any]) -> 
     where = _place(manager, step)
     facts, said = _tried(where, lambda: _facts(manager, step))
     _raise_everywhere(said)
-    _check_fits(str(where.resolve()), facts["arrays"], {name: shapes[name] for name in shapes if name in facts["items"]})
+    checked = {name: shapes[name] for name in shapes if name in facts["items"]}
+    _check_fits(str(where.resolve()), facts["arrays"], checked)
     arrays, said = _tried(where, lambda: manager.restore(step, args=ocp.args.Composite(
         **{name: ocp.args.StandardRestore(item) for name, item in shapes.items()})))
     _raise_everywhere(said)

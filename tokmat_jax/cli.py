@@ -15,8 +15,9 @@ from typing import TypeVar
 import tyro
 
 from tokmat_jax.config import Config
-from tokmat_jax.errors import UserError, shown
+from tokmat_jax.errors import UserError, one_line, shown
 from tokmat_jax.init_from import adopt
+from tokmat_jax.machine import settle_jax
 from tokmat_jax.workdir import CONFIG, load_config
 
 T = TypeVar("T")
@@ -32,9 +33,15 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
         for word in sys.argv[1:]:
             if any("\ud800" <= character <= "\udfff" for character in word):
                 raise UserError(f"{shown(word)} is no UTF-8 text, which it must be: rename that file or folder")
+        settle_jax()
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not str(error).startswith("Unable to initialize backend"):
+            raise
+        print(f"error: JAX finds no such device: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -16,6 +16,7 @@ from tokmat_jax.checkpoint import load_params
 from tokmat_jax.config import ComputeConfig, Config, GenerationConfig, MeshConfig
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokmat_jax.errors import UserError
+from tokmat_jax.keys import seed_key
 from tokmat_jax.living import Living, held_at, with_vectors
 from tokmat_jax.model import Params, apart, make_forward
 from tokmat_jax.sharding import make_mesh, replicated, spread
@@ -90,7 +91,7 @@ class Generator:
         config = load_config(workdir)
         tokenizer = load_tokenizer(workdir / TOKENIZER)
         here = replicated(make_mesh(MeshConfig(), jax.local_devices()))
-        shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, tokenizer.vocab_size))
+        shapes = jax.eval_shape(lambda: init_params(seed_key(0), config, tokenizer.vocab_size))
         shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
         params, _ = load_params(workdir, shapes)
         return cls(config, params | {"backbone": apart(params["backbone"])}, tokenizer)

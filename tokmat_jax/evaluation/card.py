@@ -30,6 +30,7 @@ from tokmat_jax.evaluation.methods import (
 from tokmat_jax.evaluation.pair import Prompts
 from tokmat_jax.evaluation.store import Store
 from tokmat_jax.generator import Generator
+from tokmat_jax.keys import seed_key
 from tokmat_jax.train_step import init_params
 
 _BRIER = {"contexts": 4, "ahead": 4, "samples": 4}
@@ -362,7 +363,7 @@ def starting_table(generator: Generator) -> np.ndarray | None:
                 return None
             rows = jnp.asarray(stored.astype(np.float32))
         else:
-            rows = jax.jit(lambda: init_params(jax.random.key(config.train.seed), config, shape[0])["table"])()
+            rows = jax.jit(lambda: init_params(seed_key(config.train.seed), config, shape[0])["table"])()
     except UserError:
         return None
     return np.asarray(objective.vocabulary({"table": rows}, config).table) if rows.shape == shape else None

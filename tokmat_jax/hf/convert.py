@@ -37,11 +37,12 @@ from tokmat_jax.hf import families
 from tokmat_jax.hf.families import Weight
 from tokmat_jax.hf.files import Safetensors, Stored, find_source, write_safetensors
 from tokmat_jax.hf.gguf_file import Gguf
+from tokmat_jax.keys import seed_key
 from tokmat_jax.model import Params, conditioning_of_committed
+from tokmat_jax.plain_path import plain_path
 from tokmat_jax.sharding import path_name
 from tokmat_jax.train_step import init_params
 from tokmat_jax.view.progress import bar
-from tokmat_jax.plain_path import plain_path
 from tokmat_jax.workdir import (
     IMPORTED,
     TOKENIZER,
@@ -223,7 +224,7 @@ def _plain_config(model: ModelConfig, tied: bool, out: Path) -> Config:
 
 def _shapes(config: Config, vocab_size: int) -> Shapes:
     try:
-        shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, vocab_size))
+        shapes = jax.eval_shape(lambda: init_params(seed_key(0), config, vocab_size))
     except UserError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:  # sizes for which no array has room
@@ -292,7 +293,7 @@ def _fresh(config: Config, vocab_size: int, paths: list[str]) -> Flat:
 
     @jax.jit
     def some():
-        params = init_params(jax.random.key(config.train.seed), config, vocab_size)
+        params = init_params(seed_key(config.train.seed), config, vocab_size)
         flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
         return {path: flat[path] for path in paths}
 
@@ -337,7 +338,7 @@ def load_flat(workdir: Path) -> tuple[Config, Tokenizer, Flat]:
     """The newest parameters of a run, on the host."""
     config, tokenizer = load_config(workdir), load_tokenizer(workdir / TOKENIZER)
     here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, tokenizer.vocab_size))
+    shapes = jax.eval_shape(lambda: init_params(seed_key(0), config, tokenizer.vocab_size))
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
     params, _ = load_params(workdir, shapes)
     flat = {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
