@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokmat_jax.cli import parse, parse_config, run_script
@@ -27,11 +27,16 @@ from tokmat_jax.view.terminal import visible
 from tokmat_jax.workdir import CORPUS, load_config, read_json
 
 
+def _cpus() -> int:
+    """How many CPUs this process may use; of all where the system does not tell, as macOS does not."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Prepare:
     """What `prepare` takes besides the flags of a config."""
 
-    workers: int = len(os.sched_getaffinity(0))
+    workers: int = field(default_factory=_cpus)
     """Processes that tokenise and write; 1 does it in this one."""
 
 
