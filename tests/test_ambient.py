@@ -51,9 +51,9 @@ def test_what_the_environment_tells_jax_changes_no_number(runs_dir, tmp_path):
 
 
 def test_a_library_that_would_compute_other_numbers_says_so(runs_dir):
-    plain = jax.random.normal(seed_key(3), 4)
+    plain = jax.random.normal(seed_key(3), (4,))
     with jax.default_prng_impl("rbg"):
-        np.testing.assert_array_equal(jax.random.normal(seed_key(3), 4), plain)
+        np.testing.assert_array_equal(jax.random.normal(seed_key(3), (4,)), plain)
     with jax.enable_x64(True), pytest.raises(UserError, match="jax_enable_x64 is True, which changes every number"):
         Generator.from_workdir(runs_dir / "run")
 

@@ -67,7 +67,7 @@ def curves(folder):
 
 
 def compiled(folder):
-    before, numbers = jax.config.jax_compilation_cache_dir, itertools.count()
+    before, numbers = jax.config.values["jax_compilation_cache_dir"], itertools.count()
     try:
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
         compilation_cache.reset_cache()
