@@ -93,6 +93,7 @@ def test_every_field_says_what_it_is():
                 assert said, f"{section.name}.{ast.unparse(field.target)}"
 
 
+@pytest.mark.usefixtures("optax_promotion")
 def test_a_user_error_is_one_line_and_exit_code_2(capsys):
     def main(args):
         raise UserError("the thing is wrong")
