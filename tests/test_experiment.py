@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import pytest
@@ -112,6 +113,18 @@ def test_stages_count_together_and_the_second_starts_from_the_first(place, monke
                                  flags=("--train.num-steps", "5"))
     with pytest.raises(UserError, match=r"staged reads 1,344 tokens in all its stages, its baseline 1,152: give both"):
         experiment.train(longer, place / "runs", 0, experiment.Args(prompt_tokens=8, max_new_tokens=8))
+
+
+def test_a_text_that_has_changed_since_is_not_measured_on(place, monkeypatch):
+    go(place, monkeypatch, "plain")
+    shutil.copy2(place / "corpus.txt", place / "kept.txt")
+    try:
+        with (place / "corpus.txt").open("a") as text:
+            text.write("<|endoftext|>more of it")
+        with pytest.raises(UserError, match="seed-0 holds a run on another state of its corpus"):
+            go(place, monkeypatch, "plain")
+    finally:
+        shutil.copy2(place / "kept.txt", place / "corpus.txt")
 
 
 @pytest.mark.parametrize(("name", "says"), [

@@ -140,18 +140,14 @@ def appears_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def keep_corpus(facts: dict[str, Any], workdir: Path) -> None:
-    """Notes the corpus of a run; raises UserError if the run in `workdir` has learned from another one."""
-    path = workdir / CORPUS
-    if path.exists():
-        try:
-            known = json.loads(path.read_text())["fingerprint"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path} is damaged: this run cannot tell which corpus it has learned from") from None
-        if known != facts["fingerprint"]:
-            raise UserError(f"{workdir} holds a run on another state of its corpus (fingerprint {shown(known)}, now "
-                            f"{facts['fingerprint']}): bring the text back, or choose another --workdir")
-    write_json(path, facts)
+def check_corpus(facts: dict[str, Any], workdir: Path) -> None:
+    """Raises UserError unless the run in `workdir` has learned from the corpus with the fingerprint of `facts`."""
+    known = read_json(workdir / CORPUS).get("fingerprint")
+    if not isinstance(known, str):
+        raise UserError(f"{workdir / CORPUS} is damaged: this run cannot tell which corpus it has learned from")
+    if known != facts["fingerprint"]:
+        raise UserError(f"{workdir} holds a run on another state of its corpus (fingerprint {shown(known)}, now "
+                        f"{facts['fingerprint']}): bring the text back, or choose another --workdir")
 
 
 def load_config(workdir: Path) -> Config:

@@ -42,12 +42,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from tokmat_jax.config import Config, DataConfig, TokenizerConfig
+from tokmat_jax.config import Config, DataConfig
 from tokmat_jax.data import sources
+from tokmat_jax.data.identity import identify
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.view.progress import bar
-from tokmat_jax.workdir import TOKENIZER, read_json, write_json
+from tokmat_jax.workdir import TOKENIZER, check_corpus, read_json, write_json
 
 _FORMAT = 2
 _FACTS, _PLAN, _UNITS, _WINDOWS = "corpus.json", "plan.json", "units", "windows"
@@ -85,23 +86,46 @@ def prepare(config: Config, workers: int = 1) -> Corpus:
     """The corpus of `config.data` and `config.tokenizer`, made now, by as many as `workers` processes, or found.
 
     The corpus is the same for any number of them. Of several runs that want the same corpus one makes it, and the
-    others wait. What a stopped run has finished is not done again. Raises UserError where the source cannot be read or
-    is shorter than two windows, one to train on and one held out, where `prepared_dir` cannot be written, and where a
-    worker dies.
+    others wait. What a stopped run has finished is not done again. Raises UserError if the source cannot be read or is
+    shorter than two windows, one to train on and one held out, if `prepared_dir` cannot be written, and if a worker
+    dies. If there is a run already, use `corpus_of_run`.
     """
-    kind, _, rest = config.data.source.partition(":")
-    if kind == "tfds" and (Path(rest) / _FACTS).is_file():
-        return _load(Path(rest), config.data)
-    names = ("source", "text_field", "separator", "seq_len", "holdout", "tfds_data_dir")
-    made_from = {
-        "format": _FORMAT,
-        "data": {name: getattr(config.data, name) for name in names},
-        "tokenizer": _identity(config.tokenizer),
-        "source": sources.identity(config.data),
-    }
-    fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    return _load(folder, config.data) if (folder := _given(config.data)) else _found_or_made(
+        config, identify(config), workers)
+
+
+def corpus_of_run(config: Config, workdir: Path) -> Corpus:
+    """The corpus that the run in `workdir` has learned from; `config` is the run's, or what it resumes with.
+
+    As `prepare`, but raises UserError if it is another corpus, before that is made, or if its tokenizer gives other
+    ids than the run's.
+    """
+    if folder := _given(config.data):
+        corpus = _load(folder, config.data)
+        check_corpus(corpus.facts, workdir)
+    else:
+        made_from = identify(config)
+        check_corpus(made_from, workdir)
+        corpus = _found_or_made(config, made_from)
+    try:
+        known = load_tokenizer(workdir / TOKENIZER)
+    except UserError:  # a run that was killed while it wrote its tokenizer writes it again
+        return corpus
+    if not known.same_ids(corpus.tokenizer):
+        raise UserError(f"the tokenizer of {corpus.folder} gives other ids than the one that {workdir} was trained "
+                        f"with: bring that tokenizer back, or choose another --workdir")
+    return corpus
+
+
+def _given(config: DataConfig) -> Path | None:
+    """The folder of a prepared corpus, if that is the source."""
+    kind, _, rest = config.source.partition(":")
+    return Path(rest) if kind == "tfds" and (Path(rest) / _FACTS).is_file() else None
+
+
+def _found_or_made(config: Config, made_from: dict[str, Any], workers: int = 1) -> Corpus:
     name = re.sub(r"[^A-Za-z0-9]+", "-", config.data.source).strip("-")[-40:]
-    folder = Path(config.data.prepared_dir) / f"{name}-{fingerprint}"
+    folder = Path(config.data.prepared_dir) / f"{name}-{made_from['fingerprint']}"
     if folder.exists():
         return _load(folder, config.data)
     unfinished = folder.with_name(f"unfinished-{folder.name}")
@@ -109,7 +133,7 @@ def prepare(config: Config, workers: int = 1) -> Corpus:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(unfinished.with_name(unfinished.name + ".lock")):
             if not folder.exists():  # the run that was waited for may have made it
-                _make(unfinished, config, made_from | {"fingerprint": fingerprint}, workers)
+                _make(unfinished, config, made_from, workers)
                 unfinished.rename(folder)
     except OSError as error:
         raise UserError(f"data.prepared_dir: cannot write into {folder.parent}: "
@@ -144,17 +168,6 @@ def _lock(path: Path) -> IO[bytes]:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         file.close()
-
-
-def _identity(config: TokenizerConfig) -> dict[str, Any]:
-    """What tells one tokenizer from another. A workdir's is known by what its files hold, wherever they lie."""
-    made_from = dataclasses.asdict(config)
-    if config.kind == "workdir":
-        files = sorted((Path(made_from.pop("name")) / TOKENIZER).glob("*"))
-        made_from["files"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    elif config.name:
-        made_from["files"] = sources.states(Path(config.name).glob("*"))
-    return made_from
 
 
 def _load(folder: Path, config: DataConfig) -> Corpus:
