@@ -151,6 +151,7 @@ def changed(generator, **sections):
         ({"model": {"head_init": 0.1}}, []),
         ({"data": {"prepared_dir": "elsewhere"}, "train": {"log_every": 1}, "generation": {"tail_length": 1}}, []),
         ({"maturation": {"max_tail_length": 4}, "mesh": {"data": 1}}, []),
+        ({"data": {"source": "files:another/place/of/the/same/text"}}, []),
     ],
 )
 def test_differences_in_data_model_and_budget_are_named(pair, runs_dir, sections, words):
