@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import pytest
@@ -91,6 +90,13 @@ def test_an_experiment_trains_its_pair_and_its_judge_measures_and_logs(place, mo
     assert lines[0] == lines[1]
     assert experiment.read_log(place / "log.jsonl") == [json.loads(lines[0])]
 
+    # A text that has changed since is not measured on.
+    text = (place / "corpus.txt").read_text()
+    (place / "corpus.txt").write_text(text + "<|endoftext|>more of it")
+    with pytest.raises(UserError, match="seed-0 holds a run on another state of its corpus"):
+        go(place, monkeypatch, "plain")
+    (place / "corpus.txt").write_text(text)
+
 
 def test_another_experiment_shares_the_baseline_and_what_it_wrote(place, monkeypatch):
     go(place, monkeypatch, "plain")
@@ -113,18 +119,6 @@ def test_stages_count_together_and_the_second_starts_from_the_first(place, monke
                                  flags=("--train.num-steps", "5"))
     with pytest.raises(UserError, match=r"staged reads 1,344 tokens in all its stages, its baseline 1,152: give both"):
         experiment.train(longer, place / "runs", 0, experiment.Args(prompt_tokens=8, max_new_tokens=8))
-
-
-def test_a_text_that_has_changed_since_is_not_measured_on(place, monkeypatch):
-    go(place, monkeypatch, "plain")
-    shutil.copy2(place / "corpus.txt", place / "kept.txt")
-    try:
-        with (place / "corpus.txt").open("a") as text:
-            text.write("<|endoftext|>more of it")
-        with pytest.raises(UserError, match="seed-0 holds a run on another state of its corpus"):
-            go(place, monkeypatch, "plain")
-    finally:
-        shutil.copy2(place / "kept.txt", place / "corpus.txt")
 
 
 @pytest.mark.parametrize(("name", "says"), [

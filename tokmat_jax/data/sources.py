@@ -294,7 +294,7 @@ def _json_lines(path: Path, stream: BinaryIO, field: str) -> Iterator[str | None
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8-sig"))
+            record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
         except UnicodeDecodeError as error:
             raise UserError(f"{path} line {number} is not UTF-8 at its byte {error.start}") from None
         except (ValueError, RecursionError) as error:
