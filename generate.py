@@ -19,7 +19,7 @@ import tyro
 from tokmat_jax.arrays import open_npy
 from tokmat_jax.cli import parse, run_script
 from tokmat_jax.config import GenerationConfig, Profile, SteeringSchedule
-from tokmat_jax.errors import UserError
+from tokmat_jax.errors import UserError, refusal
 from tokmat_jax.generator import Generator, Sample
 from tokmat_jax.machine import use_compilation_cache
 from tokmat_jax.view.replay import Run, replay
@@ -309,7 +309,7 @@ def opened(output: str | None) -> Iterator[TextIO | None]:
         with Path(output).open("w", encoding="utf-8") as file:
             yield file
     except OSError as error:
-        raise UserError(f"--output: cannot write {output}: {error.strerror}") from None
+        raise refusal(error, f"--output: cannot write {output}", Path(output)) from None
 
 
 def check(flags: Args) -> None:

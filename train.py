@@ -22,7 +22,7 @@ from tokmat_jax.checkpoint import Checkpoints, open_checkpoints
 from tokmat_jax.cli import parse_config, run_script
 from tokmat_jax.config import Config, MeshConfig
 from tokmat_jax.data.loader import Batches, train_batches, validation_batches
-from tokmat_jax.data.prepare import Corpus, prepare
+from tokmat_jax.data.prepare import Corpus, corpus_of_run, prepare
 from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.generator import Generator
 from tokmat_jax.init_from import begin, load_source
@@ -47,15 +47,16 @@ from tokmat_jax.view.progress import Bar, bar
 from tokmat_jax.view.terminal import tail_text
 from tokmat_jax.workdir import (
     CONFIG,
+    CORPUS,
     IMPORTED,
     TOKENIZER,
     check_same_run,
-    keep_corpus,
     load_config,
     lock_workdir,
     make_workdir,
     refuse_links,
     save_config,
+    write_json,
 )
 
 
@@ -290,7 +291,7 @@ def say(*parts: object) -> None:
 def keep(config: Config, corpus: Corpus, workdir: Path) -> None:
     """Writes what a run needs besides its checkpoints."""
     try:
-        keep_corpus(corpus.facts, workdir)
+        write_json(workdir / CORPUS, corpus.facts)
         save_config(config, workdir)
         corpus.tokenizer.save(workdir / TOKENIZER)
     except OSError as error:
@@ -315,7 +316,8 @@ def run(config: Config, mesh: Mesh) -> int:
     workdir = Path(config.workdir)
     known = set(load_config(workdir).train.skip_batches) if (workdir / CONFIG).exists() else set()
     on_first(lambda: check_workdir(config))
-    corpus = on_first(lambda: prepare(config)) or prepare(config)
+    corpus = on_first(
+        lambda: corpus_of_run(config, workdir) if (workdir / CORPUS).exists() else prepare(config)) or prepare(config)
     on_first(lambda: keep(config, corpus, workdir))
     facts, vocab_size = corpus.facts, corpus.tokenizer.vocab_size
     say(f"corpus {corpus.folder}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, vocabulary "

@@ -90,6 +90,13 @@ def test_an_experiment_trains_its_pair_and_its_judge_measures_and_logs(place, mo
     assert lines[0] == lines[1]
     assert experiment.read_log(place / "log.jsonl") == [json.loads(lines[0])]
 
+    # A text that has changed since is not measured on.
+    text = (place / "corpus.txt").read_text()
+    (place / "corpus.txt").write_text(text + "<|endoftext|>more of it")
+    with pytest.raises(UserError, match="seed-0 holds a run on another state of its corpus"):
+        go(place, monkeypatch, "plain")
+    (place / "corpus.txt").write_text(text)
+
 
 def test_another_experiment_shares_the_baseline_and_what_it_wrote(place, monkeypatch):
     go(place, monkeypatch, "plain")

@@ -20,7 +20,7 @@ import tyro
 
 from tokmat_jax.cli import parse, parse_config, run_script
 from tokmat_jax.config import Config, GenerationConfig
-from tokmat_jax.data.prepare import prepare
+from tokmat_jax.data.prepare import corpus_of_run
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluate import check_measurement, origin
 from tokmat_jax.evaluation import summary
@@ -248,7 +248,8 @@ def measure(experiment: Experiment, seed: int, flags: Args) -> dict[str, Any]:
     found = [one for one in found if not (experiment.first and one.startswith(_BY_DESIGN))]
     if found:
         raise UserError(f"{experiment.name} is no fair comparison: {'; '.join(found)}")
-    prompts = prompts_of(prepare(run.config), run.config, flags.num_prompts, flags.prompt_tokens, flags.max_new_tokens)
+    prompts = prompts_of(corpus_of_run(run.config, at), run.config, flags.num_prompts, flags.prompt_tokens,
+                         flags.max_new_tokens)
     states = {"run": checkpoint_state(at), "baseline": checkpoint_state(baseline_at.workdir),
               "judge": checkpoint_state(judge_at.workdir)}
     of_baseline = {name: states[name] for name in ("baseline", "judge")}

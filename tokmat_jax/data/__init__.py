@@ -1,1 +1,1 @@
-"""Text → documents (`sources`) → ids (`tokenizer`) → windows on disk (`prepare`) → batches (`loader`)."""
+"""Files (`patterns`) → documents (`sources`) → ids (`tokenizer`) → windows on disk (`prepare`) → batches (`loader`)."""

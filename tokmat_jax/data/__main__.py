@@ -21,10 +21,10 @@ from pathlib import Path
 
 from tokmat_jax.cli import parse, parse_config, run_script
 from tokmat_jax.data.loader import train_batches
-from tokmat_jax.data.prepare import prepare
+from tokmat_jax.data.prepare import corpus_of_run, prepare
 from tokmat_jax.errors import UserError
 from tokmat_jax.view.terminal import visible
-from tokmat_jax.workdir import CORPUS, load_config, read_json
+from tokmat_jax.workdir import load_config
 
 
 def _cpus() -> int:
@@ -87,10 +87,7 @@ def run_batch(args: Sequence[str]) -> None:
     if not 0 <= asked.position < _MOST:
         raise UserError(f"--position must lie in 0..{_MOST - 1:,}, found {asked.position}")
     config = load_config(Path(asked.workdir))
-    corpus = prepare(config)
-    known = read_json(Path(asked.workdir) / CORPUS).get("fingerprint")
-    if known != corpus.facts["fingerprint"]:
-        raise UserError(f"{asked.workdir} has learned from another state of its corpus: bring the text back")
+    corpus = corpus_of_run(config, Path(asked.workdir))
     batches = train_batches(corpus.windows("train"), config.train.batch_size, config.train.seed)
     batches.seek(asked.position)
     for number, ids in enumerate(next(batches), 1):
