@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -15,6 +17,7 @@ import pytest
 
 import generate
 import runs
+import spelling
 from tokmat_jax import cli
 from tokmat_jax.errors import UserError
 from tokmat_jax.generator import Generator
@@ -165,8 +168,6 @@ def test_the_longest_tail_that_fits_can_be_sampled_in_training(tmp_path):
 # Orbax leaves futures behind when a read fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_named_with_the_one_before(runs_dir, tmp_path):
-    import shutil
-
     shutil.copytree(runs_dir / "run", tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints" / "6" / "params").rglob("*"):
         if path.is_file() and path.parent.name == "d":
@@ -224,6 +225,30 @@ def test_stream_and_show_tail_show_the_same_text(runs_dir, tmp_path, capsys):
     assert "│" in tail
     # New lines inside the text split steps; the last step holds the whole text before its first bar.
     assert plain.strip() in tail
+
+
+def test_every_way_to_see_a_sample_tells_one_text(runs_dir, tmp_path, capsys):
+    # With SentencePiece's decoder the text of some ids is not that of the same ids after others.
+    folder, tokenizer = tmp_path / "run", spelling.sentencepiece(290)
+    shutil.copytree(runs_dir / "run", folder)
+    tokenizer.save(folder / "tokenizer")
+    generator, [cat] = Generator.from_workdir(folder), tokenizer.encode("cat")
+    np.save(tmp_path / "cat.npy", np.asarray(generator.vocabulary.table[cat]))
+    for steering, seed in ((20, 0), (0, 1), (0, 2)):
+        flags = ["--workdir", folder, "--prompt", "the", "--seed", seed, "--tail-noise", 3, "--steering", steering,
+                 "--steering-vector", tmp_path / "cat.npy"]
+        plain = generated(capsys, *flags, "--output", tmp_path / "plain.jsonl").out
+        [row] = rows(tmp_path / "plain.jsonl")
+        whole = tokenizer.decode([*tokenizer.prefix, *tokenizer.encode("the"), *row["tokens"]])
+        assert row["prompt"] + row["text"] == whole
+        assert steering == 0 or whole == "the" + 8 * " cat"
+        assert plain == visible(whole) + "\n"
+        assert generated(capsys, *flags, "--stream", "--html", tmp_path / "page.html").out == plain
+        found = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "page.html").read_text())[1])["runs"][0]
+        assert found["prompt"] + "".join(found["text"]) == visible(whole)
+        shown = generated(capsys, *flags, "--show-tail", "--output", tmp_path / "shown.jsonl").out
+        assert visible(whole) + "│" in shown
+        assert rows(tmp_path / "shown.jsonl")[0]["text"] == row["text"]
 
 
 def test_two_settings_beside_each_other_are_the_samples_of_both(runs_dir, tmp_path, capsys):
@@ -365,8 +390,6 @@ def test_a_longer_tail_than_trained_is_noted_and_the_baseline_has_none(runs_dir,
 
 
 def test_a_workdir_without_a_checkpoint_or_with_another_model_says_so(runs_dir, tmp_path):
-    import shutil
-
     with pytest.raises(UserError, match="is no run"):
         generate.main(["--workdir", str(tmp_path), "--prompt", "x"])
     shutil.copytree(runs_dir / "run", tmp_path / "run")

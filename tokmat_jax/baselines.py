@@ -20,7 +20,7 @@ import numpy as np
 from flax import struct
 
 from tokmat_jax import cache
-from tokmat_jax.buckets import Batch, chunk, sample_key
+from tokmat_jax.buckets import Row, chunk, sample_key
 from tokmat_jax.errors import UserError
 from tokmat_jax.generator import Generator
 from tokmat_jax.model import Forward, Live, Params, make_forward
@@ -241,6 +241,8 @@ def _commit(
 class Continuation:
     """What was written behind one prompt."""
 
+    text: str
+    """What the tokens add to the text of the prompt's ids (`Tokenizer.split`), without end-of-text."""
     tokens: list[int]
     """Ids, at least one; the last one is end-of-text where `finished`."""
     log_probs: list[float]
@@ -331,27 +333,30 @@ class Baselines:
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
         for begin in range(0, len(rows), batch_size):
             chosen = order[begin : begin + batch_size]
-            batch = self.generator.batch([rows[index] for index in chosen], max_new_tokens, seed)
-            written |= zip(chosen, self._finish(model, batch, len(chosen), advance), strict=True)
+            batch = [rows[index] for index in chosen]
+            written |= zip(chosen, self._finish(model, batch, max_new_tokens, seed, advance), strict=True)
         return [written[index] for index in range(len(rows))]
 
     def _finish(
-        self, model: LanguageModel, batch: Batch, count: int,
+        self, model: LanguageModel, rows: Sequence[Row], max_new_tokens: int, seed: int,
         advance: Callable[[LanguageModel, State, int], tuple[State, Step]],
     ) -> list[Continuation]:
-        """The first `count` rows of `batch`, written to their end."""
+        """`rows` as one batch, written to their end."""
+        batch = self.generator.batch(rows, max_new_tokens, seed)
         state = self._start(model, batch.ids, batch.lengths, batch.budgets, batch.names, capacity=batch.capacity)
         steps, at_once = [], chunk(int(batch.budgets.max()))
         while not bool(jnp.all(state.done)):
             state, step = advance(model, state, at_once)
             steps.append(jax.tree.map(np.asarray, step))
         whole: Step = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
-        return [self._continuation(whole, row) for row in range(count)]
+        return [self._continuation(whole, index, row.ids) for index, row in enumerate(rows)]
 
-    def _continuation(self, steps: Step, row: int) -> Continuation:
-        emitted = np.asarray(steps.emitted)[:, row]
-        tokens, log_probs = (np.asarray(part)[emitted, row].tolist() for part in (steps.tokens, steps.log_probs))
-        return Continuation(tokens, log_probs, tokens[-1] == self.generator.tokenizer.end_of_text)
+    def _continuation(self, steps: Step, index: int, prompt: Sequence[int]) -> Continuation:
+        emitted = np.asarray(steps.emitted)[:, index]
+        tokens, log_probs = (np.asarray(part)[emitted, index].tolist() for part in (steps.tokens, steps.log_probs))
+        tokenizer = self.generator.tokenizer
+        return Continuation(tokenizer.split(prompt, tokens)[1], tokens, log_probs,
+                            tokens[-1] == tokenizer.end_of_text)
 
     @functools.cached_property
     def _forward(self) -> Forward:

@@ -32,10 +32,11 @@ class Sample:
     """What one row committed."""
 
     prompt: str
+    """As it was given; of ids their text."""
     number: int
     """Which of the prompt's samples this is, from 0."""
     text: str
-    """The new text, without the prompt and without end-of-text."""
+    """What the new tokens add to the text of the prompt's ids (`Tokenizer.split`), without end-of-text."""
     tokens: list[int]
     """Committed ids; the last one is end-of-text where `finished`."""
     entropy: list[float]
@@ -53,7 +54,7 @@ class Moment:
     """One step of one row, for those who watch."""
 
     text: str
-    """All new text so far."""
+    """All new text so far, as in `Sample`."""
     tokens: list[int]
     """Committed ids so far."""
     committed: int
@@ -186,8 +187,9 @@ class Generator:
         slots, count = np.asarray(step.tokens[0, 0]).tolist(), int(step.committed[0, 0])
         tokens = (*living.tokens, *slots[:count])
         moment = Moment(
-            self.tokenizer.decode(tokens), list(tokens), count, slots[count:], np.asarray(step.entropy[0, 0]).tolist(),
-            np.asarray(step.movement[0, 0]).tolist(), np.asarray(living.tail.maturity).tolist())
+            self.tokenizer.split(living.row.ids, tokens)[1], list(tokens), count, slots[count:],
+            np.asarray(step.entropy[0, 0]).tolist(), np.asarray(step.movement[0, 0]).tolist(),
+            np.asarray(living.tail.maturity).tolist())
         return Living(living.row, state, living.tail, tokens), moment
 
     def pin(self, living: Living, slot: int, content: str | Sequence[int]) -> Living:
@@ -359,29 +361,29 @@ class Generator:
                                         num_candidates=0, keep_vectors=False)
             steps.append(jax.tree.map(np.asarray, step))
         whole = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
-        return [self._sample(row.prompt, row.number, *(part[:, index] for part in (
+        return [self._sample(row, *(part[:, index] for part in (
             whole.committed, whole.tokens, whole.entropy, whole.movement))) for index, row in enumerate(chosen)]
 
     def _sample(
-        self, prompt: str, number: int, committed: np.ndarray, tokens: np.ndarray, entropy: np.ndarray,
-        movement: np.ndarray,
+        self, row: Row, committed: np.ndarray, tokens: np.ndarray, entropy: np.ndarray, movement: np.ndarray
     ) -> Sample:
         """The sample of what N steps committed [N] of their R slots [N, R]."""
         taken = np.arange(tokens.shape[1])[None, :] < committed[:, None]
         ids = tokens[taken].tolist()
-        return Sample(prompt, number, self.tokenizer.decode(ids), ids, entropy[taken].tolist(),
+        return Sample(row.prompt, row.number, self.tokenizer.split(row.ids, ids)[1], ids, entropy[taken].tolist(),
                       movement[taken].tolist(), ids[-1] == self.tokenizer.end_of_text, int(np.sum(committed > 0)))
 
     def sample_of(self, prompt: str, number: int, moments: Sequence[Moment]) -> Sample:
         """The sample that all `moments` of a stream (at least one) add up to."""
         tokens = [[*one.tokens[len(one.tokens) - one.committed:], *one.tail] for one in moments]
-        return self._sample(prompt, number, np.array([one.committed for one in moments]), np.array(tokens),
-                            np.array([one.entropy for one in moments]), np.array([one.movement for one in moments]))
+        measured = (np.array([one.committed for one in moments]), np.array(tokens),
+                    np.array([one.entropy for one in moments]), np.array([one.movement for one in moments]))
+        return dataclasses.replace(self._sample(Row(prompt, [], number), *measured), text=moments[-1].text)
 
     def sample_of_trajectory(self, prompt: str, number: int, trajectory: Trajectory) -> Sample:
         """The sample whose tail went through `trajectory`."""
-        return self._sample(prompt, number, trajectory.committed, trajectory.tokens, trajectory.entropy,
-                            trajectory.movement)
+        return self._sample(Row(prompt, trajectory.prompt.tolist(), number), trajectory.committed, trajectory.tokens,
+                            trajectory.entropy, trajectory.movement)
 
     @functools.cached_property
     def _forward(self):
