@@ -36,7 +36,7 @@ class Args:
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text to continue; may be given several times, and may be empty (starts from end-of-text)."""
     prompts_file: str | None = None
-    """One prompt per line (blank lines are skipped), or JSONL with a field `prompt`."""
+    """One prompt per line (blank lines are skipped), or JSONL with a field `prompt`, such as an --output of before."""
     max_new_tokens: int | None = None
     """Token budget of a sample; end-of-text may come earlier."""
     tail_length: int | None = None
@@ -123,7 +123,8 @@ def read_prompts(args: Args) -> list[str]:
 
 def _prompts_file(path: Path) -> Iterator[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Of all that Unicode counts as an end of a line, only \n and \r\n end one: others may stand inside a prompt.
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except OSError as error:
         raise UserError(f"--prompts-file: cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -301,9 +301,15 @@ def test_a_steering_vector_from_a_file_is_the_words(runs_dir, tmp_path, capsys):
         capsys, *arguments, "--steering-vector", tmp_path / "v.npy").out
 
 
-def test_prompts_come_from_json_lines_too(runs_dir, tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": ""}\n{"prompt": "a\\nb"}\n')
-    assert generate.read_prompts(generate.Args(workdir="x", prompts_file=str(tmp_path / "p.jsonl"))) == ["", "a\nb"]
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(("name", "write"), [("p.txt", str), ("p.jsonl", lambda prompt: json.dumps(
+    {"prompt": prompt}, ensure_ascii=False))])
+def test_a_prompt_holds_whatever_does_not_end_its_line(name, write, end, tmp_path):
+    # str.splitlines() splits at all of these.
+    prompts = [f"a{sign}b" for sign in "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"]
+    prompts += ["", "a\nb"] if name == "p.jsonl" else []
+    (tmp_path / name).write_bytes("".join(write(prompt) + end for prompt in prompts).encode())
+    assert generate.read_prompts(generate.Args(workdir="x", prompts_file=str(tmp_path / name))) == prompts
 
 
 @pytest.mark.parametrize(("args", "says"), [

@@ -229,5 +229,5 @@ class Writer:
         tokens = [one.tokens[:-1] if one.finished else one.tokens for one in found]
         if not self._same_ids:
             before = [ids for ids in prompts for _ in range(len(found) // len(prompts))]
-            tokens = [ours.encode_after(*pair)[:length] for pair in zip(before, (one.text for one in found), strict=True)]
+            tokens = [ours.encode_after(ids, one.text)[:length] for ids, one in zip(before, found, strict=True)]
         return tokens, [one.finished for one in found]
