@@ -22,6 +22,7 @@ from tokmat_jax.config import GenerationConfig, Profile, SteeringSchedule
 from tokmat_jax.errors import UserError
 from tokmat_jax.generator import Generator, Sample
 from tokmat_jax.machine import use_compilation_cache
+from tokmat_jax.outputs import check_files, numbered, writing
 from tokmat_jax.view.replay import Run, replay
 from tokmat_jax.view.terminal import show_tails, stream_text, visible
 from tokmat_jax.workdir import load_config
@@ -285,21 +286,6 @@ class Writing:
         return samples
 
 
-def numbered(path: str, index: int, total: int) -> Path:
-    """`path` itself for one of one; else with the number from 1 before its ending: `replay-2.html`."""
-    whole = Path(path)
-    return whole if total == 1 else whole.with_name(f"{whole.stem}-{index + 1}{whole.suffix}")
-
-
-@contextlib.contextmanager
-def writing(flag: str, path: Path) -> Iterator[None]:
-    """Raises UserError where the file that `flag` names cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{flag}: cannot write {path}: {error.strerror}") from None
-
-
 @contextlib.contextmanager
 def opened(output: str | None) -> Iterator[TextIO | None]:
     """The file of --output, opened before anything is generated for it."""
@@ -326,27 +312,15 @@ def check(flags: Args) -> None:
         raise UserError("--stream shows one run: for --compare take --show-tail or --html FILE")
 
 
-def check_files(flags: Args, num_samples: int, num_variants: int) -> None:
-    """Raises UserError unless every file of the samples can be written; opens none that is there."""
-    files = {"--output": [flags.output] if flags.output is not None else []}
+def files_of(flags: Args, num_samples: int, num_variants: int) -> dict[str, list[Path]]:
+    """What the samples will be written to, by flag; raises UserError for a path that ends in no name."""
+    files = {"--output": [Path(flags.output)] if flags.output is not None else []}
     for flag, path, total in (("--html", flags.html, num_samples),
                               ("--trajectory", flags.trajectory, num_samples * num_variants)):
         if path is not None and Path(path).name in ("", ".."):
             raise UserError(f"{flag}: {path!r} names no file")
-        files[flag] = [] if path is None else [str(numbered(path, index, total)) for index in range(total)]
-    seen: dict[Path, str] = {}
-    for flag, paths in files.items():
-        for path in map(Path, paths):
-            if (twin := seen.setdefault(path.absolute(), flag)) != flag:
-                raise UserError(f"{twin} and {flag} would write the same file {path}")
-            with writing(flag, path):
-                if path.is_dir():
-                    raise UserError(f"{flag}: {path} is a folder")
-                exists = path.exists()
-                with path.open("ab"):
-                    pass
-                if not exists:
-                    path.unlink()
+        files[flag] = [] if path is None else [numbered(path, index, total) for index in range(total)]
+    return files
 
 
 def main(args: Sequence[str]) -> None:
@@ -360,7 +334,8 @@ def main(args: Sequence[str]) -> None:
     direction = steering_vector(flags)
     for _, settings in variants:
         generator.check(prompts, settings, direction)
-    check_files(flags, len(prompts) * flags.num_samples, len(variants))
+    check_files(files_of(flags, len(prompts) * flags.num_samples, len(variants)),
+                {"--prompts-file": flags.prompts_file, "--steering-vector": flags.steering_vector})
     tokens = passes = 0
     with opened(flags.output) as out:
         for sample, settings in Writing(generator, prompts, variants, flags, direction).samples():

@@ -21,6 +21,7 @@ import spelling
 from tokmat_jax import cli
 from tokmat_jax.errors import UserError
 from tokmat_jax.generator import Generator
+from tokmat_jax.outputs import check_files
 from tokmat_jax.trajectory import load_trajectory
 from tokmat_jax.view.terminal import visible
 
@@ -378,6 +379,44 @@ def test_a_refused_command_leaves_the_files_of_an_earlier_one(runs_dir, tmp_path
         generate.main(["--workdir", str(runs_dir / "run"), "--prompt", "x", "--output", str(tmp_path / "out.jsonl"),
                        *mistake])
     assert (tmp_path / "out.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize("flag", ["--output", "--html", "--trajectory"])
+@pytest.mark.parametrize("name", ["p.txt", "./sub/../p.txt", "link", "hard", "v.npy"])
+def test_what_a_command_reads_is_not_overwritten(runs_dir, tmp_path, flag, name):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "p.txt").write_text("the cat\n")
+    (tmp_path / "link").symlink_to("p.txt")
+    (tmp_path / "hard").hardlink_to(tmp_path / "p.txt")
+    np.save(tmp_path / "v.npy", np.ones(16))
+    before = [(tmp_path / file).read_bytes() for file in ("p.txt", "v.npy")]
+    with pytest.raises(UserError, match=f"{flag} would overwrite .*, which --(prompts-file|steering-vector) reads"):
+        generate.main(["--workdir", str(runs_dir / "run"), "--prompts-file", str(tmp_path / "p.txt"), "--steering", "1",
+                       "--steering-vector", str(tmp_path / "v.npy"), flag, f"{tmp_path}/{name}"])
+    assert [(tmp_path / file).read_bytes() for file in ("p.txt", "v.npy")] == before
+
+
+def test_files_are_tried_without_a_trace(tmp_path):
+    (tmp_path / "link").symlink_to("later.jsonl")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "old").write_text("precious")
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for a reader
+    names = {path.name for path in tmp_path.iterdir()}
+    check_files({"--output": [tmp_path / "link"], "--html": [tmp_path / "old", tmp_path / "new"],
+                 "--trajectory": [tmp_path / "pipe"]}, {})
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (tmp_path / "old").read_text() == "precious"
+    with pytest.raises(UserError, match=r"--output: cannot write .*loop: "):
+        check_files({"--output": [tmp_path / "loop"]}, {})
+    with pytest.raises(UserError, match="--output and --html would write the same file"):
+        check_files({"--output": [tmp_path / "link"], "--html": [tmp_path / "later.jsonl"]}, {})
+
+
+def test_an_output_is_written_through_a_link(runs_dir, tmp_path):
+    (tmp_path / "link").symlink_to("later.jsonl")
+    generate.main(["--workdir", str(runs_dir / "run"), "--prompt", "the cat", "--output", str(tmp_path / "link")])
+    assert (tmp_path / "link").is_symlink()
+    assert rows(tmp_path / "later.jsonl")[0]["prompt"] == "the cat"
 
 
 def test_training_refuses_steering_without_a_direction_before_its_first_step(tmp_path):
