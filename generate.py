@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from tokmat_jax.arrays import open_npy
+from tokmat_jax.asked import counts
 from tokmat_jax.cli import parse, run_script
 from tokmat_jax.config import GenerationConfig, Profile, SteeringSchedule
 from tokmat_jax.errors import UserError
@@ -301,9 +302,7 @@ def opened(output: str | None) -> Iterator[TextIO | None]:
 
 def check(flags: Args) -> None:
     """Raises UserError for flags out of their range or without effect."""
-    if min(flags.num_samples, flags.batch_size) < 1 or not 0 <= flags.seed < 2**32:
-        raise UserError(f"--num-samples and --batch-size must be at least 1 and --seed in 0..2³²−1, found "
-                        f"{flags.num_samples}, {flags.batch_size} and {flags.seed}")
+    counts(flags.num_samples, flags.seed, flags.batch_size)
     if flags.compare and not (flags.show_tail or flags.html is not None):
         raise UserError("--compare shows samples beside each other: add --show-tail or --html FILE")
     if flags.keep_vectors and flags.trajectory is None:
