@@ -262,8 +262,8 @@ class Generator:
     def next_tokens(self, ids: Sequence[int]) -> list[int]:
         """The nearest token to the prediction behind every prefix of `ids` (at least one, at most all positions).
 
-        Committed vectors alone are read, as the baseline does; for a run with a tail that is K = 0. Raises UserError for
-        ids that are none, or too few or too many.
+        Committed vectors alone are read, as the baseline does; for a run with a tail that is K = 0. Raises UserError
+        for ids that are none, or too few or too many.
         """
         ids = ids_of("what is read", ids, self.tokenizer.vocab_size)
         whole_number("the number of ids", len(ids), 1, self.config.max_positions)
