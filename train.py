@@ -258,8 +258,8 @@ class Loop:
         settings = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens, room - length))
         for number in range(self.config.train.num_samples):
             ids = windows[number % len(windows)]["tokens"][:length].tolist()
-            prompt = self.corpus.tokenizer.decode(ids)
             moment = list(self.generator.stream(ids, settings))[-1]
+            prompt, _ = self.corpus.tokenizer.split(ids, moment.tokens)
             self.progress.print(tail_text(prompt, moment, self.corpus.tokenizer))
             out.write({"step": step, "prompt": prompt, "text": moment.text})
 

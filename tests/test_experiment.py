@@ -203,6 +203,13 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_is_not_done(place, t
     assert not stage.is_done()
 
 
+def test_a_logs_text_may_hold_what_unicode_calls_a_line_separator(tmp_path):
+    logged = experiment.Path("docs/experiments.jsonl").read_text(encoding="utf-8").split("\n")[0]
+    row = json.loads(logged) | {"note": "a\u2028b"}
+    (tmp_path / "log.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert experiment.read_log(tmp_path / "log.jsonl") == [row]
+
+
 def test_a_log_that_is_none_is_refused_before_anything_is_trained(place, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"experiment": "a", "seed": 0}\n')
     with pytest.raises(UserError, match="line 1 is no row of an experiment"):

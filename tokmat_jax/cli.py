@@ -1,8 +1,10 @@
 """The command line: typed flags from dataclasses, configs from files, and one clear line for a mistake."""
 
 import contextlib
+import dataclasses
 import difflib
 import io
+import itertools
 import logging
 import re
 import runpy
@@ -10,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import TypeVar, get_args, get_type_hints
 
 import tyro
 
@@ -59,21 +61,52 @@ def parse(
     prog: str | None = None,
 ) -> T:
     """Flags of the dataclass `kind`; raises UserError for an unknown flag (with the nearest) or a bad value."""
-    said = io.StringIO()
+    texts, said = _text_flags(kind), io.StringIO()
+    args = _joined(args, texts)
     start = tyro.MISSING_NONPROP if default is None else default
     try:
         with contextlib.redirect_stderr(said):
-            parsed, unknown = tyro.cli(kind, args=list(args), return_unknown_args=True, description=description,
+            parsed, unknown = tyro.cli(kind, args=args, return_unknown_args=True, description=description,
                                        default=start, prog=prog)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(_one_line(said.getvalue())) from None
+        message = _one_line(said.getvalue())
+        cures = [f"; for the text {word!r} write {flag}={word}" for flag, word in itertools.pairwise(args)
+                 if flag in texts and f"Missing value for argument '{flag}'" in message and word.startswith("-")]
+        raise UserError("".join([message, *cures[:1]])) from None
     if unknown:
         flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
         near = difflib.get_close_matches(flag, _flags(kind, default), 1, cutoff=0.5)
         raise UserError(f"unknown option {flag}" + (f"; nearest: {near[0]}" if near else "; see --help"))
     return parsed
+
+
+def _joined(args: Sequence[str], text_flags: set[str]) -> list[str]:
+    """`args` with `--flag=-text` for `--flag -text`, because a word of its own that begins with - counts as a flag.
+
+    Only what looks like one, such as --stream or -h, goes on doing so.
+    """
+    joined: list[str] = []
+    for word in args:
+        is_text = word.startswith("-") and not re.fullmatch(r"-h|--[a-z][\w.-]*(=.*)?", word, re.DOTALL)
+        if is_text and joined and joined[-1].replace("_", "-") in text_flags:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _text_flags(kind: type, prefix: str = "--") -> set[str]:
+    """The flags of the dataclass `kind` that take any text."""
+    found = set()
+    for name, hint in get_type_hints(kind).items():
+        flag = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            found |= _text_flags(hint, f"{flag}.")  # pyright: ignore[reportArgumentType]  (a type, no instance)
+        elif str in (hint, *get_args(hint), *itertools.chain(*map(get_args, get_args(hint)))):
+            found.add(flag)
+    return found
 
 
 def _flags(kind: type[T], default: T | None) -> list[str]:

@@ -232,7 +232,8 @@ def check_room(experiment: Experiment, config: Config, flags: Args) -> None:
 
 def validation(workdir: Path) -> dict[str, float]:
     """The last validation of a run, names without their prefix."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
     last = [row for row in rows if any(name.startswith("validation/") for name in row)][-1]
     return {name.removeprefix("validation/"): value for name, value in last.items() if name != "step"}
 
@@ -294,11 +295,13 @@ def append(row: dict[str, Any], path: Path) -> None:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The newest row of each experiment and seed in the log at `path`; raises UserError for a line that is no row."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--log: cannot read {path}: {error}") from None
     rows = {}
     for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
             row = json.loads(line)
             summary.table([row])
