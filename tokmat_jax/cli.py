@@ -3,13 +3,11 @@
 import contextlib
 import difflib
 import io
-import logging
 import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 import tyro
@@ -17,19 +15,23 @@ import tyro
 from tokmat_jax.config import Config
 from tokmat_jax.errors import UserError
 from tokmat_jax.init_from import adopt
+from tokmat_jax.output import logged_warnings, protect_output, warn_of_loss
 from tokmat_jax.workdir import load_config
 
 T = TypeVar("T")
 
 
 def run_script(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs `main` on the command line's arguments; a UserError becomes one line and exit code 2."""
-    # What the checkpoint library has to say to a user comes as an exception, too.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.excepthook = _shown
+    """Runs `main` on the command line's arguments; a UserError becomes one line and exit code 2.
+
+    Whatever becomes of standard output and standard error, `main` goes on (see `output.py`).
+    """
+    protect_output()
+    _hide_closed_loops()
     try:
-        main(sys.argv[1:])
+        with logged_warnings("absl"):  # where Orbax logs
+            main(sys.argv[1:])
+        warn_of_loss()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -38,10 +40,15 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(130)
 
 
-def _shown(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Shows an error of any thread, but not that the checkpoint library hung up on its own after a failure."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+def _hide_closed_loops() -> None:
+    """Hides one error that nobody can catch: after a save has failed, Orbax's other arrays end without their loop."""
+    show = sys.unraisablehook
+
+    def shown(ignored: "sys.UnraisableHookArgs") -> None:
+        if not (ignored.exc_type is RuntimeError and str(ignored.exc_value) == "Event loop is closed"):
+            show(ignored)
+
+    sys.unraisablehook = shown
 
 
 def parse(
