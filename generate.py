@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
@@ -21,8 +21,9 @@ from tokmat_jax.asked import counts
 from tokmat_jax.cli import parse, run_script
 from tokmat_jax.config import GenerationConfig, Profile, SteeringSchedule
 from tokmat_jax.errors import UserError, refusal
-from tokmat_jax.generator import Generator, Sample
+from tokmat_jax.generator import Generator, Moment, Sample
 from tokmat_jax.machine import use_compilation_cache
+from tokmat_jax.output import stop_unless_read
 from tokmat_jax.outputs import check_files, numbered, writing
 from tokmat_jax.view.replay import Run, replay
 from tokmat_jax.view.terminal import show_tails, stream_text, visible
@@ -254,11 +255,24 @@ class Writing:
     def _print(self, sample: Sample) -> None:
         several = self._total * len(self._variants) > 1
         print(visible(sample.prompt + sample.text) + ("\n---" if several else ""), flush=True)
+        self._check_reader()
+
+    def _check_reader(self) -> None:
+        """Ends the command if nobody reads what it prints, unless a file gets the samples too."""
+        flags = self._flags
+        if flags.output is None and flags.html is None and flags.trajectory is None:
+            stop_unless_read()
+
+    def _read(self, moments: Iterable[Moment]) -> Iterator[Moment]:
+        """`moments`, as long as somebody reads what is printed of them."""
+        for moment in moments:
+            yield moment
+            self._check_reader()
 
     def _watched(self, prompt: str, number: int) -> Iterator[tuple[Sample, GenerationConfig]]:
         """Shows a sample while it comes into being, beside what it is compared with."""
         generator, seed = self._generator, self._flags.seed
-        runs = [(title, generator.stream(prompt, settings, number, seed, self._direction))
+        runs = [(title, self._read(generator.stream(prompt, settings, number, seed, self._direction)))
                 for title, settings in self._variants]
         if self._flags.show_tail:
             seen = show_tails(prompt, runs, generator.tokenizer)

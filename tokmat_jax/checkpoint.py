@@ -41,6 +41,22 @@ _MACHINE = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_
 """What errors say that do not come from what a file holds."""
 
 
+_RAISED_TOO = ("_SignalingThread.run() raised an exception", "Save Finalize thread", "Checkpointer failed",
+               "Failed to write metadata", "Failed to update metadata", "Failed to run")
+"""Errors that Orbax logs with their tracebacks and raises as well; a save that fails brings up to ten of them."""
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether what Orbax, or its event loop, logs is more than the exception that reaches us and becomes a line."""
+    if record.name == "asyncio":  # after a save or a read has failed, the other arrays fail too
+        return "exception was never retrieved" not in record.getMessage()
+    return not (record.exc_info and any(words in str(record.msg) for words in _RAISED_TOO))
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_news)
+
+
 class _DamageError(Exception):
     """What is wrong with the files of a checkpoint."""
 
@@ -366,15 +382,12 @@ def _innermost(error: Exception) -> str:
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
     """Without those of threads and futures, which Python would print for each array that cannot be read."""
-    hooks, logger = (sys.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
-    level = logger.level
+    hooks = sys.excepthook, sys.unraisablehook
     sys.excepthook = sys.unraisablehook = lambda *_: None
-    logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
         sys.excepthook, sys.unraisablehook = hooks
-        logger.setLevel(level)
 
 
 def _raise_everywhere(said: str | None) -> None:

@@ -5,13 +5,11 @@ import dataclasses
 import difflib
 import io
 import itertools
-import logging
 import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar, get_args, get_type_hints
 
 import tyro
@@ -20,23 +18,27 @@ from tokmat_jax.config import Config
 from tokmat_jax.errors import UserError, one_line, shown
 from tokmat_jax.init_from import adopt
 from tokmat_jax.machine import settle_jax
+from tokmat_jax.output import logged_warnings, protect_output, warn_of_loss
 from tokmat_jax.workdir import CONFIG, load_config
 
 T = TypeVar("T")
 
 
 def run_script(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs `main` on the command line's arguments; a UserError becomes one line and exit code 2."""
-    # What the checkpoint library has to say to a user comes as an exception, too.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.excepthook = _shown
+    """Runs `main` on the command line's arguments; a UserError becomes one line and exit code 2.
+
+    Whatever becomes of standard output and standard error, `main` goes on (see `output.py`).
+    """
+    protect_output()
+    _hide_closed_loops()
     try:
         for word in sys.argv[1:]:
             if any("\ud800" <= character <= "\udfff" for character in word):
                 raise UserError(f"{shown(word)} is no UTF-8 text, which it must be: rename that file or folder")
         settle_jax()
-        main(sys.argv[1:])
+        with logged_warnings("absl"):  # where Orbax logs
+            main(sys.argv[1:])
+        warn_of_loss()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -50,10 +52,15 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(130)
 
 
-def _shown(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Shows an error of any thread, but not that the checkpoint library hung up on its own after a failure."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+def _hide_closed_loops() -> None:
+    """Hides one error that nobody can catch: after a save has failed, Orbax's other arrays end without their loop."""
+    show = sys.unraisablehook
+
+    def shown(ignored: "sys.UnraisableHookArgs") -> None:
+        if not (ignored.exc_type is RuntimeError and str(ignored.exc_value) == "Event loop is closed"):
+            show(ignored)
+
+    sys.unraisablehook = shown
 
 
 def parse(

@@ -23,6 +23,7 @@ from tokmat_jax.cli import parse, parse_config, run_script
 from tokmat_jax.data.loader import train_batches
 from tokmat_jax.data.prepare import corpus_of_run, prepare
 from tokmat_jax.errors import UserError
+from tokmat_jax.output import stop_unless_read
 from tokmat_jax.view.terminal import visible
 from tokmat_jax.workdir import load_config
 
@@ -93,6 +94,7 @@ def run_batch(args: Sequence[str]) -> None:
     for number, ids in enumerate(next(batches), 1):
         print(f"--- batch {asked.position}, window {number} of {config.train.batch_size}")
         print(visible(corpus.tokenizer.decode(ids.tolist())))
+        stop_unless_read()
 
 
 def main(args: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tokmat_jax.config import TokenizerConfig
 from tokmat_jax.errors import UserError, one_line, shown
+from tokmat_jax.output import without_torch_notice
 from tokmat_jax.workdir import TOKENIZER
 
 END_OF_TEXT = "<|endoftext|>"
@@ -173,7 +174,8 @@ def hugging_face(name: str) -> Tokenizer:
 
     Raises UserError where it cannot be loaded or knows no end-of-text.
     """
-    from transformers import AutoTokenizer
+    with without_torch_notice():
+        from transformers import AutoTokenizer
 
     with _refused(f"cannot load the tokenizer {name!r}"):
         loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -39,6 +39,7 @@ from tokmat_jax.hf.files import Safetensors, Stored, find_source, write_safetens
 from tokmat_jax.hf.gguf_file import Gguf
 from tokmat_jax.keys import seed_key
 from tokmat_jax.model import Params, conditioning_of_committed
+from tokmat_jax.output import without_torch_notice
 from tokmat_jax.plain_path import plain_path
 from tokmat_jax.sharding import path_name
 from tokmat_jax.train_step import init_params
@@ -129,7 +130,8 @@ def import_weights(source: str, out: Path) -> Imported:
 
 
 def _open_folder(folder: Path, out: Path) -> _Source:
-    from transformers import AutoConfig
+    with without_torch_notice():
+        from transformers import AutoConfig
 
     facts = read_json(folder / "config.json")
     _check_model_type(facts.get("model_type"), folder / "config.json")
@@ -430,7 +432,8 @@ def _autoregressive_view(config: Config, flat: Flat) -> tuple[Flat, bool]:
 def _write_settings(
     folder: Path, model_type: str, config: Config, tokenizer: Tokenizer, tied: bool, dtype: str
 ) -> None:
-    from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
+    with without_torch_notice():
+        from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
     fields = families.write_settings(model_type, config, tokenizer.vocab_size, tied, dtype)
     begin = tokenizer.prefix[0] if tokenizer.prefix else None
