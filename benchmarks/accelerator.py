@@ -50,6 +50,7 @@ from tokmat_jax.config import (
 )
 from tokmat_jax.distributed.mesh import make_mesh, put_rows, put_whole
 from tokmat_jax.errors import UserError
+from tokmat_jax.keys import seed_key
 from tokmat_jax.training.step import make_train_functions
 from tokmat_jax.training.throughput import flops_per_token, matrix_weights
 
@@ -114,7 +115,7 @@ def matmul_peak(sizes: Sequence[int], rounds: int, count: int = 20) -> dict[str,
     multiply = jax.jit(jnp.matmul)
     works = {}
     for size in sizes:
-        square = jax.random.normal(jax.random.key(size), (size, size), jnp.bfloat16)
+        square = jax.random.normal(seed_key(size), (size, size), jnp.bfloat16)
         works[str(size)] = repeated(lambda square=square: multiply(square, square), count)
     found = take_turns(works, rounds)
     rates = {name: 2.0 * int(name) ** 3 * count / median(found, name) for name in works}
@@ -148,7 +149,7 @@ def training(config: Config, vocab_size: int, steps: int) -> Callable[[], None]:
     ids = np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.int32)
     with jax.set_mesh(mesh):
         functions = make_train_functions(config, vocab_size, mesh)
-        held = [functions.init(jax.random.key(0))]
+        held = [functions.init(seed_key(0))]
         batch = put_rows(ids, rows, config.train.batch_size, mesh)
         unigram = put_whole(np.full(vocab_size, 1 / vocab_size, np.float32), mesh)
 

@@ -21,6 +21,7 @@ from tokmat_jax.config import Config
 from tokmat_jax.data.corpus import Corpus, prepare
 from tokmat_jax.data.loader import train_batches
 from tokmat_jax.distributed.mesh import make_mesh, process_rows, put_rows, put_whole
+from tokmat_jax.keys import seed_key
 from tokmat_jax.training.step import make_train_functions
 
 AIM = 20.0
@@ -60,7 +61,7 @@ def training(config: Config, corpus: Corpus, count: int) -> Callable[[], None]:
     with jax.set_mesh(mesh):
         batch, unigram = put_rows(ids, rows, config.train.batch_size, mesh), put_whole(corpus.unigram(), mesh)
         functions = make_train_functions(config, corpus.tokenizer.vocab_size, mesh)
-        held = [functions.init(jax.random.key(config.train.seed))]
+        held = [functions.init(seed_key(config.train.seed))]
 
     def work() -> None:
         state = held.pop()

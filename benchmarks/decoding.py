@@ -30,6 +30,7 @@ from tokmat_jax.config import Config, DataConfig, GenerationConfig, ModelConfig
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.generation.reference import generate_by_reference
 from tokmat_jax.generation.requests import make_batch, sample_key
+from tokmat_jax.keys import seed_key
 from tokmat_jax.method.table import look_up
 from tokmat_jax.method.tail import Tail
 from tokmat_jax.model.attention import history_mask
@@ -84,7 +85,7 @@ class Numbers:
 
 def make_generator(config: Config, vocab_size: int) -> Generator:
     """A Generator with random weights, whose blocks stand apart as those of a run do."""
-    params = jax.jit(lambda key: init_params(key, config, vocab_size))(jax.random.key(0))
+    params = jax.jit(lambda key: init_params(key, config, vocab_size))(seed_key(0))
     params["backbone"] = jax.jit(apart)(params["backbone"])
     return Generator(config, params, Numbers(vocab_size))  # pyright: ignore[reportArgumentType]
 

@@ -28,6 +28,7 @@ from tokmat_jax.commands.flags import parse, run_script
 from tokmat_jax.config import Config, DataConfig, GenerationConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from tokmat_jax.distributed.mesh import make_mesh
 from tokmat_jax.errors import UserError
+from tokmat_jax.keys import seed_key
 from tokmat_jax.training.step import make_train_functions
 
 DEVICES = (1, 2, 4, 8)
@@ -130,7 +131,7 @@ def train_here(config: Config, vocab_size: int, steps: int) -> dict[str, Any]:
     losses = []
     with jax.set_mesh(mesh):
         functions = make_train_functions(config, vocab_size, mesh)
-        state = functions.init(jax.random.key(0))
+        state = functions.init(seed_key(0))
         for _ in range(steps):
             ids = rng.integers(0, vocab_size, (config.train.batch_size, config.data.seq_len)).astype(np.int32)
             state, metrics = functions.step(state, ids, unigram)

@@ -10,13 +10,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tokmat_jax.commands.flags import parse, run_script
 from tokmat_jax.config import GenerationConfig
-from tokmat_jax.data.corpus import prepare
+from tokmat_jax.data.corpus import corpus_of_run
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import scores
 from tokmat_jax.evaluation.judge import Judge
@@ -74,7 +75,8 @@ def card(workdir: str, judge: Judge, flags: Args) -> dict[str, Any]:
     run = Generator.from_workdir(workdir)
     if run.is_autoregressive:
         raise UserError(f"--workdirs: {workdir} is an autoregressive baseline, it has no tail")
-    prompts = prompts_of(prepare(run.config), run.config, flags.num_prompts, flags.prompt_tokens, flags.max_new_tokens)
+    prompts = prompts_of(corpus_of_run(run.config, Path(workdir)), run.config, flags.num_prompts, flags.prompt_tokens,
+                         flags.max_new_tokens)
     print(f"\n{workdir}: {len(prompts.ids)} prompts, {flags.max_new_tokens} tokens each")
     result: dict[str, Any] = {"workdir": workdir, "curves": {}, "foreseen": {}}
     for curve in dict.fromkeys(method.curve for method in stable_methods()):

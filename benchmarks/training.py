@@ -16,6 +16,7 @@ import numpy as np
 from side_by_side import alternate, machine, print_ratio, ratio, serve
 
 from tokmat_jax.commands.flags import parse, run_script
+from tokmat_jax.keys import seed_key
 
 NAMES = ("maturation", "ar", "torch")
 
@@ -60,7 +61,7 @@ def ours(flags: Args, kind: Any) -> Callable[[], float]:
     unigram = np.full(flags.vocab_size, 1 / flags.vocab_size, np.float32)
     with jax.set_mesh(mesh):
         functions = make_train_functions(config, flags.vocab_size, mesh)
-        held = [functions.init(jax.random.key(0))]
+        held = [functions.init(seed_key(0))]
 
     def step() -> float:
         with jax.set_mesh(mesh):

@@ -39,7 +39,7 @@ from tokmat_jax.generation.trajectory import Trajectory, load_trajectory
 from tokmat_jax.hf.convert import import_weights
 from tokmat_jax.hf.files import Safetensors
 from tokmat_jax.hf.gguf_file import Gguf
-from tokmat_jax.storage.workdir import keep_corpus, load_config, save_config
+from tokmat_jax.storage.workdir import known_corpus, load_config, save_config
 
 FEW, MANY = 200, 10_000
 SECONDS = 5.0
@@ -352,7 +352,7 @@ READERS = {
     "checkpoint's config": Reader("config.json", checkpoint, read_checkpoint),
     "run's config": Reader("config.json", run_config, load_config),
     "run's corpus": Reader("corpus.json", lambda folder: [b'{"fingerprint": "abc", "tokens": 3}'],
-                           lambda folder: keep_corpus({"fingerprint": "abc"}, folder)),
+                           known_corpus),
     "tokenizer": Reader("tokenizer.json", fast_tokenizer, lambda folder: use_tokenizer(load_tokenizer(folder))),
     "tokenizer's facts": Reader("tokenizer_meta.json", tokenizer_facts,
                                 lambda folder: use_tokenizer(load_tokenizer(folder))),

@@ -1,5 +1,7 @@
 """Mistakes that a user can mend."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 
@@ -21,6 +23,16 @@ def one_line(error: Exception | str) -> str:
     """
     text = " ".join(str(error).split()) or type(error).__name__
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:300])[:300]
+
+
+def refusal(error: OSError, what: str, place: Path) -> UserError:
+    """What the system refused: `what`, unless the `error` names a file that is neither `place` nor below it."""
+    reason = error.strerror or one_line(error)
+    if isinstance(error.filename, str | bytes | os.PathLike):
+        found = Path(os.path.abspath(os.fsdecode(error.filename)))
+        if not found.is_relative_to(os.path.abspath(place)):
+            return UserError(f"{one_line(str(found))}: {reason}")
+    return UserError(f"{what}: {reason}")
 
 
 def shown(value: Any) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tokmat_jax.commands import flags as cli
-from tokmat_jax.config import Config
+from tokmat_jax.commands import generate
+from tokmat_jax.config import Config, DataConfig
 from tokmat_jax.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -47,6 +48,32 @@ def test_a_file_gives_the_start_and_flags_the_rest(tmp_path):
 ])
 def test_a_mistake_is_one_line_that_names_it(args, says):
     assert says in complaint(args)
+
+
+@pytest.mark.parametrize(("args", "field", "value"), [
+    (["--prompt", "-hello"], "prompt", ("-hello",)), (["--prompt=-hello", "--prompt", "-"], "prompt", ("-hello", "-")),
+    (["--prompt", "--hello there", "--seed", "3"], "prompt", ("--hello there",)),
+    (["--prompt=--stream"], "prompt", ("--stream",)), (["--prompt", "--"], "prompt", ("--",)),
+    (["--steering-words", "-a", "b"], "steering_words", ("-a", "b")), (["--compare", "-a=b"], "compare", ("-a=b",)),
+    (["--steering_words", "-5"], "steering_words", ("-5",)), (["--output", "-o.jsonl"], "output", "-o.jsonl"),
+    (["--data.separator", "---"], "data", DataConfig(separator="---")),
+])
+def test_a_text_may_begin_with_what_flags_begin_with(args, field, value):
+    parsed = cli.parse(Config, args) if field == "data" else cli.parse(generate.Args, ["--workdir", "x", *args])
+    assert getattr(parsed, field) == value
+
+
+@pytest.mark.parametrize(("args", "says"), [
+    (["--prompt", "--stream"], "for the text '--stream' write --prompt=--stream"),
+    (["--prompt", "--seed=3"], "for the text '--seed=3' write --prompt=--seed=3"),
+    (["--seed", "--prompt", "x"], "Missing value for argument '--seed'. Expected 1 values."),
+    (["--prompt", "x", "--stream", "-x"], "unknown option -x"), (["--prompt"], "Expected 1 values."),
+])
+def test_a_text_that_is_taken_for_a_flag_is_told_how_to_be_one(args, says):
+    with pytest.raises(UserError) as caught:
+        cli.parse(generate.Args, ["--workdir", "x", *args])
+    assert says in str(caught.value)
+    assert str(caught.value).endswith(says) or says.startswith("unknown")
 
 
 @pytest.mark.parametrize("environment", [{"FORCE_COLOR": "1"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}], ids=str)
@@ -95,6 +122,7 @@ def test_every_field_says_what_it_is():
                 assert said, f"{section.name}.{ast.unparse(field.target)}"
 
 
+@pytest.mark.usefixtures("optax_promotion")
 def test_a_user_error_is_one_line_and_exit_code_2(capsys):
     def main(args):
         raise UserError("the thing is wrong")

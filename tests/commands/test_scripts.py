@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -14,8 +16,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 import runs
+import spelling
 from tokmat_jax.commands import flags as cli
 from tokmat_jax.commands import generate
+from tokmat_jax.commands.outputs import check_files
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.generation.trajectory import load_trajectory
@@ -165,8 +169,6 @@ def test_the_longest_tail_that_fits_can_be_sampled_in_training(tmp_path):
 # Orbax leaves futures behind when a read fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_named_with_the_one_before(runs_dir, tmp_path):
-    import shutil
-
     shutil.copytree(runs_dir / "run", tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints" / "6" / "params").rglob("*"):
         if path.is_file() and path.parent.name == "d":
@@ -226,6 +228,30 @@ def test_stream_and_show_tail_show_the_same_text(runs_dir, tmp_path, capsys):
     assert plain.strip() in tail
 
 
+def test_every_way_to_see_a_sample_tells_one_text(runs_dir, tmp_path, capsys):
+    # With SentencePiece's decoder the text of some ids is not that of the same ids after others.
+    folder, tokenizer = tmp_path / "run", spelling.sentencepiece(290)
+    shutil.copytree(runs_dir / "run", folder)
+    tokenizer.save(folder / "tokenizer")
+    generator, [cat] = Generator.from_workdir(folder), tokenizer.encode("cat")
+    np.save(tmp_path / "cat.npy", np.asarray(generator.vocabulary.table[cat]))
+    for steering, seed in ((20, 0), (0, 1), (0, 2)):
+        flags = ["--workdir", folder, "--prompt", "the", "--seed", seed, "--tail-noise", 3, "--steering", steering,
+                 "--steering-vector", tmp_path / "cat.npy"]
+        plain = generated(capsys, *flags, "--output", tmp_path / "plain.jsonl").out
+        [row] = rows(tmp_path / "plain.jsonl")
+        whole = tokenizer.decode([*tokenizer.prefix, *tokenizer.encode("the"), *row["tokens"]])
+        assert row["prompt"] + row["text"] == whole
+        assert steering == 0 or whole == "the" + 8 * " cat"
+        assert plain == visible(whole) + "\n"
+        assert generated(capsys, *flags, "--stream", "--html", tmp_path / "page.html").out == plain
+        found = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "page.html").read_text())[1])["runs"][0]
+        assert found["prompt"] + "".join(found["text"]) == visible(whole)
+        shown = generated(capsys, *flags, "--show-tail", "--output", tmp_path / "shown.jsonl").out
+        assert visible(whole) + "│" in shown
+        assert rows(tmp_path / "shown.jsonl")[0]["text"] == row["text"]
+
+
 def test_two_settings_beside_each_other_are_the_samples_of_both(runs_dir, tmp_path, capsys):
     arguments = ["--workdir", runs_dir / "run", "--prompt", "the cat", "--rate", "0.9", "0.7", "0.5", "0.3"]
     shown = generated(capsys, *arguments, "--show-tail", "--compare", "guidance-scale=3", "tail-noise=2",
@@ -276,9 +302,15 @@ def test_a_steering_vector_from_a_file_is_the_words(runs_dir, tmp_path, capsys):
         capsys, *arguments, "--steering-vector", tmp_path / "v.npy").out
 
 
-def test_prompts_come_from_json_lines_too(runs_dir, tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": ""}\n{"prompt": "a\\nb"}\n')
-    assert generate.read_prompts(generate.Args(workdir="x", prompts_file=str(tmp_path / "p.jsonl"))) == ["", "a\nb"]
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(("name", "write"), [("p.txt", str), ("p.jsonl", lambda prompt: json.dumps(
+    {"prompt": prompt}, ensure_ascii=False))])
+def test_a_prompt_holds_whatever_does_not_end_its_line(name, write, end, tmp_path):
+    # str.splitlines() splits at all of these.
+    prompts = [f"a{sign}b" for sign in "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"]
+    prompts += ["", "a\nb"] if name == "p.jsonl" else []
+    (tmp_path / name).write_bytes("".join(write(prompt) + end for prompt in prompts).encode())
+    assert generate.read_prompts(generate.Args(workdir="x", prompts_file=str(tmp_path / name))) == prompts
 
 
 @pytest.mark.parametrize(("args", "says"), [
@@ -287,9 +319,9 @@ def test_prompts_come_from_json_lines_too(runs_dir, tmp_path):
     (["--prompt", "x", "--max-maturity", "1.5"], "must lie in [0, 1]"),
     (["--prompt", "x", "--max-new-tokens", "99"], "needs 104 positions, the model has 48"),
     (["--prompt", "x", "--stream", "--prompt", "the cat " * 30], "prompt 2 has"),
-    (["--prompt", "x", "--seed", str(2**32)], "--seed in 0..2³²−1"),
+    (["--prompt", "x", "--seed", str(2**32)], "seed must lie in 0..4294967295, found 4294967296"),
     (["--prompt", "x", "--guidance-scale", "nan"], "guidance_scale must be a finite number, found nan"),
-    (["--prompt", "x", "--num-samples", "0"], "--num-samples and --batch-size must be at least 1"),
+    (["--prompt", "x", "--num-samples", "0"], "num_samples must be at least 1, found 0"),
     (["--prompt", "x", "--output", "/nowhere/x.jsonl"], "cannot write"),
     (["--prompts-file", "/nowhere"], "cannot read"),
     (["--prompt", "\udcff"], "prompt 1 is not valid Unicode"),
@@ -349,6 +381,44 @@ def test_a_refused_command_leaves_the_files_of_an_earlier_one(runs_dir, tmp_path
     assert (tmp_path / "out.jsonl").read_text() == "precious"
 
 
+@pytest.mark.parametrize("flag", ["--output", "--html", "--trajectory"])
+@pytest.mark.parametrize("name", ["p.txt", "./sub/../p.txt", "link", "hard", "v.npy"])
+def test_what_a_command_reads_is_not_overwritten(runs_dir, tmp_path, flag, name):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "p.txt").write_text("the cat\n")
+    (tmp_path / "link").symlink_to("p.txt")
+    (tmp_path / "hard").hardlink_to(tmp_path / "p.txt")
+    np.save(tmp_path / "v.npy", np.ones(16))
+    before = [(tmp_path / file).read_bytes() for file in ("p.txt", "v.npy")]
+    with pytest.raises(UserError, match=f"{flag} would overwrite .*, which --(prompts-file|steering-vector) reads"):
+        generate.main(["--workdir", str(runs_dir / "run"), "--prompts-file", str(tmp_path / "p.txt"), "--steering", "1",
+                       "--steering-vector", str(tmp_path / "v.npy"), flag, f"{tmp_path}/{name}"])
+    assert [(tmp_path / file).read_bytes() for file in ("p.txt", "v.npy")] == before
+
+
+def test_files_are_tried_without_a_trace(tmp_path):
+    (tmp_path / "link").symlink_to("later.jsonl")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "old").write_text("precious")
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for a reader
+    names = {path.name for path in tmp_path.iterdir()}
+    check_files({"--output": [tmp_path / "link"], "--html": [tmp_path / "old", tmp_path / "new"],
+                 "--trajectory": [tmp_path / "pipe"]}, {})
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (tmp_path / "old").read_text() == "precious"
+    with pytest.raises(UserError, match=r"--output: cannot write .*loop: "):
+        check_files({"--output": [tmp_path / "loop"]}, {})
+    with pytest.raises(UserError, match="--output and --html would write the same file"):
+        check_files({"--output": [tmp_path / "link"], "--html": [tmp_path / "later.jsonl"]}, {})
+
+
+def test_an_output_is_written_through_a_link(runs_dir, tmp_path):
+    (tmp_path / "link").symlink_to("later.jsonl")
+    generate.main(["--workdir", str(runs_dir / "run"), "--prompt", "the cat", "--output", str(tmp_path / "link")])
+    assert (tmp_path / "link").is_symlink()
+    assert rows(tmp_path / "later.jsonl")[0]["prompt"] == "the cat"
+
+
 def test_training_refuses_steering_without_a_direction_before_its_first_step(tmp_path):
     runs.write_corpus(tmp_path)
     with pytest.raises(UserError, match=r"generation\.steering needs a direction"):
@@ -365,8 +435,6 @@ def test_a_longer_tail_than_trained_is_noted_and_the_baseline_has_none(runs_dir,
 
 
 def test_a_workdir_without_a_checkpoint_or_with_another_model_says_so(runs_dir, tmp_path):
-    import shutil
-
     with pytest.raises(UserError, match="is no run"):
         generate.main(["--workdir", str(tmp_path), "--prompt", "x"])
     shutil.copytree(runs_dir / "run", tmp_path / "run")

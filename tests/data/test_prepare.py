@@ -1,9 +1,11 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_prepare_parallel import left
 
 from tokmat_jax.config import Config, DataConfig, TokenizerConfig
 from tokmat_jax.data import corpus as prepare
@@ -79,11 +81,11 @@ def test_an_interrupted_preparation_leaves_no_corpus_and_is_gone_on_with(tmp_pat
         patch.setattr(prepare, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare.prepare(config)
-    assert [path.name.split("-")[0] for path in (tmp_path / "prepared").iterdir()] == ["unfinished"]
+    assert [path.name.split("-")[0] for path in left(tmp_path / "prepared")] == ["unfinished"]
     monkeypatch.setattr(prepare, "_tokenise_unit", forbidden)
     corpus = prepare.prepare(config)
     assert corpus.facts["documents"] == 40
-    assert list((tmp_path / "prepared").iterdir()) == [corpus.folder]
+    assert left(tmp_path / "prepared") == [corpus.folder]
     assert {path.name for path in corpus.folder.iterdir()} == {"corpus.json", "tokenizer", "unigram.npy", "windows"}
 
 
@@ -117,11 +119,29 @@ def test_a_damaged_corpus_is_named(tmp_path):
         prepare.prepare(config)
 
 
+@pytest.mark.parametrize(("source", "settings", "says"), [
+    ("a.jsonl", {}, "note: 20 of 60 records have null for their text: passed over\n"),
+    ("corpus.txt", {"separator": "\\n\\n"}, "note: data.separator '\\\\n\\\\n' occurs in no file, each is one "
+                                            "document; in a shell a line's end is $'\\n', with the dollar\n"),
+    ("corpus.txt", {}, ""),
+])
+def test_what_may_not_have_been_meant_is_said(tmp_path, capsys, source, settings, says):
+    (tmp_path / "a.jsonl").write_text("".join(
+        json.dumps({"text": None}) * (index % 2) + "\n" + json.dumps({"text": text}) + "\n"
+        for index, text in enumerate(texts(40))))
+    config = config_for(tmp_path, texts(40), holdout=0.2)
+    data = dataclasses.replace(config.data, source=f"files:{tmp_path}/{source}", **settings)
+    corpus = prepare.prepare(dataclasses.replace(config, data=data))
+    said = capsys.readouterr().err
+    assert "".join(line + "\n" for line in said.splitlines() if line.startswith("note")) == says
+    assert corpus.facts["nulls"] == (20 if "null" in says else 0)
+
+
 @pytest.mark.parametrize("text", ["short", "x" * 30])
 def test_a_corpus_shorter_than_two_windows_is_refused(tmp_path, text):
     with pytest.raises(UserError, match=r"fewer than two windows of 16"):
         prepare.prepare(config_for(tmp_path, [text]))
-    assert list((tmp_path / "prepared").iterdir()) == []
+    assert left(tmp_path / "prepared") == []
 
 
 @given(st.text(), st.floats(0.01, 0.5), st.floats(0.01, 0.5))

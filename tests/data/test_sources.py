@@ -1,7 +1,11 @@
 import bz2
+import codecs
 import gzip
+import io
 import json
 import lzma
+import re
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -85,6 +89,54 @@ def test_globs_come_sorted_and_in_the_order_given(tmp_path):
     assert read(f"files:{tmp_path}/b*.txt,{tmp_path}/a.txt") == ["b0", "b1", "a"]
 
 
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """Files of one document, their path, below the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "x/b.txt", "x/y/c.txt", "x/.hidden/d.txt", "data[1].txt", "data1.txt", "e,f.txt", "g*.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "x" / "y" / "up").symlink_to("..")
+    (tmp_path / "x" / "y" / "back").symlink_to("../y")
+    (tmp_path / "linked").symlink_to("x/y")
+    (tmp_path / "again.txt").symlink_to("a.txt")
+    (tmp_path / "gone").mkdir()
+    for place in ("gone", "x"):
+        (tmp_path / place / "lost.md").symlink_to("/nowhere/lost.md")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("patterns", "found"), [
+    ("a.txt,x/../a.txt,again.txt,a.*", ["a.txt"]),
+    ("x/**/*.txt", ["x/b.txt", "x/y/c.txt"]),
+    ("./**/[bc].txt,{here}/x/b.txt", ["x/y/c.txt", "x/b.txt"]),
+    ("linked/**/c.txt,linked/*", ["x/y/c.txt"]),
+    ("x/.hidden/*", ["x/.hidden/d.txt"]),
+    ("data[1].txt", ["data[1].txt"]),
+    ("data[0-9].txt", ["data1.txt"]),
+    ("data[[]*", ["data[1].txt"]),
+    ("e,f.txt", ["e,f.txt"]),
+    ("a.txt,e,f.txt,g*.txt", ["a.txt", "e,f.txt", "g*.txt"]),
+    ("e[,]*.txt,data?.txt", ["e,f.txt", "data1.txt"]),
+    ("x/*.md", "x/lost.md is a link to /nowhere/lost.md, which does not exist"),
+    ("gone/lost.md", "gone/lost.md is a link to /nowhere/lost.md, which does not exist"),
+    ("**/*.md", "lost.md is a link to /nowhere/lost.md"),
+    ("x", "'x' is a folder: name the files in it, as in x/*.txt"),
+    ("/dev/null", "/dev/null is no regular file"),
+    ("a.txt,nothing*", "no file matches 'nothing*'"),
+    ("a.txt/b,,", "no file matches 'a.txt/b'"),
+    ("a\0b", "data.source: "),
+])
+def test_a_source_names_every_file_once_or_says_what_it_cannot_find(tree, patterns, found):
+    patterns = patterns.format(here=tree)
+    if isinstance(found, list):
+        assert read(f"files:{patterns}") == found
+    else:
+        with pytest.raises(UserError, match=re.escape(found)) as caught:
+            read(f"files:{patterns}")
+        assert str(caught.value).isprintable()
+
+
 def test_several_field_types_of_a_tfds_folder(tmp_path, monkeypatch):
     import numpy as np
     import tensorflow_datasets as tfds
@@ -113,20 +165,42 @@ def test_several_field_types_of_a_tfds_folder(tmp_path, monkeypatch):
         read(f"tfds:{builder.data_dir}#nope")
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="<")), min_size=1, max_size=6),
-       st.integers(1, 9))
-def test_chunks_never_cut_a_separator_or_a_character(tmp_path_factory, texts, chunk):
+@pytest.mark.parametrize(("separator", "written"), [
+    ("<|endoftext|>", "<|endoftext|>"), ("\n\n", "\r\n\r\n"), ("\n--\n", "\n--\r\n"), ("\r\n-", "\r\n-")])
+@given(texts=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="<\r\n-\0")), min_size=1, max_size=6),
+       chunk=st.integers(1, 9))
+def test_chunks_never_cut_a_separator_or_a_character(tmp_path_factory, separator, written, texts, chunk):
     path = tmp_path_factory.mktemp("chunks") / "a.txt"
-    path.write_bytes("<|endoftext|>".join(texts).encode())
+    path.write_bytes(written.join(texts).encode())
     original, sources._CHUNK = sources._CHUNK, chunk
     try:
-        want = [text.strip() for text in texts if text.strip()]
-        # A byte-order mark at the very start is not text.
-        if texts[0].startswith("\N{ZERO WIDTH NO-BREAK SPACE}"):
-            want = [text.strip() for text in [texts[0][1:], *texts[1:]] if text.strip()]
-        assert path.stat().st_size == 0 or read(f"files:{path}") == want
+        # A byte-order mark is no text, wherever it is.
+        want = [text for text in (text.replace("\ufeff", "").strip() for text in texts) if text]
+        assert path.stat().st_size == 0 or read(f"files:{path}", separator=separator) == want
     finally:
         sources._CHUNK = original
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.txt", b"<|endoftext|>".join(codecs.BOM_UTF8 + text.encode() for text in TEXTS)),
+    ("a.jsonl", b"".join(codecs.BOM_UTF8 + json.dumps({"text": text}).encode() + b"\r\n" for text in TEXTS)),
+    ("a.jsonl", b"".join(json.dumps({"text": f" \ufeff{text}"}).encode() + b"\n" for text in TEXTS)),
+])
+def test_a_byte_order_mark_is_no_text_in_files_that_were_joined_either(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert read(f"files:{tmp_path}/{name}") == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_records_with_null_for_their_text_are_passed_over_and_counted(tmp_path, name):
+    rows = [None, *TEXTS, None]
+    if name == "a.jsonl":
+        (tmp_path / name).write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pa.table({"text": rows}), tmp_path / name)
+    tally = sources.Tally()
+    assert list(sources.documents(DataConfig(source=f"files:{tmp_path}/{name}"), tally=tally)) == TEXTS
+    assert tally.nulls == 2
 
 
 def complaint(name, content, tmp_path, **fields):
@@ -150,6 +224,18 @@ def test_a_file_that_is_not_utf8_is_named_with_the_byte(tmp_path):
         sources._CHUNK = sources_chunk
 
 
+def tar(content):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        entry = tarfile.TarInfo("a.txt")
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+    return stream.getvalue()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n"
+
+
 @pytest.mark.parametrize(("name", "content", "says"), [
     ("a.txt", b"", "is empty"),
     ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', r"line 2 has no field 'text', found: txt"),
@@ -162,6 +248,21 @@ def test_a_file_that_is_not_utf8_is_named_with_the_byte(tmp_path):
     ("a.txt.gz", gzip.compress(b"hello")[:-4], "cannot be read"),
     ("a.txt.xz", b"no xz at all", "cannot be read"),
     ("a.txt.zst", b"no zst at all", "cannot be read"),
+    ("a.txt", gzip.compress(b"hello"), "is compressed: let its name end in .gz"),
+    ("a.jsonl", zstandard.ZstdCompressor().compress(b"hello"), "is compressed: let its name end in .zst"),
+    ("a.txt", bz2.compress(b"hello"), "is compressed: let its name end in .bz2"),
+    ("a.txt.gz", gzip.compress(lzma.compress(b"hello")), "is compressed twice: unpack the outer .gz"),
+    ("a.tar.gz", gzip.compress(tar(b"hello")), "holds a tar archive: unpack it"),
+    ("a.tgz", gzip.compress(tar(b"hello")), "is a tar archive: unpack it"),
+    ("a.txt", tar(b"hello"), "is a tar archive: unpack it"),
+    ("a.txt", b"PK\3\4and more", "is a zip archive: unpack it"),
+    ("a.txt", b"%PDF-1.4", "is a PDF document"),
+    ("a.txt", "hello".encode("utf-16"), "is UTF-16, not UTF-8: convert it"),
+    ("a.txt", "hello".encode("utf-16-le"), "5 of its first 10 bytes are zero; convert it if it is UTF-16"),
+    ("a.txt", LFS, "is a git-LFS pointer, not the file itself: run git lfs pull"),
+    ("a.parquet", LFS, "is a git-LFS pointer, not the file itself: run git lfs pull"),
+    ("a.jsonl.gz", LFS, "is a git-LFS pointer, not the file itself: run git lfs pull"),
+    ("a.jsonl", b"\n<!DOCTYPE HTML><html>404", "is a web page, perhaps an error message"),
 ])
 def test_a_bad_file_is_one_line_that_names_it(tmp_path, name, content, says):
     assert says in complaint(name, content, tmp_path)

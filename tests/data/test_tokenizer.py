@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models
 
+import spelling
 from tokmat_jax.config import TokenizerConfig
 from tokmat_jax.data import tokenizer
 from tokmat_jax.errors import UserError
@@ -25,6 +26,44 @@ def test_a_text_that_spells_the_special_token_stays_text():
     ids = BPE.encode("a<|endoftext|>b")
     assert BPE.end_of_text not in ids
     assert BPE.encode_batch(["a<|endoftext|>b"]) == [ids]
+
+
+@pytest.mark.parametrize("one", spelling.KINDS.values(), ids=spelling.KINDS)
+@given(data=st.data())
+def test_the_parts_of_a_split_are_the_text_of_all_ids(one, data):
+    ids = st.lists(st.integers(0, one.vocab_size - 1), max_size=12)
+    before, new = data.draw(ids), data.draw(ids)
+    assert "".join(one.split(before, new)) == one.decode([*before, *new])
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "metaspace", "wordpiece"])
+def test_a_word_after_another_keeps_the_space_between_them(name):
+    one = spelling.KINDS[name]
+    ids = one.encode("the cat sat")
+    assert one.decode(ids) == "the cat sat"
+    assert one.split(ids[:1], ids[1:]) == ("the", " cat sat")
+    assert one.split([*one.prefix], ids) == ("", "the cat sat")
+    assert [one.piece(token) for token in ids[-2:]] == [" cat", " sat"]
+    assert one.piece(one.end_of_text) == "⏹"
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "metaspace", "byte-level"])
+@pytest.mark.parametrize("text", [" cat sat", "s on the", "", " "])
+def test_a_text_after_others_ids_is_encoded_as_it_is_decoded(name, text):
+    one = spelling.KINDS[name]
+    before = one.encode("the")
+    assert one.split(before, one.encode_after(before, text)) == ("the", text)
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "bytes"])
+def test_a_character_of_several_bytes_belongs_to_the_ids_that_complete_it(name):
+    one = spelling.KINDS[name]
+    ids = one.encode("é😀x")
+    inside = len(ids) - 3
+    assert one.split(ids[:inside], ids[inside:]) == ("é", "😀x")
+    # Bytes that are part of no character spoil no others.
+    assert one.split(ids[:inside], ids[-1:]) == ("é\N{REPLACEMENT CHARACTER}", "x")
+    assert one.decode(ids[:inside]) == "é\N{REPLACEMENT CHARACTER}"
 
 
 def test_training_learns_merges_within_the_size():

@@ -89,6 +89,13 @@ def test_an_experiment_trains_its_pair_and_its_judge_measures_and_logs(place, mo
     assert lines[0] == lines[1]
     assert experiment.read_log(place / "log.jsonl") == [json.loads(lines[0])]
 
+    # A text that has changed since is not measured on.
+    text = (place / "corpus.txt").read_text()
+    (place / "corpus.txt").write_text(text + "<|endoftext|>more of it")
+    with pytest.raises(UserError, match="seed-0 holds a run on another state of its corpus"):
+        go(place, monkeypatch, "plain")
+    (place / "corpus.txt").write_text(text)
+
 
 def test_another_experiment_shares_the_baseline_and_what_it_wrote(place, monkeypatch):
     go(place, monkeypatch, "plain")
@@ -193,6 +200,13 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_is_not_done(place, t
     save_config(stage.config, stage.workdir)
     (stage.workdir / "checkpoints").mkdir()
     assert not stage.is_done()
+
+
+def test_a_logs_text_may_hold_what_unicode_calls_a_line_separator(tmp_path):
+    logged = experiment.Path("docs/experiments.jsonl").read_text(encoding="utf-8").split("\n")[0]
+    row = json.loads(logged) | {"note": "a\u2028b"}
+    (tmp_path / "log.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert experiment.read_log(tmp_path / "log.jsonl") == [row]
 
 
 def test_a_log_that_is_none_is_refused_before_anything_is_trained(place, tmp_path):

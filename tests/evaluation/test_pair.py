@@ -1,13 +1,16 @@
 """Held-out beginnings from windows made by hand, and the differences that forbid a comparison."""
 
 import dataclasses
+import importlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tokmat_jax.data.corpus import prepare
+from tokmat_jax.commands import data as command
+from tokmat_jax.data.corpus import corpus_of_run, prepare
 from tokmat_jax.data.tokenizer import load_tokenizer
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation.pair import Prompts, checkpoint_state, held_out_prompts, mismatches, prompts_of
@@ -148,6 +151,7 @@ def changed(generator, **sections):
         ({"model": {"head_init": 0.1}}, []),
         ({"data": {"prepared_dir": "elsewhere"}, "train": {"log_every": 1}, "generation": {"tail_length": 1}}, []),
         ({"maturation": {"max_tail_length": 4}, "mesh": {"data": 1}}, []),
+        ({"data": {"source": "files:another/place/of/the/same/text"}}, []),
     ],
 )
 def test_differences_in_data_model_and_budget_are_named(pair, runs_dir, sections, words):
@@ -240,3 +244,57 @@ def test_a_state_tells_a_checkpoint_from_a_newer_one_of_the_same_step(copy):
     (folder / "touched").write_text("")
     assert checkpoint_state(copy)[0] == before[0]
     assert checkpoint_state(copy) != before
+
+
+@pytest.fixture
+def outgrown(runs_dir, tmp_path):
+    """Copies of `run` and `ar`, whose text has grown since."""
+    text = tmp_path / "corpus.txt"
+    text.write_text((runs_dir / "corpus.txt").read_text() + "<|endoftext|>the sea by the road" * 80)
+    for name in ("run", "ar"):
+        shutil.copytree(runs_dir / name, tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config["data"] |= {"source": f"files:{text}", "prepared_dir": str(tmp_path / "prepared")}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def _evaluate(folder):
+    pytest.importorskip("matplotlib", reason="the report's plots need matplotlib: pip install -e '.[report]'")
+    from tokmat_jax.commands import evaluate
+
+    evaluate.main(["--workdir", str(folder / "run"), "--baseline", str(folder / "ar"), "--output",
+                   str(folder / "report"), "--num-prompts", "2", "--prompt-tokens", "4", "--max-new-tokens", "8"])
+
+
+def _tokens_per_pass(folder):
+    pytest.importorskip("matplotlib", reason="the report's plots need matplotlib: pip install -e '.[report]'")
+    benchmarks = Path(__file__).resolve().parents[2] / "benchmarks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(benchmarks))
+        script = importlib.import_module("tokens_per_pass")
+    script.main(["--workdirs", str(folder / "run"), "--judge", str(folder / "ar")])
+
+
+def _batch(folder):
+    command.main(["batch", "--workdir", str(folder / "run"), "--position", "0"])
+
+
+@pytest.mark.parametrize("reader", [_evaluate, _tokens_per_pass, _batch])
+def test_no_reader_takes_another_text_for_that_of_a_run(outgrown, reader):
+    """Nor does it prepare that text, which takes long and trains another tokenizer."""
+    with pytest.raises(UserError, match=r"run holds a run on another state of its corpus \(fingerprint"):
+        reader(outgrown)
+    assert not (outgrown / "prepared").exists()
+
+
+def test_a_corpus_with_other_ids_than_the_run_is_refused(runs_dir, tmp_path):
+    """As where a library has changed since: the settings, and so the fingerprint, are the same."""
+    workdir = shutil.copytree(runs_dir / "run", tmp_path / "run")
+    config = load_config(workdir)
+    assert corpus_of_run(config, workdir).facts == prepare(config).facts
+    other = load_tokenizer(workdir / "tokenizer")
+    other.prefix = (5,)
+    other.save(workdir / "tokenizer")
+    with pytest.raises(UserError, match=r"gives other ids than the one that .*run was trained with"):
+        corpus_of_run(config, workdir)

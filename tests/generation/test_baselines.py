@@ -280,6 +280,13 @@ def test_other_parameters_are_followed():
     (lambda d: d.contrastive(["a"], 4, top_k=0), "top_k must be at least 1, found 0"),
     (lambda d: d.contrastive(["a"], 4, alpha=1.5), r"alpha must lie in \[0, 1\], found 1.5"),
     (lambda d: d.best_of(["a"], 4, count=0), "count must be at least 1, found 0"),
+    (lambda d: d.sample("a", 4), "prompts must be a list of texts, or of lists of ids, found 'a'"),
+    (lambda d: d.sample([[10**6]], 4), "prompt 1 has the id 1000000, the tokenizer has the ids 0"),
+    (lambda d: d.sample(["a"], 4, seed=-1), "seed must lie in 0..4294967295, found -1"),
+    (lambda d: d.sample(["a"], 4.0), "max_new_tokens must be a whole number, found 4.0"),
+    (lambda d: d.sample(["a"], 4, temperature="1"), "temperature must be a number from 0"),
+    (lambda d: d.contrastive(["a"], 4, top_k=2.5), "top_k must be a whole number, found 2.5"),
+    (lambda d: d.contrastive(["a"], 4, alpha=math.nan), r"alpha must lie in \[0, 1\], found nan"),
 ])
 def test_bad_values_are_refused_in_one_line(call, said):
     with pytest.raises(UserError, match=said) as refused:

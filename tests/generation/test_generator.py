@@ -1,11 +1,13 @@
 import dataclasses
 import itertools
+import json
 
 import jax
 import numpy as np
 import pytest
 
 import tiny
+from tokmat_jax.commands import generate
 from tokmat_jax.config import TokenizerConfig
 from tokmat_jax.data.tokenizer import make_tokenizer
 from tokmat_jax.errors import UserError
@@ -311,6 +313,85 @@ def test_a_script_with_a_setting_of_the_wrong_kind_is_told(generator, fields, sa
         settings_of(generator, **fields)
 
 
+SETTINGS = ("tail_length", "max_new_tokens", "guidance_scale", "tail_noise", "rate", "repulsion", "patience",
+            "entropy_temperature", "max_maturity", "steering")
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("num_samples", 0), ("batch_size", 0), ("batch_size", -3), ("seed", -1), ("seed", 2**32), ("prompt", "\udcff"),
+    ("max_new_tokens", 0), ("max_new_tokens", 99), ("max_new_tokens", 10**10), ("tail_length", 0),
+    ("guidance_scale", np.nan), ("tail_noise", -np.inf), ("rate", np.nan), ("rate", (0.1, np.nan, 0.1, 0.1)),
+    ("entropy_temperature", 0.0), ("max_maturity", 1.5), ("steering", 0.5), ("patience", -1)])
+def test_a_script_and_the_command_line_are_refused_the_same(runs_dir, generator, name, value):
+    with pytest.raises(UserError) as typed:
+        generate.main(["--workdir", str(runs_dir / "run"), *([] if name == "prompt" else ["--prompt", "x"]),
+                       f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])])
+
+    def ask(write, *more):
+        given = {name: value} if name in ("num_samples", "batch_size", "seed") else {}
+        write([value if name == "prompt" else "x"], *more, **given)
+
+    def settings():
+        return settings_of(generator, **{name: value} if name in SETTINGS else {})
+
+    ways = [lambda: ask(generator.generate, settings())]
+    if name in ("seed", *SETTINGS):
+        seed = value if name == "seed" else 0
+        ways += [lambda: list(generator.stream("x", settings(), seed=seed)),
+                 lambda: generator.record("x", settings(), seed=seed)]
+    for way in ways:
+        with pytest.raises(UserError) as scripted:
+            way()
+        assert str(scripted.value) == str(typed.value)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda g: g.generate("the cat"), "prompts must be a list of texts, or of lists of ids, found 'the cat'"),
+    (lambda g: g.generate([1, 2]), "prompt 1 must be a text, or a list of ids, found 1"),
+    (lambda g: g.generate(None), "prompts must be a list"),
+    (lambda g: g.generate(["x", [1, 290]]), "prompt 2 has the id 290, the tokenizer has the ids 0..289"),
+    (lambda g: next(g.stream([-1])), "prompt 1 has the id -1"),
+    (lambda g: g.begin([1.0]), "must be a text, or a list of ids"),
+    (lambda g: g.record([[1], [1, 2]]), "must be a text, or a list of ids"),
+    (lambda g: g.generate([b"x"]), "must be a text, or a list of ids"),
+    (lambda g: g.generate(["x"], num_samples=1.5), "num_samples must be a whole number, found 1.5"),
+    (lambda g: g.generate(["x"], num_samples=True), "num_samples must be a whole number, found True"),
+    (lambda g: next(g.stream("x", number=-1)), "number must lie in 0..4294967295, found -1"),
+    (lambda g: next(g.stream("x", seed="1")), "seed must be a whole number, found '1'"),
+    (lambda g: g.generate(["x"], {"tail_length": 2}), "settings must be a GenerationConfig, found"),
+    (lambda g: g.record("x", num_candidates=-1), "num_candidates must lie in 0..290, found -1"),
+    (lambda g: g.next_tokens([]), "the number of ids must lie in 1..48, found 0"),
+    (lambda g: g.direction("sea"), "must be a list of at least one word, found 'sea'"),
+    (lambda g: g.direction([]), "must be a list of at least one word"),
+    (lambda g: g.generate(["x"], settings_of(g, steering=1.0), direction=[[1.0], [1.0, 2.0]]), "16 finite numbers"),
+    (lambda g: settings_of(g, max_new_tokens=3.0), "max_new_tokens must be a whole number, found 3.0"),
+    (lambda g: settings_of(g, max_new_tokens=None), "max_new_tokens must be a whole number, found None"),
+    (lambda g: settings_of(g, tail_noise="1"), "tail_noise must be a number, found '1'"),
+    (lambda g: settings_of(g, tail_noise=np.float32("nan")), "tail_noise must be a finite number, found nan"),
+    (lambda g: settings_of(g, steering_slots=(0.5,)), "steering_slots must be whole numbers, found (0.5,)"),
+    (lambda g: settings_of(g, steering_words=(5,)), "steering_words must be texts, found (5,)"),
+])
+def test_what_only_a_script_can_get_wrong_is_told(generator, change, says):
+    with pytest.raises(UserError) as caught:
+        change(generator)
+    assert says in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers(generator):
+    own = {"max_new_tokens": 3, "tail_length": 4, "tail_noise": 0.5, "rate": (0.75, 0.5, 0.25, 0.0),
+           "steering_slots": (0, 1)}
+    numpy = {"max_new_tokens": np.int64(3), "tail_length": np.uint8(4), "tail_noise": np.float32(0.5),
+             "rate": tuple(np.array([0.75, 0.5, 0.25, 0.0])), "steering": np.array(0.0),
+             "steering_slots": tuple(np.arange(2))}
+    want = generator.generate([[1, 2]], settings_of(generator, **own), 2, seed=7, batch_size=2)
+    settings = settings_of(generator, **numpy)
+    found = generator.generate(np.array([[1, 2]]), settings, np.int32(2), seed=np.int64(7), batch_size=np.uint8(2))
+    assert found == want
+    assert json.loads(json.dumps(dataclasses.asdict(settings)))["rate"] == [0.75, 0.5, 0.25, 0.0]
+    [moment, *_] = generator.stream((np.int64(1), np.int64(2)), settings, np.int64(1), np.uint32(7))
+    assert moment.tokens == want[1].tokens[:1]
+
+
 def test_a_shorter_tail_keeps_what_still_has_a_slot(generator):
     own = settings_of(generator, rate=(0.9, 0.7, 0.5, 0.3), steering=1.0, steering_words=("a",), steering_slots=(0, 3))
     shorter = own.with_tail_length(2)
@@ -323,10 +404,12 @@ def test_a_shorter_tail_keeps_what_still_has_a_slot(generator):
     (lambda g, living: g.pin(living, 4, " sea"), "slots 0..3, found slots 4..4"),
     (lambda g, living: g.pin(living, -1, " sea"), "found slots -1..-1"),
     (lambda g, living: g.pin(living, 0, ""), "expected a text that is not empty"),
-    (lambda g, living: g.pin(living, 0, [9999]), "ids in 0.."),
+    (lambda g, living: g.pin(living, 0, [9999]), "has the id 9999, the tokenizer has the ids 0..289"),
+    (lambda g, living: g.pin(living, 0.0, " sea"), "slot must be a whole number, found 0.0"),
     (lambda g, living: g.pin(living, 0, "\udcff"), "expected a text that is not empty"),
-    (lambda g, living: g.pin(living, 0, 5), "expected a text that is not empty"),
-    (lambda g, living: g.replace(living, 0, [0.5, 0.5]), "ids in 0.."),
+    (lambda g, living: g.pin(living, 0, 5), "must be a text, or a list of ids, found 5"),
+    (lambda g, living: g.replace(living, 0, [0.5, 0.5]), "must be a text, or a list of ids, found [0.5, 0.5]"),
+    (lambda g, living: g.replace(living, 0, np.array(["a"] * 16)), "expected finite vectors of 16 numbers"),
     (lambda g, living: g.record("the", num_candidates=9999), "num_candidates must lie in 0..290, found 9999"),
     (lambda g, living: g.pin(living, 2, [1, 2]), "3 tokens are left of the budget, slots 2..3 come behind it"),
     (lambda g, living: g.replace(living, 3, np.ones((2, 16))), "found slots 3..4"),

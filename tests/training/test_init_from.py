@@ -1,17 +1,22 @@
 """A run that starts from another one's model."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import runs
 import tiny
+from tokmat_jax.commands.flags import parse_config
 from tokmat_jax.config import ObjectiveConfig
 from tokmat_jax.errors import UserError
+from tokmat_jax.generation.generator import Generator
 from tokmat_jax.model.backbone import make_forward
 from tokmat_jax.model.params import init_params, vocabulary_of
+from tokmat_jax.storage.workdir import load_config
 from tokmat_jax.training.start_from import adopt, begin, check_source
 
 AR = dataclasses.replace(tiny.CONFIG, objective=ObjectiveConfig(kind="ar"))
@@ -83,3 +88,26 @@ def test_another_shape_is_refused_by_name(field, value):
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, **{field: value}))
     with pytest.raises(UserError, match=rf"runs/ar has model\.{field}"):
         check_source(other, AR)
+
+
+def test_a_run_that_has_begun_needs_its_source_no_more(runs_dir, tmp_path):
+    source, prepared = tmp_path / "ar", tmp_path / "prepared"
+    shutil.copytree(runs_dir / "ar", source)
+    more = ["--init-from", str(source), "--data.prepared-dir", str(prepared), "--workdir", str(tmp_path / "run[1]"),
+            "--data.source", f"files:{runs_dir}/corpus.txt"]
+    workdir = tmp_path / "run[1]"
+    runs.run(tmp_path, "", *more, "--train.num-steps", "3", "--train.sample-every", "9", "--train.num-samples", "0")
+    begun = load_config(workdir)
+    source.rename(tmp_path / "away")
+    shutil.rmtree(prepared)
+    file = tmp_path / "config.py"
+    file.write_text(f"from tokmat_jax.config import Config\n\n\ndef get_config():\n    return Config({str(source)!r})\n"
+                    .replace("Config('", "Config(init_from='"))
+    flags = [word for word in runs.arguments(tmp_path, "", *more) if word not in ("--init-from", str(source))]
+    found = parse_config(["--config", str(file), *flags])
+    assert dataclasses.replace(found, train=begun.train) == begun
+    runs.run(tmp_path, "", *more)
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "6"}
+    assert Generator.from_workdir(workdir).generate(["the cat"])[0].tokens
+    with pytest.raises(UserError, match="is no run"):
+        parse_config([*flags, "--init-from", str(source), "--workdir", str(tmp_path / "another")])

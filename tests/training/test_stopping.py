@@ -42,7 +42,8 @@ def heard(stop):
     return code
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 4), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 4), (signal.SIGHUP, 4), (signal.SIGUSR1, 4),
+                                              (signal.SIGINT, 130)])
 def test_a_signal_is_an_exit_code_and_afterwards_what_it_was_before(number, code):
     before = signal.getsignal(number)
     with stopping.stop_signals() as stop:
@@ -51,6 +52,19 @@ def test_a_signal_is_an_exit_code_and_afterwards_what_it_was_before(number, code
         assert heard(stop) == code
     assert signal.getsignal(number) is before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_hangup_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    try:
+        with stopping.stop_signals() as stop:
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert heard(stop) == 130
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_in_another_thread_nothing_is_heard_and_nothing_fails():

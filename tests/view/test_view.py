@@ -1,3 +1,4 @@
+import contextlib
 import io
 import re
 
@@ -6,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+import spelling
 from tokmat_jax.data.tokenizer import train_bpe
 from tokmat_jax.generation.generator import Moment
 from tokmat_jax.view import progress, terminal
+from tokmat_jax.view.replay import increments
 
 TOKENIZER = train_bpe(["one two three\n"] * 9, 290)
 
@@ -49,6 +52,22 @@ def test_streaming_waits_for_the_other_half_of_a_character(capsys):
     moments = [moment("caf"), moment("caf\N{REPLACEMENT CHARACTER}"), moment("café"), moment("café!")]
     assert terminal.stream_text("A ", moments) == moments
     assert capsys.readouterr().out == "A café!\n"
+
+
+@pytest.mark.parametrize("tokenizer", spelling.KINDS.values(), ids=spelling.KINDS)
+@given(data=st.data())
+def test_streamed_shown_and_replayed_are_one_text(tokenizer, data):
+    prompt = data.draw(st.one_of(st.sampled_from(["", "the", "The cat ", "é😀"]), st.text(max_size=4)))
+    before = [*tokenizer.prefix, *tokenizer.encode(prompt)]
+    new = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=12))
+    text = tokenizer.split(before, new)[1]
+    moments = [Moment(tokenizer.split(before, new[:count])[1], new[:count], 1, [], [2.0], [0.5], [0.9])
+               for count in range(1, len(new) + 1)]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        terminal.stream_text(prompt, moments)
+    assert out.getvalue() == terminal.visible(prompt + text) + "\n"
+    assert terminal.tail_text(prompt, moments[-1], tokenizer).plain == terminal.visible(prompt + text)
+    assert "".join(increments(before, new, tokenizer)) == text
 
 
 def test_outside_a_terminal_every_step_is_a_line(capsys):

@@ -16,22 +16,28 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokmat_jax.commands.flags import parse, parse_config
-from tokmat_jax.data.corpus import prepare
+from tokmat_jax.data.corpus import corpus_of_run, prepare
 from tokmat_jax.data.loader import train_batches
 from tokmat_jax.errors import UserError
-from tokmat_jax.storage.workdir import CORPUS, load_config, read_json
+from tokmat_jax.output import stop_unless_read
+from tokmat_jax.storage.workdir import load_config
 from tokmat_jax.view.terminal import visible
+
+
+def _cpus() -> int:
+    """How many CPUs this process may use; of all where the system does not tell, as macOS does not."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Prepare:
     """What `prepare` takes besides the flags of a config."""
 
-    workers: int = len(os.sched_getaffinity(0))
+    workers: int = field(default_factory=_cpus)
     """Processes that tokenise and write; 1 does it in this one."""
 
 
@@ -82,15 +88,13 @@ def run_batch(args: Sequence[str]) -> None:
     if not 0 <= asked.position < _MOST:
         raise UserError(f"--position must lie in 0..{_MOST - 1:,}, found {asked.position}")
     config = load_config(Path(asked.workdir))
-    corpus = prepare(config)
-    known = read_json(Path(asked.workdir) / CORPUS).get("fingerprint")
-    if known != corpus.facts["fingerprint"]:
-        raise UserError(f"{asked.workdir} has learned from another state of its corpus: bring the text back")
+    corpus = corpus_of_run(config, Path(asked.workdir))
     batches = train_batches(corpus.windows("train"), config.train.batch_size, config.train.seed)
     batches.seek(asked.position)
     for number, ids in enumerate(next(batches), 1):
         print(f"--- batch {asked.position}, window {number} of {config.train.batch_size}")
         print(visible(corpus.tokenizer.decode(ids.tolist())))
+        stop_unless_read()
 
 
 def main(args: Sequence[str]) -> None:

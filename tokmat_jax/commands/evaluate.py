@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tokmat_jax.commands.flags import parse
-from tokmat_jax.data.corpus import prepare
+from tokmat_jax.data.corpus import corpus_of_run
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import report
 from tokmat_jax.evaluation.card import Card, Options, num_parameters
@@ -174,7 +174,7 @@ def main(args: Sequence[str]) -> None:
     run, baseline, found = load_pair(flags)
     output = Path(flags.output)
     make_workdir(output, "--output")
-    corpus = prepare(run.config)
+    corpus = corpus_of_run(run.config, Path(flags.workdir))
     prompts = prompts_of(corpus, run.config, flags.num_prompts, flags.prompt_tokens, flags.max_new_tokens)
     judge, judges_workdir = load_judge(flags, baseline, output)
     states = {name: checkpoint_state(Path(path)) for name, path in (

@@ -21,7 +21,7 @@ import tyro
 from tokmat_jax.commands.evaluate import check_measurement, origin
 from tokmat_jax.commands.flags import parse, parse_config
 from tokmat_jax.config import Config, GenerationConfig
-from tokmat_jax.data.corpus import prepare
+from tokmat_jax.data.corpus import corpus_of_run
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import summary
 from tokmat_jax.evaluation.card import Card, Options, num_parameters
@@ -232,7 +232,8 @@ def check_room(experiment: Experiment, config: Config, flags: Args) -> None:
 
 def validation(workdir: Path) -> dict[str, float]:
     """The last validation of a run, names without their prefix."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
     last = [row for row in rows if any(name.startswith("validation/") for name in row)][-1]
     return {name.removeprefix("validation/"): value for name, value in last.items() if name != "step"}
 
@@ -248,7 +249,8 @@ def measure(experiment: Experiment, seed: int, flags: Args) -> dict[str, Any]:
     found = [one for one in found if not (experiment.first and one.startswith(_BY_DESIGN))]
     if found:
         raise UserError(f"{experiment.name} is no fair comparison: {'; '.join(found)}")
-    prompts = prompts_of(prepare(run.config), run.config, flags.num_prompts, flags.prompt_tokens, flags.max_new_tokens)
+    prompts = prompts_of(corpus_of_run(run.config, at), run.config, flags.num_prompts, flags.prompt_tokens,
+                         flags.max_new_tokens)
     states = {"run": checkpoint_state(at), "baseline": checkpoint_state(baseline_at.workdir),
               "judge": checkpoint_state(judge_at.workdir)}
     of_baseline = {name: states[name] for name in ("baseline", "judge")}
@@ -293,11 +295,13 @@ def append(row: dict[str, Any], path: Path) -> None:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The newest row of each experiment and seed in the log at `path`; raises UserError for a line that is no row."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--log: cannot read {path}: {error}") from None
     rows = {}
     for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
             row = json.loads(line)
             summary.table([row])

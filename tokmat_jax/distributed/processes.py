@@ -13,11 +13,26 @@ from jax.sharding import Mesh
 from tokmat_jax.config import ClusterConfig, ComputeConfig, Config
 from tokmat_jax.distributed.mesh import BATCH_AXES
 from tokmat_jax.errors import ConfigError, UserError, one_line
+from tokmat_jax.keys import SETTINGS
 
 T = TypeVar("T")
 
+_SETTINGS = SETTINGS | {"jax_numpy_dtype_promotion": "standard", "jax_transfer_guard_host_to_device": None,
+                        "jax_transfer_guard_device_to_device": None, "jax_transfer_guard_device_to_host": None,
+                        "jax_transfer_guard": None}
+"""Settings of JAX that a script does not take from the environment: with others it ends or computes other numbers."""
+
 LOST = 3
 """Exit code of a process whose cluster has broken: the same command on all of them goes on."""
+
+
+def settle_jax() -> None:
+    """Sets `_SETTINGS`, and says on standard error which of them the environment had changed."""
+    for name, value in _SETTINGS.items():
+        if (found := getattr(jax.config, name)) != value:
+            jax.config.update(name, value)
+            print(f"note: {name.upper()}={found} is ignored ({value} is used): it would change the numbers or end the "
+                  f"run", file=sys.stderr)
 
 
 def join_cluster(config: ClusterConfig) -> None:

@@ -28,6 +28,7 @@ from tokmat_jax.evaluation.methods import (
 from tokmat_jax.evaluation.pair import Prompts
 from tokmat_jax.evaluation.store import Store
 from tokmat_jax.generation.generator import Generator
+from tokmat_jax.keys import seed_key
 from tokmat_jax.model.params import init_params, vocabulary_of
 from tokmat_jax.storage.npy import open_npy
 
@@ -156,17 +157,19 @@ class Card:
     def _judge_tokens(self, tokens: Sequence[Sequence[int]]):
         if self._same(self.judge.generator):
             return self.judge.read_ids(list(zip(self.prompts.ids, tokens, strict=True)))
-        decode = self.run.tokenizer.decode
-        return self.judge.read_texts([(decode(p), decode(t)) for p, t in zip(self.prompts.ids, tokens, strict=True)])
+        return self.judge.read_texts(self._texts(tokens))
+
+    def _texts(self, tokens: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
+        """Each prompt's text, and what `tokens` add to it."""
+        return [self.run.tokenizer.split(*pair) for pair in zip(self.prompts.ids, tokens, strict=True)]
 
     def _values(self, written: Written, nats: np.ndarray, judge_tokens: np.ndarray) -> dict[str, scores.Value]:
-        texts = [self.run.tokenizer.decode(tokens) for tokens in written.tokens]
+        texts = [text for _, text in self._texts(written.tokens)]
         return scores.values(written, texts, nats, judge_tokens, self.options.max_new_tokens, self.options.resamples)
 
     def _row(self, method: Method) -> dict[str, Any]:
         written, nats, judge_tokens = self._written(method)
-        options, decode = self.options, self.run.tokenizer.decode
-        texts = [decode(tokens) for tokens in written.tokens]
+        options = self.options
         values = self._values(written, nats, judge_tokens)
         sampled = self._part(f"{method.name}: repeated samples", "repeated", [*method.identity, _BRIER],
                              lambda: self._repeated(method))
@@ -180,7 +183,7 @@ class Card:
                 scores.brier_values(per_context, _BRIER["contexts"], options.resamples).items()},
             "mauve": self._store.get("mauve", method.identity, lambda: self._mauve(written))
             if scores.has_mauve() and method != HUMAN and len(written.tokens) >= scores.FEWEST_FOR_MAUVE else None,
-            "samples": [(decode(ids), text) for ids, text in list(zip(self.prompts.ids, texts, strict=True))[:3]],
+            "samples": self._texts(written.tokens)[:3],
         }
 
     def _repeated(self, method: Method) -> dict[str, Any]:
@@ -277,7 +280,7 @@ class Card:
 
     def _figures(self) -> dict[str, Any]:
         options, run = self.options, self.run
-        piece, decode = run.tokenizer.piece, run.tokenizer.decode
+        piece = run.tokenizer.piece
         kappa = float(run.logit_scale) * (run.config.table.radius**2)
         temperatures = (1.0, 1.0 / kappa)
         room = self._figure_room
@@ -298,8 +301,10 @@ class Card:
             return figures.maturing(sharp, soft, piece)
 
         def readouts():
+            before = run.rows([options.prompt], plain)[0].ids
             return {f"{scale:g}": figures.readout(
-                record(dataclasses.replace(plain, guidance_scale=scale)), decode, piece) for scale in _SCALES}
+                record(dataclasses.replace(plain, guidance_scale=scale)),
+                lambda ids: run.tokenizer.split(before, ids)[1], piece) for scale in _SCALES}
 
         def attractors():
             own = dataclasses.replace(run.config.generation, max_new_tokens=length)
@@ -361,7 +366,7 @@ def starting_table(generator: Generator) -> np.ndarray | None:
                 return None
             rows = jnp.asarray(stored.astype(np.float32))
         else:
-            rows = jax.jit(lambda: init_params(jax.random.key(config.train.seed), config, shape[0])["table"])()
+            rows = jax.jit(lambda: init_params(seed_key(config.train.seed), config, shape[0])["table"])()
     except UserError:
         return None
     return np.asarray(vocabulary_of({"table": rows}, config).table) if rows.shape == shape else None

@@ -13,6 +13,7 @@ import numpy as np
 
 from tokmat_jax.config import Config, GenerationConfig
 from tokmat_jax.generation import cache
+from tokmat_jax.keys import seed_key
 from tokmat_jax.method import losses, maturation
 from tokmat_jax.method.algorithm import commit, start_decoding
 from tokmat_jax.method.noise import embryos
@@ -48,7 +49,7 @@ def measure_gap(
     """
     batch, length = ids.shape
     num_steps = length - prompt_tokens - tail_length + 1
-    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(batch))
+    keys = jax.vmap(lambda row: jax.random.fold_in(seed_key(seed), row))(jnp.arange(batch))
     sums = _sums(params, jnp.asarray(ids), keys, config, prompt_tokens, tail_length, num_steps)
     kept = np.asarray(sums)[tail_length:].sum(0) / (batch * (num_steps - tail_length))
     maturity = _training_tail(config, tail_length).maturity

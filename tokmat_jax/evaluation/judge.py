@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokmat_jax.data.tokenizer import Tokenizer
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.generation.requests import bucket
@@ -70,7 +69,7 @@ class Judge:
 
     def read_texts(self, pairs: Sequence[tuple[str, str]]) -> list[Reading]:
         """Reads (prompt, continuation) pairs of text; a token that straddles the two counts for the continuation."""
-        return self.read_ids([_split(self.tokenizer, prompt, new) for prompt, new in pairs])
+        return self.read_ids([self.tokenizer.encode_split(prompt, new) for prompt, new in pairs])
 
     def _batch(self, rows: list[tuple[list[int], list[int]]], width: int, count: int) -> list[Reading]:
         ids = np.full((bucket(count, 1), width), self.tokenizer.end_of_text, np.int32)
@@ -96,12 +95,6 @@ class Judge:
         inner = scores(prediction[:, :-1], vocabulary.readout)
         entropy = entropy_of(inner, prediction[:, :-1], vocabulary)
         return nats, entropy, prediction[jnp.arange(batch), lengths - 1]
-
-
-def _split(tokenizer: Tokenizer, prompt: str, new: str) -> tuple[list[int], list[int]]:
-    encoding = tokenizer.fast.encode(prompt + new, add_special_tokens=False)
-    cut = next((index for index, (_, end) in enumerate(encoding.offsets) if end > len(prompt)), len(encoding.ids))
-    return encoding.ids[:cut], encoding.ids[cut:]
 
 
 def perplexity(readings: Sequence[Reading]) -> float:

@@ -228,5 +228,6 @@ class Writer:
                                              **method.settings)
         tokens = [one.tokens[:-1] if one.finished else one.tokens for one in found]
         if not self._same_ids:
-            tokens = [ours.encode(self.baseline.tokenizer.decode(ids))[:length] for ids in tokens]
+            before = [ids for ids in prompts for _ in range(len(found) // len(prompts))]
+            tokens = [ours.encode_after(ids, one.text)[:length] for ids, one in zip(before, found, strict=True)]
         return tokens, [one.finished for one in found]

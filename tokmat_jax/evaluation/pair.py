@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,12 +26,10 @@ def mismatches(run: Generator, baseline: Generator, workdirs: tuple[Path, Path])
     same_ids = run.tokenizer.same_ids(baseline.tokenizer)
     if not same_ids:
         found.append("the tokenizers differ")
-    found += config_mismatches(run.config, baseline.config, same_ids)
     facts = [read_json(workdir / CORPUS) if (workdir / CORPUS).is_file() else {} for workdir in workdirs]
-    renamed = same_ids and facts[0].get("tokenizer") != facts[1].get("tokenizer")
-    named = ("tokenizer", "fingerprint") if renamed else ()
-    ours, theirs = ({key: value for key, value in one.items() if key not in named} for one in facts)
-    if ours != theirs:
+    same_corpus = _same_corpus(facts[0], facts[1], same_ids)
+    found += config_mismatches(run.config, baseline.config, same_ids, same_corpus and facts[0] != {})
+    if not same_corpus:
         found.append(f"the corpus has the fingerprint {facts[0].get('fingerprint')}, the baseline's "
                      f"{facts[1].get('fingerprint')}")
     steps = [checkpoint_state(workdir)[0] for workdir in workdirs]
@@ -39,11 +38,20 @@ def mismatches(run: Generator, baseline: Generator, workdirs: tuple[Path, Path])
     return found
 
 
-def config_mismatches(run: Config, baseline: Config, same_ids: bool) -> list[str]:
-    """In what two configs differ that ought to be the same. Where the tokenizers are known to have the `same_ids`,
-    how each is named does not matter."""
+def _same_corpus(ours: dict[str, Any], theirs: dict[str, Any], same_ids: bool) -> bool:
+    """Whether two runs have learned from the same corpus, by its facts. How a tokenizer with the `same_ids` is named
+    does not matter."""
+    renamed = same_ids and ours.get("tokenizer") != theirs.get("tokenizer")
+    named = ("tokenizer", "fingerprint") if renamed else ()
+    one, other = ({key: value for key, value in facts.items() if key not in named} for facts in (ours, theirs))
+    return one == other
+
+
+def config_mismatches(run: Config, baseline: Config, same_ids: bool, same_corpus: bool = False) -> list[str]:
+    """Fields in which two configs differ although they must agree. If the tokenizers are known to have the `same_ids`,
+    how each is named does not matter, nor where the text of the `same_corpus` lies."""
     # A run that starts from another one names its tokenizer and its positions; what they are is what counts.
-    free = (*_FREE, *(("tokenizer",) if same_ids else ()))
+    free = (*_FREE, *(("tokenizer",) if same_ids else ()), *(("data.source",) if same_corpus else ()))
     free += ("model.max_positions",) if run.max_positions == baseline.max_positions else ()
     return [f"{name} is {ours!r}, the baseline has {theirs!r}"
             for name, (ours, theirs) in differences(run, baseline).items()

@@ -9,6 +9,7 @@ from tokmat_jax.config import Config
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.hf.convert import load_flat, save_flat
+from tokmat_jax.storage.plain_path import plain_path
 from tokmat_jax.storage.workdir import (
     IMPORTED,
     TOKENIZER,
@@ -62,6 +63,7 @@ def set_on_sphere(workdir: Path, out: Path, prompts: Sequence[str], max_new_toke
     """
     config = on_sphere(load_config(workdir))
     with appears_whole(out) as unfinished:
+        plain_path(unfinished)
         _, tokenizer, flat = load_flat(workdir)
         save_config(dataclasses.replace(config, workdir=str(out)), unfinished)
         tokenizer.save(unfinished / TOKENIZER)

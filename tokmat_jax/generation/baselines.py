@@ -21,8 +21,9 @@ from flax import struct
 
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation import cache
+from tokmat_jax.generation.asked import Prompt, counts, is_number, whole_number
 from tokmat_jax.generation.generator import Generator
-from tokmat_jax.generation.requests import Batch, chunk, sample_key
+from tokmat_jax.generation.requests import Row, chunk, sample_key
 from tokmat_jax.method.table import Vocabulary, look_up, scores, unit
 from tokmat_jax.model.backbone import Forward, Live, Params, make_forward
 
@@ -241,6 +242,8 @@ def _commit(
 class Continuation:
     """What was written behind one prompt."""
 
+    text: str
+    """What the tokens add to the text of the prompt's ids (`Tokenizer.split`), without end-of-text."""
     tokens: list[int]
     """Ids, at least one; the last one is end-of-text where `finished`."""
     log_probs: list[float]
@@ -272,38 +275,38 @@ class Baselines:
         return self._compilations
 
     def sample(
-        self, prompts: Sequence[str | Sequence[int]], max_new_tokens: int, temperature: float = 0.0,
+        self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float = 0.0,
         top_p: float = 1.0, repetition_penalty: float = 1.0, num_samples: int = 1, seed: int = 0, batch_size: int = 64,
     ) -> list[Continuation]:
         """`num_samples` continuations of each prompt: prompts in their order, for each its samples in theirs.
 
         The defaults are greedy decoding. Raises UserError for a value outside the ranges of `Sampling`.
         """
-        _require(math.isfinite(temperature) and temperature >= 0,
+        _require(is_number(temperature) and temperature >= 0,
                  f"temperature must be a number from 0 (greedy) on, found {temperature}")
-        _require(0 < top_p <= 1, f"top_p must lie in (0, 1], found {top_p}")
-        _require(math.isfinite(repetition_penalty) and repetition_penalty >= 1,
+        _require(is_number(top_p) and 0 < top_p <= 1, f"top_p must lie in (0, 1], found {top_p}")
+        _require(is_number(repetition_penalty) and repetition_penalty >= 1,
                  f"repetition_penalty must be a number from 1 (off) on, found {repetition_penalty}")
         sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p), jnp.float32(repetition_penalty))
         return self._write(prompts, max_new_tokens, num_samples, seed, batch_size,
                            lambda model, state, steps: self._sample(model, state, sampling, num_steps=steps))
 
     def contrastive(
-        self, prompts: Sequence[str | Sequence[int]], max_new_tokens: int, top_k: int = 5, alpha: float = 0.6,
+        self, prompts: Sequence[Prompt], max_new_tokens: int, top_k: int = 5, alpha: float = 0.6,
         batch_size: int = 64,
     ) -> list[Continuation]:
         """One continuation of each prompt by contrastive search (Su et al. 2022), see `contrastive_step`.
 
         Nothing is drawn. A `top_k` above V means V. Raises UserError for `top_k` < 1 or `alpha` outside [0, 1].
         """
-        _require(top_k >= 1, f"top_k must be at least 1, found {top_k}")
-        _require(0 <= alpha <= 1, f"alpha must lie in [0, 1], found {alpha}")
+        top_k = whole_number("top_k", top_k, 1)
+        _require(is_number(alpha) and 0 <= alpha <= 1, f"alpha must lie in [0, 1], found {alpha}")
         return self._write(prompts, max_new_tokens, 1, 0, batch_size,
                            lambda model, state, steps: self._contrast(model, state, jnp.float32(alpha), top_k=top_k,
                                                                       num_steps=steps))
 
     def best_of(
-        self, prompts: Sequence[str | Sequence[int]], max_new_tokens: int, count: int = 16, temperature: float = 1.0,
+        self, prompts: Sequence[Prompt], max_new_tokens: int, count: int = 16, temperature: float = 1.0,
         seed: int = 0, batch_size: int = 64,
     ) -> list[Continuation]:
         """Of `count` samples of each prompt, the one with the highest mean log-probability per token.
@@ -311,18 +314,17 @@ class Baselines:
         As many query positions per token as a liquid tail of K = `count` slots: the compute-matched reranking
         baseline (arXiv:2601.04854 v3). Of equal ones the first wins. Raises UserError for `count` < 1.
         """
-        _require(count >= 1, f"count must be at least 1, found {count}")
+        count = whole_number("count", count, 1)
         samples = self.sample(prompts, max_new_tokens, temperature, num_samples=count, seed=seed,
                               batch_size=batch_size)
         return [max(samples[first : first + count], key=lambda one: math.fsum(one.log_probs) / len(one.log_probs))
                 for first in range(0, len(samples), count)]
 
     def _write(
-        self, prompts: Sequence[str | Sequence[int]], max_new_tokens: int, num_samples: int, seed: int,
+        self, prompts: Sequence[Prompt], max_new_tokens: int, num_samples: int, seed: int,
         batch_size: int, advance: Callable[[LanguageModel, State, int], tuple[State, Step]],
     ) -> list[Continuation]:
-        _require(num_samples >= 1, f"num_samples must be at least 1, found {num_samples}")
-        _require(batch_size >= 1, f"batch_size must be at least 1, found {batch_size}")
+        num_samples, seed, batch_size = counts(num_samples, seed, batch_size)
         generator = self.generator
         model = LanguageModel(generator.backbone, generator.vocabulary, generator.logit_scale)
         settings = dataclasses.replace(generator.settings, max_new_tokens=max_new_tokens)
@@ -331,27 +333,30 @@ class Baselines:
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
         for begin in range(0, len(rows), batch_size):
             chosen = order[begin : begin + batch_size]
-            batch = self.generator.batch([rows[index] for index in chosen], max_new_tokens, seed)
-            written |= zip(chosen, self._finish(model, batch, len(chosen), advance), strict=True)
+            batch = [rows[index] for index in chosen]
+            written |= zip(chosen, self._finish(model, batch, settings.max_new_tokens, seed, advance), strict=True)
         return [written[index] for index in range(len(rows))]
 
     def _finish(
-        self, model: LanguageModel, batch: Batch, count: int,
+        self, model: LanguageModel, rows: Sequence[Row], max_new_tokens: int, seed: int,
         advance: Callable[[LanguageModel, State, int], tuple[State, Step]],
     ) -> list[Continuation]:
-        """The first `count` rows of `batch`, written to their end."""
+        """`rows` as one batch, written to their end."""
+        batch = self.generator.batch(rows, max_new_tokens, seed)
         state = self._start(model, batch.ids, batch.lengths, batch.budgets, batch.names, capacity=batch.capacity)
         steps, at_once = [], chunk(int(batch.budgets.max()))
         while not bool(jnp.all(state.done)):
             state, step = advance(model, state, at_once)
             steps.append(jax.tree.map(np.asarray, step))
         whole: Step = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
-        return [self._continuation(whole, row) for row in range(count)]
+        return [self._continuation(whole, index, row.ids) for index, row in enumerate(rows)]
 
-    def _continuation(self, steps: Step, row: int) -> Continuation:
-        emitted = np.asarray(steps.emitted)[:, row]
-        tokens, log_probs = (np.asarray(part)[emitted, row].tolist() for part in (steps.tokens, steps.log_probs))
-        return Continuation(tokens, log_probs, tokens[-1] == self.generator.tokenizer.end_of_text)
+    def _continuation(self, steps: Step, index: int, prompt: Sequence[int]) -> Continuation:
+        emitted = np.asarray(steps.emitted)[:, index]
+        tokens, log_probs = (np.asarray(part)[emitted, index].tolist() for part in (steps.tokens, steps.log_probs))
+        tokenizer = self.generator.tokenizer
+        return Continuation(tokenizer.split(prompt, tokens)[1], tokens, log_probs,
+                            tokens[-1] == tokenizer.end_of_text)
 
     @functools.cached_property
     def _forward(self) -> Forward:

@@ -15,6 +15,7 @@ from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokmat_jax.distributed.mesh import make_mesh, replicated, spread
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation import cache
+from tokmat_jax.generation.asked import Prompt, counts, ids_of, is_unicode, prompts_of, seed_of, whole_number
 from tokmat_jax.generation.partial_sample import Living, held_at, with_vectors
 from tokmat_jax.generation.requests import SMALLEST_PROMPT, Batch, Row, bucket, chunk, make_batch, sample_key
 from tokmat_jax.generation.trajectory import Trajectory
@@ -33,10 +34,11 @@ class Sample:
     """What one row committed."""
 
     prompt: str
+    """As it was given; of ids their text."""
     number: int
     """Which of the prompt's samples this is, from 0."""
     text: str
-    """The new text, without the prompt and without end-of-text."""
+    """What the new tokens add to the text of the prompt's ids (`Tokenizer.split`), without end-of-text."""
     tokens: list[int]
     """Committed ids; the last one is end-of-text where `finished`."""
     entropy: list[float]
@@ -54,7 +56,7 @@ class Moment:
     """One step of one row, for those who watch."""
 
     text: str
-    """All new text so far."""
+    """All new text so far, as in `Sample`."""
     tokens: list[int]
     """Committed ids so far."""
     committed: int
@@ -132,17 +134,18 @@ class Generator:
         return self._compilations
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], settings: GenerationConfig | None = None, num_samples: int = 1,
+        self, prompts: Sequence[Prompt], settings: GenerationConfig | None = None, num_samples: int = 1,
         seed: int = 0, batch_size: int = 16, direction: np.ndarray | None = None,
     ) -> list[Sample]:
         """`num_samples` continuations of each of `prompts` (text or ids), in their order.
 
         A sample depends on its prompt, its number, `seed` and `settings` (None: those of the run), on nothing else.
         An empty prompt starts from end-of-text. `direction` [d], of any norm, is where `settings.steering` draws to;
-        None takes the mean of `settings.steering_words`. Raises UserError where the positions do not suffice, and where
-        there is steering without a direction.
+        None takes the mean of `settings.steering_words`. Raises UserError if the positions do not suffice, for steering
+        without a direction, and for any argument that is not of its kind or out of its range.
         """
         settings = self.settings if settings is None else settings
+        num_samples, seed, batch_size = counts(num_samples, seed, batch_size)
         rows = self.rows(prompts, settings, num_samples)
         samples: list[Sample | None] = [None] * len(rows)
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
@@ -153,7 +156,7 @@ class Generator:
         return [sample for sample in samples if sample is not None]
 
     def stream(
-        self, prompt: str | Sequence[int], settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
+        self, prompt: Prompt, settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
         direction: np.ndarray | None = None,
     ) -> Iterator[Moment]:
         """The same sample as `generate`, one step at a time, with its tail; `prompt` is text or ids."""
@@ -163,12 +166,13 @@ class Generator:
             yield moment
 
     def begin(
-        self, prompt: str | Sequence[int], settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
+        self, prompt: Prompt, settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
         direction: np.ndarray | None = None,
     ) -> Living:
         """Sample `number` of a prompt before its first step: K embryos. `step` goes on from it, `pin` and `replace`
         change its tail first."""
         settings = self.settings if settings is None else settings
+        number, seed = seed_of(number, "number"), seed_of(seed)
         row = dataclasses.replace(self.rows([prompt], settings)[0], number=number)
         state, tail = self._start([row], settings, seed, direction)
         return Living(row, state, tail)
@@ -185,11 +189,12 @@ class Generator:
         slots, count = np.asarray(step.tokens[0, 0]).tolist(), int(step.committed[0, 0])
         tokens = (*living.tokens, *slots[:count])
         moment = Moment(
-            self.tokenizer.decode(tokens), list(tokens), count, slots[count:], np.asarray(step.entropy[0, 0]).tolist(),
-            np.asarray(step.movement[0, 0]).tolist(), np.asarray(living.tail.maturity).tolist())
+            self.tokenizer.split(living.row.ids, tokens)[1], list(tokens), count, slots[count:],
+            np.asarray(step.entropy[0, 0]).tolist(), np.asarray(step.movement[0, 0]).tolist(),
+            np.asarray(living.tail.maturity).tolist())
         return Living(living.row, state, living.tail, tokens), moment
 
-    def pin(self, living: Living, slot: int, content: str | Sequence[int]) -> Living:
+    def pin(self, living: Living, slot: int, content: Prompt) -> Living:
         """`living` with slots held at a text, or at ids, from `slot` on: they are committed when they reach the front,
         and until then the slots behind them see them. The front is slot 0. Where end-of-text is committed before, the
         sample ends without them.
@@ -199,7 +204,7 @@ class Generator:
         ids = self._ids(content)
         return held_at(living, slot, ids, self._vectors(ids))
 
-    def replace(self, living: Living, slot: int, content: str | Sequence[int] | np.ndarray | jax.Array) -> Living:
+    def replace(self, living: Living, slot: int, content: Prompt | np.ndarray | jax.Array) -> Living:
         """`living` with the vectors of slots replaced from `slot` on, by a text, by ids or by vectors [N, d] or [d];
         they go on to be refined, also where they were pinned. Raises UserError where they do not fit into the tail."""
         if isinstance(content, np.ndarray | jax.Array):
@@ -209,19 +214,17 @@ class Generator:
     def _vectors(self, ids: Sequence[int]) -> np.ndarray:
         return np.asarray(look_up(self._vocabulary.table, jnp.array(ids, jnp.int32)))
 
-    def _ids(self, content: str | Sequence[int]) -> list[int]:
+    def _ids(self, content: Prompt) -> list[int]:
         if isinstance(content, str):
-            ids = self.tokenizer.encode(content) if _is_unicode(content) else []
+            ids = self.tokenizer.encode(content) if is_unicode(content) else []
         else:
-            ids = list(content) if isinstance(content, Sequence) else []
-        if not ids or not all(isinstance(token, int | np.integer) and 0 <= token < self.tokenizer.vocab_size
-                              for token in ids):
-            raise UserError(f"expected a text that is not empty, or ids in 0..{self.tokenizer.vocab_size - 1}, found "
-                            f"{content!r}")
+            ids = ids_of("what goes into the tail", content, self.tokenizer.vocab_size)
+        if not ids:
+            raise UserError(f"expected a text that is not empty, or at least one id, found {content!r}")
         return ids
 
     def record(
-        self, prompt: str | Sequence[int], settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
+        self, prompt: Prompt, settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
         num_candidates: int = 8, keep_vectors: bool = False, direction: np.ndarray | None = None,
     ) -> Trajectory:
         """The same sample as `generate` with everything that its tail went through: the `num_candidates` nearest
@@ -229,8 +232,7 @@ class Generator:
 
         Raises UserError as `generate` does, and where there are fewer tokens than candidates.
         """
-        if not 0 <= num_candidates <= self.tokenizer.vocab_size:
-            raise UserError(f"num_candidates must lie in 0..{self.tokenizer.vocab_size}, found {num_candidates}")
+        num_candidates = whole_number("num_candidates", num_candidates, 0, self.tokenizer.vocab_size)
         living = self.begin(prompt, settings, number, seed, direction)
         state, steps, kept = living.state, [], Record(True, num_candidates, keep_vectors)
         count = chunk(int(state.budget[0] - state.num_committed[0]))
@@ -247,9 +249,11 @@ class Generator:
     def direction(self, words: Sequence[str]) -> np.ndarray:
         """The mean [d] of the embeddings of some words, as they stand behind a space; a word of several tokens is their
         mean. Raises UserError for a blank one."""
+        if isinstance(words, str) or not words:
+            raise UserError(f"steering_words must be a list of at least one word, found {words!r}")
         vectors = []
         for word in words:
-            if not word.strip() or not _is_unicode(word):
+            if not isinstance(word, str) or not word.strip() or not is_unicode(word):
                 raise UserError(f"steering_words: {word!r} is no word")
             vectors.append(direction_of(jnp.asarray(self._vectors(self.tokenizer.encode(f" {word.strip()}")))))
         return np.asarray(direction_of(jnp.stack(vectors)))
@@ -257,8 +261,11 @@ class Generator:
     def next_tokens(self, ids: Sequence[int]) -> list[int]:
         """The nearest token to the prediction behind every prefix of `ids` (at least one, at most all positions).
 
-        Committed vectors alone are read, as the baseline does; for a run with a tail that is K = 0.
+        Committed vectors alone are read, as the baseline does; for a run with a tail that is K = 0. Raises UserError
+        for ids that are none, or too few or too many.
         """
+        ids = ids_of("what is read", ids, self.tokenizer.vocab_size)
+        whole_number("the number of ids", len(ids), 1, self.config.max_positions)
         width = min(bucket(len(ids), SMALLEST_PROMPT), self.config.max_positions)
         padded = np.full((1, width), self.tokenizer.end_of_text, np.int32)
         padded[0, : len(ids)] = ids
@@ -271,18 +278,19 @@ class Generator:
         return self.config.objective.kind == "ar"
 
     def rows(
-        self, prompts: Sequence[str | Sequence[int]], settings: GenerationConfig, num_samples: int = 1
+        self, prompts: Sequence[Prompt], settings: GenerationConfig, num_samples: int = 1
     ) -> list[Row]:
-        """A Row per prompt and sample; raises UserError unless each prompt is text and has room for `settings`."""
+        """A Row per prompt and sample; raises UserError unless each prompt is text or ids and has room for `settings`.
+        """
+        if not isinstance(settings, GenerationConfig):
+            raise UserError(f"settings must be a GenerationConfig, found {settings!r}")
+        num_samples = whole_number("num_samples", num_samples, 1)
         if settings.repulsion > 0 and not self.config.table.tied:
             raise UserError("repulsion compares tokens as they are read with tokens as they are written, and this "
                             "model has an output table of its own: leave out --repulsion")
         rows, tail_length = [], 1 if self.is_autoregressive else settings.tail_length
-        for index, prompt in enumerate(prompts):
-            if isinstance(prompt, str) and not _is_unicode(prompt):
-                raise UserError(f"prompt {index + 1} is not valid Unicode (half of a surrogate pair, or bytes that are "
-                                f"not UTF-8): {prompt!r}")
-            ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
+        for index, prompt in enumerate(prompts_of(prompts, self.tokenizer.vocab_size)):
+            ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
             ids = ids or [self.tokenizer.end_of_text]
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
             needed = len(ids) + settings.max_new_tokens + tail_length
@@ -300,7 +308,7 @@ class Generator:
         return make_tail(settings, self._direction(settings, direction))
 
     def check(
-        self, prompts: Sequence[str | Sequence[int]], settings: GenerationConfig, direction: np.ndarray | None = None
+        self, prompts: Sequence[Prompt], settings: GenerationConfig, direction: np.ndarray | None = None
     ) -> None:
         """Raises UserError where `generate` would, before anything is computed."""
         self.rows(prompts, settings)
@@ -312,7 +320,10 @@ class Generator:
             return None
         if direction is None and not settings.steering_words:
             raise UserError("steering needs a direction: give --steering-words WORD … or --steering-vector FILE")
-        towards = self.direction(settings.steering_words) if direction is None else np.asarray(direction)
+        try:
+            towards = self.direction(settings.steering_words) if direction is None else np.asarray(direction)
+        except ValueError:  # lists of several lengths
+            towards = np.zeros((), object)
         size = self.config.model.embed_dim
         if (towards.shape != (size,) or towards.dtype.kind not in "fiu" or not np.isfinite(towards).all()
                 or not towards.any()):
@@ -350,29 +361,29 @@ class Generator:
                                         record=Record())
             steps.append(jax.tree.map(np.asarray, step))
         whole = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
-        return [self._sample(row.prompt, row.number, *(part[:, index] for part in (
+        return [self._sample(row, *(part[:, index] for part in (
             whole.committed, whole.tokens, whole.entropy, whole.movement))) for index, row in enumerate(chosen)]
 
     def _sample(
-        self, prompt: str, number: int, committed: np.ndarray, tokens: np.ndarray, entropy: np.ndarray,
-        movement: np.ndarray,
+        self, row: Row, committed: np.ndarray, tokens: np.ndarray, entropy: np.ndarray, movement: np.ndarray
     ) -> Sample:
         """The sample of what N steps committed [N] of their R slots [N, R]."""
         taken = np.arange(tokens.shape[1])[None, :] < committed[:, None]
         ids = tokens[taken].tolist()
-        return Sample(prompt, number, self.tokenizer.decode(ids), ids, entropy[taken].tolist(),
+        return Sample(row.prompt, row.number, self.tokenizer.split(row.ids, ids)[1], ids, entropy[taken].tolist(),
                       movement[taken].tolist(), ids[-1] == self.tokenizer.end_of_text, int(np.sum(committed > 0)))
 
     def sample_of(self, prompt: str, number: int, moments: Sequence[Moment]) -> Sample:
         """The sample that all `moments` of a stream (at least one) add up to."""
         tokens = [[*one.tokens[len(one.tokens) - one.committed:], *one.tail] for one in moments]
-        return self._sample(prompt, number, np.array([one.committed for one in moments]), np.array(tokens),
-                            np.array([one.entropy for one in moments]), np.array([one.movement for one in moments]))
+        measured = (np.array([one.committed for one in moments]), np.array(tokens),
+                    np.array([one.entropy for one in moments]), np.array([one.movement for one in moments]))
+        return dataclasses.replace(self._sample(Row(prompt, [], number), *measured), text=moments[-1].text)
 
     def sample_of_trajectory(self, prompt: str, number: int, trajectory: Trajectory) -> Sample:
         """The sample whose tail went through `trajectory`."""
-        return self._sample(prompt, number, trajectory.committed, trajectory.tokens, trajectory.entropy,
-                            trajectory.movement)
+        return self._sample(Row(prompt, trajectory.prompt.tolist(), number), trajectory.committed, trajectory.tokens,
+                            trajectory.entropy, trajectory.movement)
 
     @functools.cached_property
     def _forward(self):
@@ -405,11 +416,3 @@ class Generator:
         model = functools.partial(self._forward, apart(params))  # apart once for all steps of the scan
         predict = cache.cached_predict(model, tail, self._model_tail_length(tail))
         return decode(state, predict, vocabulary, tail, self.tokenizer.end_of_text, num_steps, record)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokmat_jax.errors import UserError
+from tokmat_jax.generation.asked import whole_number
 from tokmat_jax.generation.requests import Row
 from tokmat_jax.method.algorithm import DecodeState
 from tokmat_jax.method.tail import Tail
@@ -64,7 +65,7 @@ def with_vectors(living: Living, slot: int, vectors: np.ndarray) -> Living:
     """`living` with `vectors` [N, d] in the slots from `slot` on, which are free from then on; raises UserError where
     they do not fit."""
     size = living.state.tail.shape[-1]
-    if vectors.ndim != 2 or vectors.shape[1] != size or not np.isfinite(vectors).all():
+    if vectors.ndim != 2 or vectors.shape[1] != size or vectors.dtype.kind in "OSUMm" or not np.isfinite(vectors).all():
         raise UserError(f"expected finite vectors of {size} numbers, found the shape {vectors.shape}")
     _check(living, slot, len(vectors))
     tail = living.state.tail.at[0, slot : slot + len(vectors)].set(jnp.asarray(vectors, living.state.tail.dtype))
@@ -76,5 +77,5 @@ def with_vectors(living: Living, slot: int, vectors: np.ndarray) -> Living:
 
 def _check(living: Living, slot: int, count: int) -> None:
     length = living.state.tail.shape[1]
-    if not 0 <= slot <= length - count:
+    if not 0 <= whole_number("slot", slot) <= length - count:
         raise UserError(f"the tail has the slots 0..{length - 1}, found slots {slot}..{slot + count - 1}")

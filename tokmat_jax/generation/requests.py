@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from tokmat_jax.keys import seed_key
+
 SMALLEST_PROMPT, SMALLEST_HISTORY = 16, 64
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 16
 
@@ -59,7 +61,7 @@ def make_batch(rows: Sequence[Row], max_new_tokens: int, seed: int, max_position
 def sample_key(name: jax.Array) -> jax.Array:
     """The key of a sample from its `name` [3]: seed, checksum of the prompt's ids, number. No batch can change it."""
     seed, prompt, number = name
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), number)
+    return jax.random.fold_in(jax.random.fold_in(seed_key(seed), prompt), number)
 
 
 def chunk(max_new_tokens: int) -> int:

@@ -36,10 +36,13 @@ from tokmat_jax.hf import families
 from tokmat_jax.hf.families import Weight
 from tokmat_jax.hf.files import Safetensors, Stored, find_source, write_safetensors
 from tokmat_jax.hf.gguf_file import Gguf
+from tokmat_jax.keys import seed_key
 from tokmat_jax.model.backbone import Params, conditioning_of_committed
 from tokmat_jax.model.params import ar_logit_scale_of, init_params, param_shapes, vocabulary_of
+from tokmat_jax.output import without_torch_notice
 from tokmat_jax.progress import bar
 from tokmat_jax.storage.checkpoint import load_params, save_params
+from tokmat_jax.storage.plain_path import plain_path
 from tokmat_jax.storage.workdir import (
     IMPORTED,
     TOKENIZER,
@@ -104,6 +107,7 @@ def import_weights(source: str, out: Path) -> Imported:
     behind, where the source is damaged, incomplete or of a kind that the backbone cannot express.
     """
     with appears_whole(out) as unfinished:
+        plain_path(unfinished)  # refused before anything is read
         path = find_source(source)
         found = _open_gguf(path, out) if path.is_file() else _open_folder(path, out)
         shapes = _shapes(found.config, found.tokenizer.vocab_size)
@@ -125,7 +129,8 @@ def import_weights(source: str, out: Path) -> Imported:
 
 
 def _open_folder(folder: Path, out: Path) -> _Source:
-    from transformers import AutoConfig
+    with without_torch_notice():
+        from transformers import AutoConfig
 
     facts = read_json(folder / "config.json")
     _check_model_type(facts.get("model_type"), folder / "config.json")
@@ -289,7 +294,7 @@ def _fresh(config: Config, vocab_size: int, paths: list[str]) -> Flat:
 
     @jax.jit
     def some():
-        params = init_params(jax.random.key(config.train.seed), config, vocab_size)
+        params = init_params(seed_key(config.train.seed), config, vocab_size)
         flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
         return {path: flat[path] for path in paths}
 
@@ -424,7 +429,8 @@ def _autoregressive_view(config: Config, flat: Flat) -> tuple[Flat, bool]:
 def _write_settings(
     folder: Path, model_type: str, config: Config, tokenizer: Tokenizer, tied: bool, dtype: str
 ) -> None:
-    from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
+    with without_torch_notice():
+        from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
     fields = families.write_settings(model_type, config, tokenizer.vocab_size, tied, dtype)
     begin = tokenizer.prefix[0] if tokenizer.prefix else None

@@ -13,6 +13,7 @@ from tokmat_jax.errors import UserError, one_line, shown
 from tokmat_jax.hf import families
 from tokmat_jax.hf.files import check_finite
 from tokmat_jax.hf.gguf_header import Place, read_header
+from tokmat_jax.output import without_torch_notice
 
 _EXTRA = "a GGUF file needs the package gguf: pip install -e '.[gguf]'"
 
@@ -135,7 +136,8 @@ class Gguf:
 
     def settings(self) -> Any:
         """The config object of `transformers` that the metadata describe."""
-        from transformers import GPT2Config, LlamaConfig, Qwen2Config
+        with without_torch_notice():
+            from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
         kind, fields = {"gpt2": (GPT2Config, self._gpt2_fields), "llama": (LlamaConfig, self._llama_fields),
                         "qwen2": (Qwen2Config, self._llama_fields)}[self.architecture]
@@ -199,10 +201,11 @@ class Gguf:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer in the metadata; raises UserError where there is none that can be built."""
         try:
-            from transformers.integrations.gguf.gguf_tokenizer_mapping import (
-                GGUF_TOKENIZER_MAPPING,
-                convert_gguf_tokenizer,
-            )
+            with without_torch_notice():
+                from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+                    GGUF_TOKENIZER_MAPPING,
+                    convert_gguf_tokenizer,
+                )
         except ImportError:
             raise UserError(f"the installed transformers cannot build the tokenizer of a GGUF file; {_EXTRA}") from None
         names = {f"tokenizer.{key}": name for key, name in GGUF_TOKENIZER_MAPPING["tokenizer"].items()}

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, Sharding
 
 from tokmat_jax.config import Config
 from tokmat_jax.distributed.mesh import place
+from tokmat_jax.keys import seed_key
 from tokmat_jax.method.table import Vocabulary, make_vocabulary, sphere
 from tokmat_jax.model.backbone import Params, make_backbone
 
@@ -47,7 +48,7 @@ def init_params(key: jax.Array, config: Config, vocab_size: int, table: jax.Arra
 
 def param_shapes(config: Config, vocab_size: int, where: Mesh | Sharding | None = None) -> Params:
     """The parameters as ShapeDtypeStructs: placed on a mesh by its `RULES`, or all of them by one sharding."""
-    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, vocab_size))
+    shapes = jax.eval_shape(lambda: init_params(seed_key(0), config, vocab_size))
     if where is None:
         return shapes
     placed = place(shapes, where) if isinstance(where, Mesh) else jax.tree.map(lambda _: where, shapes)

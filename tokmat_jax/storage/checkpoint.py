@@ -2,7 +2,8 @@
 
 Generation reads the parameters alone. Saving is asynchronous; a step is listed only when all its items are complete.
 Nothing in a checkpoint depends on the mesh or on the number of processes that wrote it. The item `data` describes the
-arrays (see `integrity.py`), so that damage is found whatever file it is in.
+arrays (see `integrity.py`), so that damage is found whatever file it is in. The first checkpoint that a process writes
+is read again at once, in part: what cannot be read must not be found out after days.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.model.backbone import Params
 from tokmat_jax.model.params import TrainState
 from tokmat_jax.storage.integrity import describe, is_sealed, seal, summed
+from tokmat_jax.storage.plain_path import plain_path
 from tokmat_jax.storage.workdir import CHECKPOINTS, DAMAGED
 
 RETRY_SECONDS = 30.0
@@ -39,6 +41,22 @@ _MACHINE = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_
 """What errors say that do not come from what a file holds."""
 
 
+_RAISED_TOO = ("_SignalingThread.run() raised an exception", "Save Finalize thread", "Checkpointer failed",
+               "Failed to write metadata", "Failed to update metadata", "Failed to run")
+"""Errors that Orbax logs with their tracebacks and raises as well; a save that fails brings up to ten of them."""
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether what Orbax, or its event loop, logs is more than the exception that reaches us and becomes a line."""
+    if record.name == "asyncio":  # after a save or a read has failed, the other arrays fail too
+        return "exception was never retrieved" not in record.getMessage()
+    return not (record.exc_info and any(words in str(record.msg) for words in _RAISED_TOO))
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_news)
+
+
 class _DamageError(Exception):
     """What is wrong with the files of a checkpoint."""
 
@@ -51,7 +69,9 @@ def _open_manager(
         "optimizer": ocp.StandardCheckpointHandler(),
         "data": ocp.JsonCheckpointHandler(),
     }
-    return ocp.CheckpointManager(workdir.resolve() / CHECKPOINTS, options=options, item_handlers=handlers)
+    if options.create:
+        workdir.mkdir(parents=True, exist_ok=True)
+    return ocp.CheckpointManager(plain_path(workdir) / CHECKPOINTS, options=options, item_handlers=handlers)
 
 
 class Checkpoints:
@@ -61,6 +81,7 @@ class Checkpoints:
         self._workdir, self._keep = workdir, keep
         self._manager = self._open()
         self._failed_at: float | None = None
+        self._proved = False
 
     def _open(self) -> ocp.CheckpointManager:
         """Removes what was left half-written: Orbax would do so beside what comes next, and not wait for it."""
@@ -78,7 +99,8 @@ class Checkpoints:
     def save(self, state: TrainState, position: int) -> None:
         """Starts saving `state` and the `position` in the data; returns before it is on disk.
 
-        Where that fails a line says so, and `due` asks for another attempt; several processes all end.
+        The first one is waited for; raises UserError if it is on disk then and cannot be read. If saving fails a line
+        says so, and `due` asks for another attempt; several processes all end.
         """
         step = int(state.step)
         if step == self.latest_step():
@@ -94,6 +116,11 @@ class Checkpoints:
             self._manager.save(step, args=args)
 
         self._attempt(write)
+        if not self._proved and self._failed_at is None:
+            self._attempt(self._manager.wait_until_finished)
+            if self.latest_step() == step:
+                _prove(self._manager, step, items)
+                self._proved = True
 
     def due(self) -> bool:
         """Whether what was last saved could not be written, and it is time for another attempt."""
@@ -160,17 +187,17 @@ class Checkpoints:
             optimizer = found["optimizer"]
             return TrainState(optimizer["step"], found["params"], optimizer["opt_state"]), position
         reasons = "; ".join(f"{step} is damaged ({reason})" for step, reason in damaged.items())
-        raise UserError(f"no checkpoint in {self._manager.directory} can be read: {reasons}: bring one back from a "
+        raise UserError(f"no checkpoint in {self._workdir / CHECKPOINTS} can be read: {reasons}: bring one back from a "
                         f"copy, or start again in another --workdir")
 
     def _move_aside(self, damaged: dict[int, str], good: int) -> None:
-        folder = self._workdir / DAMAGED
+        checkpoints, folder = self._workdir / CHECKPOINTS, self._workdir / DAMAGED
         for step, reason in damaged.items():
             folder.mkdir(exist_ok=True)
             place = next(place for number in range(10**6)
                          if not (place := folder / (f"{step}-{number}" if number else str(step))).exists())
-            os.rename(self._manager.directory / str(step), place)
-            print(f"warning: {self._manager.directory / str(step)} is damaged ({reason}) and was moved to {place}: "
+            os.rename(checkpoints / str(step), place)
+            print(f"warning: {checkpoints / str(step)} is damaged ({reason}) and was moved to {place}: "
                   f"going on from step {good}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -192,7 +219,7 @@ def _check_room(folder: Path, size: int) -> None:
 def save_params(workdir: Path, params: Params) -> None:
     """Writes `params` (JAX arrays) as step 0 of a workdir that holds a model and no training.
 
-    Beside them, little more than the largest one takes memory.
+    Beside them, little more than the largest one takes memory. Raises UserError if they cannot be read again.
     """
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
     # Typed as a whole number of gigabytes; any number is taken, and an array above the limit is refused.
@@ -202,6 +229,7 @@ def save_params(workdir: Path, params: Params) -> None:
     with _open_manager(workdir, options, handler) as manager:
         manager.save(0, args=ocp.args.Composite(
             params=ocp.args.StandardSave(params), data=ocp.args.JsonSave(facts)))
+        _prove(manager, 0, {"params": params})
 
 
 @contextlib.contextmanager
@@ -236,12 +264,12 @@ def load_params(workdir: Path, shapes: Params) -> tuple[Params, int]:
             except _DamageError as error:
                 damage = error
             # A run that goes on meanwhile removes its old checkpoints.
-            if (manager.directory / str(step)).exists():
+            if _place(manager, step).exists():
                 break
             manager.reload()
         others = [other for other in manager.all_steps() if other != step]
         rest = f"delete it to go on from step {max(others)}" if others else "there is no other one"
-        raise UserError(f"{manager.directory / str(step)} is damaged ({damage}): {rest}")
+        raise UserError(f"{workdir / CHECKPOINTS / str(step)} is damaged ({damage}): {rest}")
 
 
 @contextlib.contextmanager
@@ -261,10 +289,11 @@ def _read(manager: ocp.CheckpointManager, step: int, shapes: dict[str, Any]) -> 
 
     Raises _DamageError in every process if it is found in one of them, and UserError where what was saved does not fit.
     """
-    where = str(manager.directory / str(step))
+    where = _place(manager, step)
     facts, said = _tried(where, lambda: _facts(manager, step))
     _raise_everywhere(said)
-    _check_fits(where, facts["arrays"], {name: shapes[name] for name in shapes if name in facts["items"]})
+    checked = {name: shapes[name] for name in shapes if name in facts["items"]}
+    _check_fits(str(where.resolve()), facts["arrays"], checked)
     arrays, said = _tried(where, lambda: manager.restore(step, args=ocp.args.Composite(
         **{name: ocp.args.StandardRestore(item) for name, item in shapes.items()})))
     _raise_everywhere(said)
@@ -276,12 +305,45 @@ def _read(manager: ocp.CheckpointManager, step: int, shapes: dict[str, Any]) -> 
     return found, facts["position"]
 
 
+def _prove(manager: ocp.CheckpointManager, step: int, items: dict[str, Any]) -> None:
+    """Raises UserError unless the seal of a checkpoint just written and the smallest array of each item can be read.
+
+    All of it would take as much memory again as the `items` (arrays) do.
+    """
+    place = _place(manager, step)
+
+    def read() -> list[str]:
+        known = _facts(manager, step)["arrays"]
+        found = {name: _smallest(place / name, item) for name, item in items.items()}
+        return [name for name, one in summed(found).items() if one["sum"] != known[name]["sum"]]
+
+    changed, said = _tried(place, read)
+    if not everywhere(said is None and not changed):
+        raise UserError(f"{place.resolve()} was written but cannot be read again "
+                        f"({said or ', '.join(changed or ()) or 'found by another process'}): choose another folder")
+
+
+def _smallest(folder: Path, item: Any) -> Any:
+    """The smallest array of `item`, read from `folder`, in as much of its tree as leads to it."""
+    path, leaf = min(jax.tree_util.tree_leaves_with_path(item), key=lambda pair: pair[1].nbytes)
+    shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    one = jax.tree_util.tree_map_with_path(lambda where, _: shape if where == path else None, item)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(folder, ocp.args.PyTreeRestore(
+            one, restore_args=ocp.checkpoint_utils.construct_restore_args(one), partial_restore=True))
+
+
+def _place(manager: ocp.CheckpointManager, step: int) -> Path:
+    """The folder of a checkpoint as the library knows it; messages name what it resolves to."""
+    return Path(manager.directory) / str(step)
+
+
 def _facts(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """`position`, `arrays` by name, and the `items` whose arrays these are.
 
     Raises _DamageError where the seal is broken. A checkpoint from before there were seals is taken at Orbax's word.
     """
-    imported = step == 0 and not (manager.directory / str(step) / "data").exists()
+    imported = step == 0 and not (_place(manager, step) / "data").exists()
     found = {"position": 0} if imported else manager.restore(
         step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
     if isinstance(found, dict) and set(found) == {"position"}:
@@ -292,8 +354,8 @@ def _facts(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return found | {"items": ("params", "optimizer")}
 
 
-def _tried(where: str, read: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What `read` returns, or None and what is wrong with the files.
+def _tried(where: Path, read: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What `read` returns, or None and what is wrong with the files, which lie in `where`.
 
     Raises UserError where it is not them, but the machine: nothing says then that the next attempt fails as well.
     """
@@ -301,9 +363,9 @@ def _tried(where: str, read: Callable[[], Any]) -> tuple[Any, str | None]:
         try:
             return read(), None
         except Exception as error:
-            said = _innermost(error)
+            said = _innermost(error).replace(str(where), str(where.resolve()))
             if isinstance(error, MemoryError) or any(word in said for word in _MACHINE):
-                raise UserError(f"{where} cannot be read now: {said}") from None
+                raise UserError(f"{where.resolve()} cannot be read now: {said}") from None
         # What was being read beside it fails too, some of it a little later; only now nothing holds its futures.
         time.sleep(0.3)
         gc.collect()
@@ -320,15 +382,12 @@ def _innermost(error: Exception) -> str:
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
     """Without those of threads and futures, which Python would print for each array that cannot be read."""
-    hooks, logger = (sys.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
-    level = logger.level
+    hooks = sys.excepthook, sys.unraisablehook
     sys.excepthook = sys.unraisablehook = lambda *_: None
-    logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
         sys.excepthook, sys.unraisablehook = hooks
-        logger.setLevel(level)
 
 
 def _raise_everywhere(said: str | None) -> None:

@@ -30,7 +30,7 @@ from typing import IO, Any
 import pydantic
 
 from tokmat_jax.config import Config
-from tokmat_jax.errors import UserError, one_line, shown
+from tokmat_jax.errors import UserError, one_line, refusal, shown
 
 CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
 IMPORTED = "imported.json"
@@ -40,11 +40,12 @@ LOCK = "lock"
 _WRITTEN = (CONFIG, CORPUS, TOKENIZER, CHECKPOINTS, DAMAGED, LOCK, "metrics.jsonl", "tensorboard", "samples.jsonl",
             "spikes.jsonl", "profile")
 
-_FREE = ("workdir", "mesh", "compute", "cluster", "generation", "data.prepared_dir", "train.num_steps",
-         "train.log_every", "train.eval_every", "train.eval_batches", "train.sample_every", "train.num_samples",
-         "train.checkpoint_every", "train.keep_checkpoints", "train.max_skipped", "train.skip_batches",
-         "train.profile")
-"""Fields that a resumed run may change; any other would make it another run."""
+_FREE = ("workdir", "mesh", "compute", "cluster", "generation", "data.source", "data.prepared_dir", "tokenizer.name",
+         "train.num_steps", "train.log_every", "train.eval_every", "train.eval_batches", "train.sample_every",
+         "train.num_samples", "train.checkpoint_every", "train.keep_checkpoints", "train.max_skipped",
+         "train.skip_batches", "train.profile")
+"""Fields that a resumed run may change; any other would make it another run. Where text and tokenizer lie does not
+matter: the fingerprint of the corpus tells what they are."""
 _MOST_LAYERS, _LARGEST_SIZE = 1 << 12, 1 << 24
 
 
@@ -135,23 +136,20 @@ def appears_whole(folder: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.rename(folder)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+        raise refusal(error, f"cannot write {folder}", unfinished) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def keep_corpus(facts: dict[str, Any], workdir: Path) -> None:
-    """Notes the corpus of a run; raises UserError if the run in `workdir` has learned from another one."""
-    path = workdir / CORPUS
-    if path.exists():
-        try:
-            known = json.loads(path.read_text())["fingerprint"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path} is damaged: this run cannot tell which corpus it has learned from") from None
-        if known != facts["fingerprint"]:
-            raise UserError(f"{workdir} holds a run on another state of its corpus (fingerprint {shown(known)}, now "
-                            f"{facts['fingerprint']}): bring the text back, or choose another --workdir")
-    write_json(path, facts)
+def known_corpus(workdir: Path) -> dict[str, Any]:
+    """The facts of the corpus that the run in `workdir` has learned from, with its `fingerprint`.
+
+    Raises UserError if they are missing or damaged.
+    """
+    facts = read_json(workdir / CORPUS)
+    if not isinstance(facts.get("fingerprint"), str):
+        raise UserError(f"{workdir / CORPUS} is damaged: this run cannot tell which corpus it has learned from")
+    return facts
 
 
 def load_config(workdir: Path) -> Config:

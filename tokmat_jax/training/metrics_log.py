@@ -98,7 +98,8 @@ class _Board:
 
         self._folder.mkdir(exist_ok=True)
         self._suffix = f".{time.time_ns()}"  # two files of one second would have the same name
-        events = EventsWriter(str(self._folder / "events"), self._suffix)
+        # An absolute path is never taken for an address, as `gs:/` would be.
+        events = EventsWriter(str(self._folder.absolute() / "events"), self._suffix)
         # What an earlier process has written from this step on no longer counts.
         events.write_event(Event(step=self._purge, session_log=SessionLog(status=SessionLog.START)))
         return events

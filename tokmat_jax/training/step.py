@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from tokmat_jax.config import Config
 from tokmat_jax.distributed.mesh import batch_sharding, place, replicated
+from tokmat_jax.keys import seed_key
 from tokmat_jax.method import losses
 from tokmat_jax.method.table import rank_and_entropy
 from tokmat_jax.model.backbone import Params, make_forward
@@ -50,7 +51,7 @@ def update(
     and the optimiser's own count of updates stays one behind it.
     """
     forward = make_forward(config)
-    step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+    step_key = jax.random.fold_in(seed_key(config.train.seed), state.step)
     negatives_key, rows_key = jax.random.split(step_key)
     negatives = losses.draw_negatives(negatives_key, config.objective, ids[:, 1:], unigram)
     keys = objective.row_keys(rows_key, ids.shape[0])
@@ -109,7 +110,7 @@ def eval_sums(
     """
     plain = dataclasses.replace(config.maturation, history_dropout=0.0, self_condition_prob=0.0)
     config = dataclasses.replace(config, maturation=plain)
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), _EVAL), index)
+    key = jax.random.fold_in(jax.random.fold_in(seed_key(config.train.seed), _EVAL), index)
     negatives_key, rows_key = jax.random.split(key)
     negatives = losses.draw_negatives(negatives_key, config.objective, ids[:, 1:], unigram)
     keys = objective.row_keys(rows_key, ids.shape[0])
@@ -152,7 +153,7 @@ def make_train_functions(config: Config, vocab_size: int, mesh: Mesh) -> TrainFu
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     table_shape = jax.ShapeDtypeStruct((vocab_size, config.model.embed_dim), jnp.float32) if has_table else None
-    shapes = jax.eval_shape(init, jax.random.key(0), table_shape)
+    shapes = jax.eval_shape(init, seed_key(0), table_shape)
     placed = place(shapes, mesh)
     whole, rows = replicated(mesh), batch_sharding(mesh)
 

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 import jax
 
 PREEMPTED = 4
-"""Exit code of a run that was asked to stop (SIGTERM) and has saved: the same command goes on."""
+"""Exit code of a run that was asked to stop by one of `ASKING` and has saved: the same command goes on."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C (SIGINT), as shells have it; after the first one the run has saved."""
+
+ASKING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that ask a run to stop: a pre-emption, a terminal that is closed, Slurm before the time is up."""
 
 
 class Stop:
@@ -39,11 +42,13 @@ class Stop:
         if number == signal.SIGINT:
             self._code = INTERRUPTED
             print("stopping after this step, to save it; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
-            if jax.process_count() > 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-        elif number == signal.SIGTERM and self._code is None:
+        elif number in ASKING and self._code is None:
             self._code = PREEMPTED
             print("asked to stop: saving after this step", file=sys.stderr, flush=True)
+        else:
+            return
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def listen(self, heard: socket.socket) -> None:
         """Heeds the signals whose numbers arrive as bytes, until the other end is closed."""
@@ -54,10 +59,11 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """While it lasts SIGTERM and SIGINT ask the run to stop, and a second SIGINT ends the process.
+    """While it lasts `ASKING` and SIGINT ask the run to stop, and a second SIGINT ends the process.
 
     They are heeded in a thread of their own: the main one may be deep in a compilation for minutes. Of several
-    processes JAX hears SIGTERM, and tells all of them. Outside the main thread nothing can be heard.
+    processes JAX hears SIGTERM, and tells all of them; the other signals are turned into it. A SIGHUP that is ignored
+    stays so, as under `nohup`. Outside the main thread nothing can be heard.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -65,7 +71,11 @@ def stop_signals() -> Iterator[Stop]:
         return
     mouth, ear = socket.socketpair()
     mouth.setblocking(False)
-    numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+    numbers = {signal.SIGINT, *ASKING}
+    if jax.process_count() > 1:
+        numbers.remove(signal.SIGTERM)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
     # Python tells a file of the signals for which it has a handler.
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     other = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)

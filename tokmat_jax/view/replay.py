@@ -53,15 +53,16 @@ def replay(title: str, runs: Sequence[Run], tokenizer: Tokenizer) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
 
 
-def increments(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """What each of `ids` [M], at least one, adds to their text: M strings that together are `tokenizer.decode(ids)`.
+def increments(prompt: Sequence[int], ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """What each of `ids` [M], at least one, adds to the text of `prompt`: M strings that together are what
+    `tokenizer.split` gives for all of them.
 
     A token that ends inside a character adds "" for it; the token that completes the character adds it.
     """
-    whole = tokenizer.decode(ids)
+    whole = tokenizer.split(prompt, ids)[1]
     ends, end = [], 0
     for count in range(1, len(ids)):
-        ready = tokenizer.decode(ids[:count]).rstrip("\N{REPLACEMENT CHARACTER}")
+        ready = tokenizer.split(prompt, ids[:count])[1].rstrip("\N{REPLACEMENT CHARACTER}")
         # What later tokens would rewrite waits for them too.
         while not whole.startswith(ready):
             ready = ready[:-1]
@@ -76,9 +77,13 @@ def _source(text: str) -> str:
 
 def _plain(run: Run, tokenizer: Tokenizer) -> str:
     """The final text, for a browser that runs no scripts."""
-    prompt, text = (html.escape(visible(tokenizer.decode(ids.tolist())))
-                    for ids in (run.trajectory.prompt, run.trajectory.text))
+    prompt, text = (html.escape(visible(part)) for part in _texts(run.trajectory, tokenizer))
     return f"<section><h2>{html.escape(visible(run.title))}</h2><p class=text><b>{prompt}</b>{text}</p></section>"
+
+
+def _texts(trajectory: Trajectory, tokenizer: Tokenizer) -> tuple[str, str]:
+    """The prompt and what was written after it."""
+    return tokenizer.split(trajectory.prompt.tolist(), trajectory.text.tolist())
 
 
 def _data(runs: Sequence[Run], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -100,8 +105,8 @@ def _run_data(run: Run, ids: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]
     return {
         "title": visible(run.title),
         "settings": [[visible(name), visible(str(value))] for name, value in run.settings.items()],
-        "prompt": visible(tokenizer.decode(trajectory.prompt.tolist())),
-        "text": [visible(part) for part in increments(trajectory.text.tolist(), tokenizer)],
+        "prompt": visible(_texts(trajectory, tokenizer)[0]),
+        "text": [visible(part) for part in increments(trajectory.prompt.tolist(), trajectory.text.tolist(), tokenizer)],
         "maturity": _whole(trajectory.maturity, _SCALE),
         "committed": trajectory.committed.tolist(),
         "tokens": np.searchsorted(ids, trajectory.tokens.ravel()).tolist(),

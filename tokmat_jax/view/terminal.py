@@ -36,8 +36,9 @@ def tail_text(prompt: str, moment: Moment, tokenizer: Tokenizer) -> Text:
     """
     text = Text()
     text.append(visible(prompt), "bold")
-    fixed = tokenizer.decode(moment.tokens[: len(moment.tokens) - moment.committed])
-    new = moment.text[len(fixed) :] if moment.text.startswith(fixed) else ""
+    before = len(moment.tokens) - moment.committed
+    new = tokenizer.split(moment.tokens[:before], moment.tokens[before:])[1] if before else moment.text
+    new = new if moment.text.endswith(new) else ""
     text.append(visible(moment.text[: len(moment.text) - len(new)]), _COMMITTED)
     text.append(visible(new), "underline")
     for token, maturity in zip(moment.tail, moment.maturity[moment.committed :], strict=True):

@@ -1,0 +1,66 @@
+"""Files that a command writes: whether each can be written is known before anything is computed for it."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from tokmat_jax.errors import UserError
+
+
+def numbered(path: str, index: int, total: int) -> Path:
+    """`path` itself for one of one; else with the number from 1 before its ending: `replay-2.html`."""
+    whole = Path(path)
+    return whole if total == 1 else whole.with_name(f"{whole.stem}-{index + 1}{whole.suffix}")
+
+
+@contextlib.contextmanager
+def writing(flag: str, path: Path) -> Iterator[None]:
+    """Raises UserError if the file that `flag` names cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag}: cannot write {path}: {error.strerror}") from None
+
+
+def check_files(written: Mapping[str, Sequence[Path]], read: Mapping[str, str | None]) -> None:
+    """Raises UserError unless all files can be written, each is another one, and none of them is one that is `read`.
+
+    Both name the flag of each file. What is there stays as it is.
+    """
+    sources = {_identity(Path(path)): flag for flag, path in read.items() if path is not None}
+    seen: dict[tuple[int, int] | str, str] = {}
+    for flag, paths in written.items():
+        for path in paths:
+            with writing(flag, path):
+                one = _identity(path)
+                if one in seen:
+                    raise UserError(f"{seen[one]} and {flag} would write the same file {path}")
+                if one in sources:
+                    raise UserError(f"{flag} would overwrite {path}, which {sources[one]} reads: name another file")
+                seen[one] = flag
+                _try(flag, path)
+
+
+def _identity(path: Path) -> tuple[int, int] | str:
+    """The same for all names of a file: other spellings, links and hard links."""
+    if path.is_file():
+        found = path.stat()
+        return found.st_dev, found.st_ino
+    # A terminal is both what is read and what is written: it has the name by which it is asked for.
+    return os.path.realpath(path) if not path.exists() else str(path.absolute())
+
+
+def _try(flag: str, path: Path) -> None:
+    """Raises UserError or OSError unless `path` can be written; no file and no link comes or goes."""
+    if path.is_dir():
+        raise UserError(f"{flag}: {path} is a folder")
+    if path.exists() and not path.is_file():
+        return  # a pipe or a device: whoever reads it would see it close
+    # Of a link to a file that is not there yet, the file is tried.
+    target = Path(os.path.realpath(path))
+    exists = target.exists()
+    with target.open("ab"):
+        pass
+    if not exists:
+        target.unlink()

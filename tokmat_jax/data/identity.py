@@ -1,0 +1,130 @@
+"""What tells one corpus from another: what its text is, how it is cut, and its tokenizer, wherever they lie."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokmat_jax.config import Config, DataConfig, TokenizerConfig
+from tokmat_jax.data import sources
+from tokmat_jax.data.content import digests, reading
+from tokmat_jax.data.patterns import find_files
+from tokmat_jax.errors import UserError
+from tokmat_jax.storage.workdir import CORPUS, TOKENIZER, load_config, read_json
+
+_FORMAT = 3
+FORMER = 2
+"""The format before, which knew files by path, size and time."""
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
+"""Files that lie beside a tokenizer and are no part of it."""
+
+
+def identify(config: Config) -> dict[str, Any]:
+    """What the corpus of `config` is made from, as JSON data, and the `fingerprint` of it.
+
+    Raises UserError if a file of the source or of the tokenizer is missing or cannot be read.
+    """
+    made_from = {
+        "format": _FORMAT,
+        "data": {name: getattr(config.data, name) for name in ("text_field", "separator", "seq_len", "holdout")},
+        "tokenizer": noted_tokenizer(config) or _tokenizer(config.tokenizer, Path(config.data.prepared_dir)),
+        "source": _source(config.data),
+    }
+    return made_from | {"fingerprint": _fingerprint(made_from)}
+
+
+def _fingerprint(made_from: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _source(config: DataConfig) -> list[Any]:
+    """Versions, or what the files hold and how they are read, in their order."""
+    kind, _, rest = config.source.partition(":")
+    if kind == "package":
+        return [kind, rest, _version(rest)]
+    if kind == "files":
+        paths = find_files(rest)
+        return [kind, *zip(map(sources.way_to_read, paths), digests(paths, Path(config.prepared_dir)), strict=True)]
+    if kind == "tfds":
+        name, split = sources.tfds_name(rest)
+        if Path(name).is_dir():
+            return [kind, split, _folder(Path(name), Path(config.prepared_dir))]
+        return [kind, split, name, config.tfds_data_dir]
+    return [config.source]
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def _folder(folder: Path, known_in: Path) -> dict[str, str]:
+    """What the files in `folder` hold, by name."""
+    with reading(folder):
+        files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
+    return {path.name: digest for path, digest in zip(files, digests(files, known_in), strict=True)}
+
+
+def _tokenizer(config: TokenizerConfig, known_in: Path) -> dict[str, Any]:
+    """A folder is known by what its files hold, a tokenizer of a hub by its name."""
+    made_from = dataclasses.asdict(config)
+    if config.kind == "workdir":
+        del made_from["name"]
+        made_from["files"] = list(_folder(Path(config.name) / TOKENIZER, known_in).values())
+    elif config.name and Path(config.name).is_dir():
+        del made_from["name"]
+        made_from["files"] = _folder(Path(config.name), known_in)
+    return made_from
+
+
+def noted_tokenizer(config: Config) -> dict[str, Any] | None:
+    """What the run in `config.workdir` has noted of its tokenizer, if the folder that it came from is gone."""
+    workdir, named = Path(config.workdir), config.tokenizer
+    if not named.name or (Path(named.name) / (TOKENIZER if named.kind == "workdir" else "")).is_dir():
+        return None
+    with contextlib.suppress(UserError):
+        if load_config(workdir).tokenizer == named:
+            return read_json(workdir / CORPUS).get("tokenizer")
+    return None
+
+
+def former_fingerprint(config: Config) -> str:
+    """The fingerprint that `config` had in the former format: runs from then still have it.
+
+    Raises UserError as `identify`.
+    """
+    names = ("source", "text_field", "separator", "seq_len", "holdout", "tfds_data_dir")
+    tokenizer = dataclasses.asdict(config.tokenizer)
+    if noted := noted_tokenizer(config):
+        tokenizer = noted
+    elif config.tokenizer.kind == "workdir":
+        tokenizer = _tokenizer(config.tokenizer, Path(config.data.prepared_dir))
+    elif config.tokenizer.name:
+        tokenizer["files"] = _states(Path(config.tokenizer.name).glob("*"))
+    return _fingerprint({"format": FORMER, "data": {name: getattr(config.data, name) for name in names},
+                         "tokenizer": tokenizer, "source": _former_source(config.data)})
+
+
+def _former_source(config: DataConfig) -> list[Any]:
+    kind, _, rest = config.source.partition(":")
+    if kind == "package" and (version := _version(rest)) is not None:
+        return [rest, version]
+    if kind == "files":
+        return _states(find_files(rest))
+    if kind == "tfds" and (folder := Path(rest.partition("#")[0])).is_dir():
+        return _states(folder.glob("*"))
+    return [config.source]
+
+
+def _states(paths: Iterable[Path]) -> list[Any]:
+    """Name, size and time of change of each of `paths`, sorted."""
+    found = []
+    for path in paths:
+        with reading(path):
+            found.append([str(path), path.stat().st_size, path.stat().st_mtime_ns])
+    return sorted(found)

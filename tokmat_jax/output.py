@@ -1,0 +1,158 @@
+"""Standard output and standard error of the scripts: writing to them never fails, so it costs no work.
+
+A reader goes away (`| head`, or Ctrl-C that ends `| tee` too), a disk is full, a terminal is closed, an encoding has no
+× in it. Whatever prints in the process, rich and the libraries included, then goes on: what cannot be written is
+dropped, what cannot be encoded is replaced.
+"""
+
+import contextlib
+import errno
+import io
+import logging
+import os
+import select
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+from tokmat_jax.errors import UserError, one_line
+
+UNREAD = 141
+"""Exit code of a command that ends because nobody reads what it prints: as shells report a death by SIGPIPE."""
+
+
+class _Descriptor(io.RawIOBase):
+    """A file descriptor that takes everything; `failure` is the last reason for which it dropped something.
+
+    It tries again with every write: a disk may have room again.
+    """
+
+    def __init__(self, number: int):
+        self._number = number
+        self.failure: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._number
+
+    def isatty(self) -> bool:
+        return os.isatty(self._number)
+
+    def write(self, data, /) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest:
+                rest = rest[self._write_some(rest) :]
+        except OSError as error:
+            self.failure = error
+        return size
+
+    def _write_some(self, data: memoryview) -> int:
+        """Number of bytes written; waits if the descriptor does not block by itself and is full."""
+        try:
+            return os.write(self._number, data)
+        except BlockingIOError:
+            select.select((), (self._number,), ())
+            return 0
+
+
+_stdout: _Descriptor | None = None
+
+
+def protect_output() -> None:
+    """From now on writing to `sys.stdout` and `sys.stderr` never fails; streams that were replaced stay as they are.
+
+    A closed descriptor becomes /dev/null. Otherwise the next file that is opened gets its number, and what a library
+    in C++ says on standard error ends up in a checkpoint.
+    """
+    global _stdout
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(null, number)
+    if null > 2:
+        os.close(null)
+    if sys.stdout is sys.__stdout__:
+        sys.stdout, _stdout = _protected(sys.stdout, "replace")
+    if sys.stderr is sys.__stderr__:
+        # Python's own choice for standard error: the name of a file in a message can still be recognised.
+        sys.stderr, _ = _protected(sys.stderr, "backslashreplace")
+
+
+def _protected(stream: TextIO | None, errors: str) -> tuple[TextIO, _Descriptor]:
+    # Without a stream its number may belong to a file that was opened before.
+    raw = _Descriptor(os.open(os.devnull, os.O_WRONLY) if stream is None else stream.fileno())
+    encoding = "utf-8" if stream is None else stream.encoding
+    by_line = isinstance(stream, io.TextIOWrapper) and (stream.line_buffering or stream.write_through)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=by_line), raw
+
+
+def _lost() -> OSError | None:
+    """Why some of what was printed to standard output until now is lost."""
+    sys.stdout.flush()
+    return None if _stdout is None else _stdout.failure
+
+
+def stop_unless_read() -> None:
+    """Ends a command that has no other result than what it prints, if that reaches nobody.
+
+    Quietly with the exit code `UNREAD` if the reader has gone; raises UserError if writing fails otherwise.
+    """
+    if (error := _lost()) is None:
+        return
+    if error.errno == errno.EPIPE:
+        sys.exit(UNREAD)
+    raise UserError(f"cannot write to standard output: {error.strerror}")
+
+
+def warn_of_loss() -> None:
+    """Says so on standard error if some of what was printed is lost, unless its reader went away."""
+    error = _lost()
+    if error is not None and error.errno != errno.EPIPE:
+        print(f"warning: not all of standard output could be written ({error.strerror})", file=sys.stderr, flush=True)
+
+
+class _Lines(logging.Handler):
+    """Shows warnings that a library logs as lines of ours; one that is repeated at once is shown once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said, self._last = self._last, one_line(record.getMessage())
+        if self._last != said:
+            print(f"warning: {self._last}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def logged_warnings(name: str) -> Iterator[None]:
+    """While it lasts the warnings of the logger `name` are lines on standard error, and in no other form."""
+    logger, lines = logging.getLogger(name), _Lines()
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(lines)
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
+        logger.propagate = propagate
+
+
+@contextlib.contextmanager
+def without_torch_notice() -> Iterator[None]:
+    """For the import of `transformers`, which says that PyTorch is not installed: nothing here needs it."""
+    logger = logging.getLogger("transformers")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("PyTorch was not found")
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
