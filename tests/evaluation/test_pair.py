@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from tokmat_jax.commands import data as command
+from tokmat_jax.config.adopt import adopt
 from tokmat_jax.data.corpus import corpus_of_run, prepare
 from tokmat_jax.data.tokenizer import load_tokenizer
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation.pair import Prompts, checkpoint_state, held_out_prompts, mismatches, prompts_of
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.storage.workdir import load_config
-from tokmat_jax.training.start_from import adopt
 
 END = 0
 

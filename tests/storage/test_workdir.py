@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokmat_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from tokmat_jax.config.saved import check_same_run
 from tokmat_jax.errors import UserError
-from tokmat_jax.storage.workdir import appears_whole, check_same_run, load_config, save_config
+from tokmat_jax.storage.workdir import appears_whole, load_config, save_config
 from tokmat_jax.training.metrics_log import JsonLines
 
 

@@ -12,12 +12,13 @@ import runs
 import tiny
 from tokmat_jax.commands.flags import parse_config
 from tokmat_jax.config import ObjectiveConfig
+from tokmat_jax.config.adopt import adopt, check_source
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.model.backbone import make_forward
 from tokmat_jax.model.params import init_params, vocabulary_of
 from tokmat_jax.storage.workdir import load_config
-from tokmat_jax.training.start_from import adopt, begin, check_source
+from tokmat_jax.training.start_from import initial_params
 
 AR = dataclasses.replace(tiny.CONFIG, objective=ObjectiveConfig(kind="ar"))
 IDS = jax.random.randint(jax.random.key(9), (3, 48), 0, tiny.VOCAB)
@@ -39,7 +40,7 @@ def test_a_matured_baseline_begins_as_itself_at_every_maturity_and_tail_but_shor
     config = adopt(tiny.CONFIG, source_config, "ar", "maturation")
     assert config.model == dataclasses.replace(model, max_positions=48)
     source = tiny.shaken_params(source_config)
-    params = begin(source, init_params(jax.random.key(5), config, tiny.VOCAB), IDS, source_config, config)
+    params = initial_params(source, init_params(jax.random.key(5), config, tiny.VOCAB), IDS, source_config, config)
     was, _ = predict(source, source_config)
     for maturity, tail_length in [(1.0, 0), (0.3, 5), (0.0, 16)]:
         now, _ = predict(params, config, maturity, tail_length)
@@ -54,12 +55,12 @@ def test_an_imported_model_goes_on_as_it_was_or_is_set_on_the_sphere():
     source_config = dataclasses.replace(AR, model=model, table=table, objective=ObjectiveConfig("ar", logit_scale=1.0))
     source = init_params(jax.random.key(0), source_config, tiny.VOCAB)
     again = adopt(tiny.CONFIG, source_config, "imported", "ar")
-    params = begin(source, init_params(jax.random.key(5), again, tiny.VOCAB), IDS, source_config, again)
+    params = initial_params(source, init_params(jax.random.key(5), again, tiny.VOCAB), IDS, source_config, again)
     np.testing.assert_allclose(predict(params, again)[1], predict(source, source_config)[1], atol=1e-5)
 
     config = adopt(tiny.CONFIG, source_config, "imported", "maturation")
     assert (config.table.geometry, config.table.radius, config.model.head) == ("sphere", 2.0, "linear")
-    params = begin(source, init_params(jax.random.key(5), config, tiny.VOCAB), IDS, source_config, config)
+    params = initial_params(source, init_params(jax.random.key(5), config, tiny.VOCAB), IDS, source_config, config)
     rows = vocabulary_of(params, config).table
     np.testing.assert_allclose(np.linalg.norm(rows, axis=-1), 2.0, rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(predict(params, config)[0], axis=-1).mean(), 1.0, rtol=1e-4)
@@ -75,7 +76,7 @@ def test_an_output_table_of_its_own_is_read_through_the_head():
     # Where W is a linear image of E on the sphere, the least-squares head reproduces its ranking.
     rows = vocabulary_of({"table": source["table"]}, config).table
     source["readout"] = rows @ mixed
-    params = begin(source, init_params(jax.random.key(5), config, tiny.VOCAB), IDS, source_config, config)
+    params = initial_params(source, init_params(jax.random.key(5), config, tiny.VOCAB), IDS, source_config, config)
     kernel = np.asarray(params["backbone"]["head"]["kernel"])
     scale = np.vdot(kernel, mixed.T) / np.vdot(mixed, mixed)
     np.testing.assert_allclose(kernel, scale * mixed.T, atol=1e-3 * np.abs(kernel).max())

@@ -136,7 +136,7 @@ def test_a_second_run_in_a_workdir_is_refused(tmp_path):
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):
-    code = ("import sys, time, pathlib; from tokmat_jax.workdir import lock_workdir; "
+    code = ("import sys, time, pathlib; from tokmat_jax.storage.workdir import lock_workdir; "
             "kept = lock_workdir(pathlib.Path(sys.argv[1])); print('locked', flush=True); time.sleep(600)")
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None

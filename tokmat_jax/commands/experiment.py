@@ -21,6 +21,7 @@ import tyro
 from tokmat_jax.commands.evaluate import check_measurement, origin
 from tokmat_jax.commands.flags import parse, parse_config
 from tokmat_jax.config import Config, GenerationConfig
+from tokmat_jax.config.saved import differences
 from tokmat_jax.data.corpus import corpus_of_run
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import summary
@@ -31,7 +32,7 @@ from tokmat_jax.evaluation.report import to_json
 from tokmat_jax.evaluation.store import Store
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.progress import bar
-from tokmat_jax.storage.workdir import CHECKPOINTS, CONFIG, differences, load_config, make_workdir
+from tokmat_jax.storage.workdir import CHECKPOINTS, CONFIG, load_config, make_workdir
 
 _BY_DESIGN = ("init_from is", "train.num_steps is", "the newest checkpoint is")
 """Differences of a pair that stages explain; their tokens are counted."""

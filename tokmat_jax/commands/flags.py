@@ -15,11 +15,11 @@ from typing import TypeVar, get_args, get_type_hints
 import tyro
 
 from tokmat_jax.config import Config
+from tokmat_jax.config.adopt import adopt
 from tokmat_jax.distributed.processes import settle_jax
 from tokmat_jax.errors import UserError, one_line, shown
 from tokmat_jax.output import logged_warnings, protect_output, warn_of_loss
 from tokmat_jax.storage.workdir import CONFIG, load_config
-from tokmat_jax.training.start_from import adopt
 
 T = TypeVar("T")
 

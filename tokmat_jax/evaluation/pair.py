@@ -8,16 +8,12 @@ from typing import Any
 import numpy as np
 
 from tokmat_jax.config import Config
+from tokmat_jax.config.checks import facts_of
+from tokmat_jax.config.saved import differences
 from tokmat_jax.data.corpus import Corpus
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
-from tokmat_jax.storage.workdir import CHECKPOINTS, CORPUS, differences, read_json
-
-_BUDGET = ("init_from", "data", "tokenizer", "model", "table.initial", "optimizer", "train.num_steps",
-           "train.batch_size", "train.eval_batches")
-"""Settings in which a run and its baseline must agree for the comparison to be one of methods."""
-_FREE = ("data.prepared_dir", "model.head", "model.head_init", "tokenizer.training_characters")
-"""Of these, what belongs to the machine or the method: imported weights go on without a head, maturation has one."""
+from tokmat_jax.storage.workdir import CHECKPOINTS, CORPUS, read_json
 
 
 def mismatches(run: Generator, baseline: Generator, workdirs: tuple[Path, Path]) -> list[str]:
@@ -51,16 +47,12 @@ def config_mismatches(run: Config, baseline: Config, same_ids: bool, same_corpus
     """Fields in which two configs differ although they must agree. If the tokenizers are known to have the `same_ids`,
     how each is named does not matter, nor where the text of the `same_corpus` lies."""
     # A run that starts from another one names its tokenizer and its positions; what they are is what counts.
-    free = (*_FREE, *(("tokenizer",) if same_ids else ()), *(("data.source",) if same_corpus else ()))
-    free += ("model.max_positions",) if run.max_positions == baseline.max_positions else ()
+    paired = facts_of(Config, "paired")
+    paired |= {name: False for name in paired if (same_ids and name.startswith("tokenizer.")) or (
+        same_corpus and name == "data.source") or (
+            run.max_positions == baseline.max_positions and name == "model.max_positions")}
     return [f"{name} is {ours!r}, the baseline has {theirs!r}"
-            for name, (ours, theirs) in differences(run, baseline).items()
-            if _within(name, _BUDGET) and not _within(name, free)]
-
-
-def _within(name: str, sections: Sequence[str]) -> bool:
-    """Whether the dotted `name` is one of `sections` or lies in one."""
-    return any(name == one or name.startswith(one + ".") for one in sections)
+            for name, (ours, theirs) in differences(run, baseline).items() if paired[name]]
 
 
 def checkpoint_state(workdir: Path) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from tokmat_jax.config import (
     TableConfig,
     TokenizerConfig,
 )
+from tokmat_jax.config.saved import parse_config_json
 from tokmat_jax.data.tokenizer import Tokenizer, hugging_face, load_tokenizer
 from tokmat_jax.distributed.mesh import path_name
 from tokmat_jax.errors import UserError, one_line, shown
@@ -48,7 +49,6 @@ from tokmat_jax.storage.workdir import (
     TOKENIZER,
     appears_whole,
     load_config,
-    parse_config_json,
     read_json,
     save_config,
     write_json,

@@ -4,14 +4,14 @@ A backbone that was autoregressive begins with its own function at every maturit
 small (METHOD §2: outputs of full length destroy it).
 """
 
-import dataclasses
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tokmat_jax.config import Config, TokenizerConfig
+from tokmat_jax.config import Config
+from tokmat_jax.config.adopt import check_source
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokmat_jax.distributed.mesh import path_name
 from tokmat_jax.errors import UserError
@@ -20,28 +20,6 @@ from tokmat_jax.model.backbone import Params, make_forward, maturity_of_committe
 from tokmat_jax.model.params import param_shapes, vocabulary_of
 from tokmat_jax.storage.checkpoint import load_params
 from tokmat_jax.storage.workdir import TOKENIZER, load_config
-
-_OWN = ("head", "head_init", "dtype")
-"""Fields of `model` that a run chooses for itself; the others are the shape of the model it starts from."""
-
-
-def adopt(config: Config, source: Config, path: str, kind: str) -> Config:
-    """`config` with the shape and the tokenizer of the run `source`, which lies at `path`.
-
-    For an objective of `kind` "ar" the table's geometry, the head and κ come along, so that the language model goes
-    on as it was; for "maturation" the table is set onto the sphere.
-    """
-    own = {name: getattr(config.model, name) for name in _OWN}
-    model = dataclasses.replace(source.model, **own, max_positions=source.max_positions)
-    table = dataclasses.replace(config.table, radius=source.table.radius, initial=None)
-    objective = config.objective
-    if kind == "ar" and source.objective.kind == "ar":
-        model = dataclasses.replace(model, head=source.model.head)
-        table = dataclasses.replace(table, geometry=source.table.geometry, tied=source.table.tied)
-        objective = dataclasses.replace(objective, kind="ar", logit_scale=source.objective.logit_scale,
-                                        learn_logit_scale=source.objective.learn_logit_scale)
-    return dataclasses.replace(config, init_from=path, model=model, table=table, objective=objective,
-                               tokenizer=TokenizerConfig(kind="workdir", name=path))
 
 
 def load_source(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Params, Config]:
@@ -60,29 +38,7 @@ def load_source(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Param
     return params, source
 
 
-def check_source(config: Config, source: Config) -> None:
-    """Raises UserError, which names the field, where the model of `config` has another shape than that of `source`."""
-    for field in dataclasses.fields(config.model):
-        if field.name in _OWN:
-            continue
-        asked, found = (
-            run.max_positions if field.name == "max_positions" else getattr(run.model, field.name)
-            for run in (config, source)
-        )
-        if asked != found:
-            raise UserError(f"init_from: {config.init_from} has model.{field.name} = {found!r}, this run asks for "
-                            f"{asked!r}: leave it out, or give the same value")
-    if not config.table.tied and source.table.tied:
-        raise UserError(f"init_from: {config.init_from} has one tied table, this run asks for table.tied False")
-    if config.model.head == "identity" and source.model.head != "identity":
-        raise UserError(f"init_from: {config.init_from} has a linear head, this run asks for model.head 'identity'")
-    k_max = source.maturation.max_tail_length
-    if source.objective.kind == "maturation" and config.maturation.max_tail_length != k_max:
-        raise UserError(f"init_from: {config.init_from} was matured with maturation.max_tail_length (K_max) {k_max}, "
-                        f"this run asks for {config.maturation.max_tail_length}: give the same value")
-
-
-def begin(source: Params, fresh: Params, ids: jax.Array, source_config: Config, config: Config) -> Params:
+def initial_params(source: Params, fresh: Params, ids: jax.Array, source_config: Config, config: Config) -> Params:
     """Parameters of a run with `config` that starts from those of `source`.
 
     `fresh` are initialised ones of the right shapes. A head that was autoregressive is made small: on the text
