@@ -3,7 +3,6 @@
 Writes report.md, report.json, report.html and plots/. The same command again goes on where it was interrupted.
 """
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -22,15 +21,13 @@ from tokmat_jax.evaluation import report
 from tokmat_jax.evaluation.card import Card, Options, num_parameters
 from tokmat_jax.evaluation.frontier import Point
 from tokmat_jax.evaluation.judge import Judge
-from tokmat_jax.evaluation.pair import Prompts, checkpoint_state, mismatches, prompts_of
+from tokmat_jax.evaluation.measurement import check_measurement, origin
+from tokmat_jax.evaluation.pair import checkpoint_state, mismatches, prompts_of
 from tokmat_jax.evaluation.render import to_html, to_markdown
 from tokmat_jax.evaluation.store import Store
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.progress import bar
 from tokmat_jax.storage.workdir import CONFIG, make_workdir
-
-_FORMAT = 3
-"""Of the stored parts; another number whenever what a part holds is computed in another way."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +69,6 @@ def check(flags: Args) -> None:
         raise UserError(f"--seed must lie in 0..2³²−1, found {flags.seed}")
 
 
-def check_measurement(flags: Any, **more: int) -> None:
-    """Raises UserError where a flag of a measurement is below its least, or one of `more`, or the plots' library is
-    missing. `flags` are those of a command that measures."""
-    least = {"num_prompts": 2, "prompt_tokens": 1, "max_new_tokens": 8, "resamples": 1, "batch_size": 1} | more
-    for name, bound in least.items():
-        if getattr(flags, name) < bound:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, found {getattr(flags, name)}")
-    try:
-        import matplotlib as mpl  # noqa: F401
-    except ImportError:
-        raise UserError("the report's plots need matplotlib: pip install -e '.[report]'") from None
-
-
 def load_pair(flags: Args) -> tuple[Generator, Generator, list[str]]:
     """Both models, and in what they do not match; raises UserError unless that is allowed."""
     run, baseline = Generator.from_workdir(flags.workdir), Generator.from_workdir(flags.baseline)
@@ -120,14 +104,6 @@ def imported_name(source: str) -> str:
     state = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files]
     digest = hashlib.sha256(json.dumps([source, state]).encode()).hexdigest()[:12]
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', path.name).strip('-.')}-{digest}"
-
-
-def origin(
-    states: dict[str, tuple[int, int]], models: Sequence[Generator], prompts: Prompts, max_new_tokens: int, seed: int
-) -> dict[str, Any]:
-    """What every stored part was made from; `states` are the checkpoints of `models`. Other origins share nothing."""
-    return {"format": _FORMAT, "states": states, "configs": [dataclasses.asdict(one.config) for one in models],
-            "prompts": [prompts.ids, prompts.human], "new_tokens": max_new_tokens, "seed": seed}
 
 
 def describe(name: str, generator: Generator, step: int) -> dict[str, Any]:

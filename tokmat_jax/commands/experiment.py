@@ -1,6 +1,6 @@
 """One named experiment, from training to its row in the log: python -m tokmat_jax experiment NAME --seeds 0 1 2
 
-    configs/experiments.toml ──► train.py: baseline, judge, run ──► short report card ──► log ──► summary, plot
+    configs/experiments.toml ──► train: baseline, judge, run ──► short report card ──► log ──► summary, plot
 
 A maturation run and its baseline spend the same tokens on the same data with the same backbone and optimiser. The judge
 is the baseline of another seed, so that it favours neither. What is trained or measured already is not done again.
@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from tokmat_jax.commands.evaluate import check_measurement, origin
 from tokmat_jax.commands.flags import parse, parse_config
 from tokmat_jax.config import Config, GenerationConfig
 from tokmat_jax.config.saved import differences
@@ -27,6 +26,7 @@ from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import summary
 from tokmat_jax.evaluation.card import Card, Options, num_parameters
 from tokmat_jax.evaluation.judge import Judge
+from tokmat_jax.evaluation.measurement import check_measurement, origin
 from tokmat_jax.evaluation.pair import checkpoint_state, config_mismatches, mismatches, prompts_of
 from tokmat_jax.evaluation.report import to_json
 from tokmat_jax.evaluation.store import Store
@@ -134,7 +134,7 @@ class Stage:
 
     @property
     def config(self) -> Config:
-        """What train.py makes of the flags."""
+        """What `train` makes of the flags."""
         return parse_config(self.flags)
 
     def is_done(self) -> bool:
@@ -150,12 +150,10 @@ class Stage:
         return checkpoint_state(self.workdir)[0] == self.config.train.num_steps
 
     def train(self) -> None:
-        """Runs train.py, which goes on where it was interrupted; raises UserError where it fails."""
+        """Runs `train`, which goes on where it was interrupted; raises UserError if it fails."""
         if self.is_done():
             return
-        if not Path("train.py").is_file():
-            raise UserError("there is no train.py here: run experiments in the project's folder")
-        if run_command([sys.executable, "train.py", *self.flags]) != 0:
+        if run_command([sys.executable, "-m", "tokmat_jax", "train", *self.flags]) != 0:
             raise UserError(f"training {self.workdir} failed, see above; the same command goes on from there")
 
 

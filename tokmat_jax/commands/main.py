@@ -1,4 +1,4 @@
-"""`python -m tokmat_jax COMMAND …`: train, generate, evaluate, experiment, data, hf."""
+"""`tokmat COMMAND …` or `python -m tokmat_jax COMMAND …`: train, generate, evaluate, experiment, data, hf."""
 
 import importlib
 import sys
