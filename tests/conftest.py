@@ -17,6 +17,32 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+_SKIPPED = Path(__file__).resolve().parent.parent / ".cache" / "skipped.txt"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--only-skipped", action="store_true",
+                     help="run only what the last run without this option skipped, now that more is installed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--only-skipped"):
+        if not _SKIPPED.is_file():
+            raise pytest.UsageError("nothing is known to have been skipped: run pytest without --only-skipped first")
+        # A module that is skipped as a whole is known by its path.
+        known = set(_SKIPPED.read_text().split("\n"))
+        chosen = [item for item in items if {item.nodeid, item.nodeid.split("::")[0]} & known]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    config, skipped = terminalreporter.config, terminalreporter.stats.get("skipped", [])
+    if not config.getoption("--only-skipped") and config.getoption("markexpr") == "not slow":
+        _SKIPPED.parent.mkdir(exist_ok=True)
+        _SKIPPED.write_text("\n".join(sorted({report.nodeid for report in skipped})))
+
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
