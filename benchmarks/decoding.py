@@ -27,9 +27,9 @@ from side_by_side import alternate, machine, median, print_ratio, ratio, serve, 
 
 from tokmat_jax.commands.flags import parse, run_script
 from tokmat_jax.config import Config, DataConfig, GenerationConfig, ModelConfig
+from tokmat_jax.generation.batches import make_batch, sample_key
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.generation.reference import generate_by_reference
-from tokmat_jax.generation.requests import make_batch, sample_key
 from tokmat_jax.keys import seed_key
 from tokmat_jax.method.table import look_up
 from tokmat_jax.method.tail import Tail

@@ -21,8 +21,8 @@ from tokmat_jax.commands.outputs import check_files, numbered, writing
 from tokmat_jax.config import GenerationConfig, Profile, SteeringSchedule
 from tokmat_jax.distributed.processes import use_compilation_cache
 from tokmat_jax.errors import UserError, refusal
-from tokmat_jax.generation.asked import counts
 from tokmat_jax.generation.generator import Generator, Moment, Sample
+from tokmat_jax.generation.requests import counts
 from tokmat_jax.output import stop_unless_read
 from tokmat_jax.storage.npy import open_npy
 from tokmat_jax.storage.workdir import load_config

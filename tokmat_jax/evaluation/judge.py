@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokmat_jax.errors import UserError
+from tokmat_jax.generation.batches import bucket
 from tokmat_jax.generation.generator import Generator
-from tokmat_jax.generation.requests import bucket
 from tokmat_jax.method import losses
 from tokmat_jax.method.table import entropy_of, look_up, scores
 from tokmat_jax.model.backbone import make_forward

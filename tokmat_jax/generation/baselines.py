@@ -21,9 +21,9 @@ from flax import struct
 
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation import cache
-from tokmat_jax.generation.asked import Prompt, counts, is_number, whole_number
+from tokmat_jax.generation.batches import Row, chunk, sample_key
 from tokmat_jax.generation.generator import Generator
-from tokmat_jax.generation.requests import Row, chunk, sample_key
+from tokmat_jax.generation.requests import Prompt, counts, is_number, whole_number
 from tokmat_jax.method.table import Vocabulary, look_up, scores, unit
 from tokmat_jax.model.backbone import Forward, Live, Params, make_forward
 

@@ -15,9 +15,9 @@ from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokmat_jax.distributed.mesh import make_mesh, replicated, spread
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation import cache
-from tokmat_jax.generation.asked import Prompt, counts, ids_of, is_unicode, prompts_of, seed_of, whole_number
-from tokmat_jax.generation.partial_sample import Living, held_at, with_vectors
-from tokmat_jax.generation.requests import SMALLEST_PROMPT, Batch, Row, bucket, chunk, make_batch, sample_key
+from tokmat_jax.generation.batches import SMALLEST_PROMPT, Batch, Row, bucket, chunk, make_batch, sample_key
+from tokmat_jax.generation.partial_sample import PartialSample, held_at, with_vectors
+from tokmat_jax.generation.requests import Prompt, counts, ids_of, is_unicode, prompts_of, seed_of, whole_number
 from tokmat_jax.generation.trajectory import Trajectory
 from tokmat_jax.method.algorithm import DecodeState, Record, decode, start_decoding
 from tokmat_jax.method.steering import direction_of
@@ -160,56 +160,56 @@ class Generator:
         direction: np.ndarray | None = None,
     ) -> Iterator[Moment]:
         """The same sample as `generate`, one step at a time, with its tail; `prompt` is text or ids."""
-        living = self.begin(prompt, settings, number, seed, direction)
-        while not living.done:
-            living, moment = self.step(living)
+        partial = self.begin(prompt, settings, number, seed, direction)
+        while not partial.done:
+            partial, moment = self.step(partial)
             yield moment
 
     def begin(
         self, prompt: Prompt, settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
         direction: np.ndarray | None = None,
-    ) -> Living:
+    ) -> PartialSample:
         """Sample `number` of a prompt before its first step: K embryos. `step` goes on from it, `pin` and `replace`
         change its tail first."""
         settings = self.settings if settings is None else settings
         number, seed = seed_of(number, "number"), seed_of(seed)
         row = dataclasses.replace(self.rows([prompt], settings)[0], number=number)
         state, tail = self._start([row], settings, seed, direction)
-        return Living(row, state, tail)
+        return PartialSample(row, state, tail)
 
-    def step(self, living: Living) -> tuple[Living, Moment]:
-        """`living` one step later, and what the step did. `living` itself stays as it is and can be gone on from again.
+    def step(self, partial: PartialSample) -> tuple[PartialSample, Moment]:
+        """`partial` one step later, and what the step did. `partial` itself never changes: callers may step from it again.
 
         Raises UserError where the sample is complete.
         """
-        if living.done:
+        if partial.done:
             raise UserError("the sample is complete: it has committed end-of-text or spent its budget")
-        state, step = self._step(self._params, self._vocabulary, living.state, living.tail, num_steps=1,
+        state, step = self._step(self._params, self._vocabulary, partial.state, partial.tail, num_steps=1,
                                  record=Record(read_tail=True))
         slots, count = np.asarray(step.tokens[0, 0]).tolist(), int(step.committed[0, 0])
-        tokens = (*living.tokens, *slots[:count])
+        tokens = (*partial.tokens, *slots[:count])
         moment = Moment(
-            self.tokenizer.split(living.row.ids, tokens)[1], list(tokens), count, slots[count:],
+            self.tokenizer.split(partial.row.ids, tokens)[1], list(tokens), count, slots[count:],
             np.asarray(step.entropy[0, 0]).tolist(), np.asarray(step.movement[0, 0]).tolist(),
-            np.asarray(living.tail.maturity).tolist())
-        return Living(living.row, state, living.tail, tokens), moment
+            np.asarray(partial.tail.maturity).tolist())
+        return PartialSample(partial.row, state, partial.tail, tokens), moment
 
-    def pin(self, living: Living, slot: int, content: Prompt) -> Living:
-        """`living` with slots held at a text, or at ids, from `slot` on: they are committed when they reach the front,
+    def pin(self, partial: PartialSample, slot: int, content: Prompt) -> PartialSample:
+        """`partial` with slots held at a text, or at ids, from `slot` on: they are committed when they reach the front,
         and until then the slots behind them see them. The front is slot 0. Where end-of-text is committed before, the
         sample ends without them.
 
         Raises UserError where the text does not fit into the tail or the budget.
         """
         ids = self._ids(content)
-        return held_at(living, slot, ids, self._vectors(ids))
+        return held_at(partial, slot, ids, self._vectors(ids))
 
-    def replace(self, living: Living, slot: int, content: Prompt | np.ndarray | jax.Array) -> Living:
-        """`living` with the vectors of slots replaced from `slot` on, by a text, by ids or by vectors [N, d] or [d];
+    def replace(self, partial: PartialSample, slot: int, content: Prompt | np.ndarray | jax.Array) -> PartialSample:
+        """`partial` with the vectors of slots replaced from `slot` on, by a text, by ids or by vectors [N, d] or [d];
         they go on to be refined, also where they were pinned. Raises UserError where they do not fit into the tail."""
         if isinstance(content, np.ndarray | jax.Array):
-            return with_vectors(living, slot, np.atleast_2d(np.asarray(content)))
-        return with_vectors(living, slot, self._vectors(self._ids(content)))
+            return with_vectors(partial, slot, np.atleast_2d(np.asarray(content)))
+        return with_vectors(partial, slot, self._vectors(self._ids(content)))
 
     def _vectors(self, ids: Sequence[int]) -> np.ndarray:
         return np.asarray(look_up(self._vocabulary.table, jnp.array(ids, jnp.int32)))
@@ -233,17 +233,17 @@ class Generator:
         Raises UserError as `generate` does, and where there are fewer tokens than candidates.
         """
         num_candidates = whole_number("num_candidates", num_candidates, 0, self.tokenizer.vocab_size)
-        living = self.begin(prompt, settings, number, seed, direction)
-        state, steps, kept = living.state, [], Record(True, num_candidates, keep_vectors)
+        partial = self.begin(prompt, settings, number, seed, direction)
+        state, steps, kept = partial.state, [], Record(True, num_candidates, keep_vectors)
         count = chunk(int(state.budget[0] - state.num_committed[0]))
         while not bool(state.done[0]):
-            state, step = self._advance(self._params, self._vocabulary, state, living.tail, num_steps=count,
+            state, step = self._advance(self._params, self._vocabulary, state, partial.tail, num_steps=count,
                                         record=kept)
             steps.append(jax.tree.map(np.asarray, step))
         whole = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
         alive = whole.committed[:, 0] > 0
         measured = {field.name: np.asarray(getattr(whole, field.name))[alive, 0] for field in dataclasses.fields(whole)}
-        return Trajectory(prompt=np.asarray(living.row.ids, np.int32), maturity=np.asarray(living.tail.maturity),
+        return Trajectory(prompt=np.asarray(partial.row.ids, np.int32), maturity=np.asarray(partial.tail.maturity),
                           **measured)
 
     def direction(self, words: Sequence[str]) -> np.ndarray:
