@@ -4,8 +4,9 @@ Rows are independent, so that neither buckets nor neighbours change a sample.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +15,11 @@ from tokmat_jax.keys import seed_key
 
 SMALLEST_PROMPT, SMALLEST_HISTORY = 16, 64
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 16
+
+T = TypeVar("T")
+R = TypeVar("R")
+Room = Callable[[int], tuple[int, int]]
+"""Length of the shortest row of a batch → (number of rows, length of the longest row) that fit into it, at most."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +78,33 @@ def chunk(max_new_tokens: int) -> int:
 def bucket(length: int, smallest: int) -> int:
     """The next power of two from `length` on, at least `smallest`."""
     return max(smallest, 1 << (length - 1).bit_length())
+
+
+def in_batches(
+    rows: Sequence[T], lengths: Sequence[int], room: Room, work: Callable[[list[T]], Sequence[R]]
+) -> list[R]:
+    """What `work` makes of each of `rows`, in their order. It is given a batch at a time, shortest rows first."""
+    done: dict[int, R] = {}
+    for batch in _batches(lengths, room):
+        done |= zip(batch, work([rows[index] for index in batch]), strict=True)
+    return [done[index] for index in range(len(rows))]
+
+
+def _batches(lengths: Sequence[int], room: Room) -> Iterator[list[int]]:
+    """Indices of all `lengths` in batches, each within its `room`, from the shortest on."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    while order:
+        count, longest = room(lengths[order[0]])
+        batch = [index for index in order[:count] if lengths[index] <= longest]
+        yield batch
+        order = order[len(batch) :]
+
+
+def until_done(state: Any, advance: Callable[[Any], tuple[Any, Any]]) -> Any:
+    """Advances `state` (with its `done` [B], at least one False) until all rows are done; returns the steps of all
+    scans after each other, [steps, B, …] in NumPy. `advance` may consume the state that it is given."""
+    scans = []
+    while not bool(np.all(state.done)):
+        state, steps = advance(state)
+        scans.append(jax.tree.map(np.asarray, steps))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *scans)
