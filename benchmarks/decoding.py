@@ -27,10 +27,11 @@ from side_by_side import alternate, machine, median, print_ratio, ratio, serve, 
 
 from tokmat_jax.commands.flags import parse, run_script
 from tokmat_jax.config import Config, DataConfig, GenerationConfig, ModelConfig
+from tokmat_jax.generation.batches import make_batch, sample_key
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.generation.reference import generate_by_reference
-from tokmat_jax.generation.requests import make_batch, sample_key
 from tokmat_jax.keys import seed_key
+from tokmat_jax.method.algorithm import Record
 from tokmat_jax.method.table import look_up
 from tokmat_jax.method.tail import Tail
 from tokmat_jax.model.attention import history_mask
@@ -109,10 +110,10 @@ class Stepping:
 
     def __call__(self) -> np.ndarray:
         """Tokens [steps, B]."""
-        # `_step`, since `_advance` would consume the state that every round begins from.
+        # `step`, since `advance` would consume the state that every round begins from.
         ours = self._generator
-        _, step = ours._step(ours.backbone, ours.vocabulary, self._state, self._tail, read_tail=False,
-                             num_steps=self._count, num_candidates=0, keep_vectors=False)
+        _, step = ours.programs.step(ours.backbone, ours.vocabulary, self._state, self._tail, num_steps=self._count,
+                                     record=Record())
         return np.asarray(step.tokens)[:, :, 0]
 
 

@@ -40,9 +40,9 @@ from tokmat_jax.data import loader, sources
 from tokmat_jax.data.tokenizer import make_tokenizer
 from tokmat_jax.distributed import mesh as sharding
 from tokmat_jax.errors import UserError
+from tokmat_jax.generation.batches import sample_key
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.generation.reference import generate_by_reference
-from tokmat_jax.generation.requests import sample_key
 from tokmat_jax.storage.checkpoint import open_checkpoints
 from tokmat_jax.training.step import make_train_functions
 

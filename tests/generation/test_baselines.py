@@ -13,8 +13,9 @@ import tiny
 from tokmat_jax.config import ObjectiveConfig, TokenizerConfig
 from tokmat_jax.data.tokenizer import make_tokenizer, train_bpe
 from tokmat_jax.errors import UserError
-from tokmat_jax.generation.baselines import Baselines, Sampling, choose, nucleus, penalise
+from tokmat_jax.generation.baselines import Baselines
 from tokmat_jax.generation.generator import Generator
+from tokmat_jax.generation.sampling import Sampling, choose, nucleus, penalise
 from tokmat_jax.hf.convert import import_weights
 from tokmat_jax.model.backbone import make_forward
 

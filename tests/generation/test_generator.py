@@ -12,6 +12,7 @@ from tokmat_jax.config import TokenizerConfig
 from tokmat_jax.data.tokenizer import make_tokenizer
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
+from tokmat_jax.generation.samples import sample_of_moments
 from tokmat_jax.storage.workdir import load_config
 
 
@@ -159,7 +160,8 @@ def test_stable_commits_report_their_passes_and_depend_on_nothing_but_the_sample
         assert moments[-1].tokens == sample.tokens
         assert [moment.committed for moment in moments] == [
             after - before for before, after in itertools.pairwise([0, *(len(one.tokens) for one in moments)])]
-        assert generator.sample_of(sample.prompt, sample.number, moments).passes == sample.passes == len(moments)
+        whole = sample_of_moments(generator.tokenizer, sample.prompt, sample.number, moments)
+        assert whole.passes == sample.passes == len(moments)
 
 
 def test_patience_and_tolerance_compile_nothing_and_the_most_at_once_does(generator):
@@ -223,8 +225,8 @@ def test_slots_and_schedule_are_those_that_were_asked_for(generator):
     for name, fields in (("all", {}), ("front", {"steering_slots": (0,)}), ("back", {"steering_slots": (3,)}),
                          ("fade", {"steering_schedule": "fade"}), ("rise", {"steering_schedule": "rise"})):
         settings = dataclasses.replace(steered, **fields)
-        living, _ = generator.step(generator.begin("the cat", settings))
-        found[name] = living.slots
+        partial, _ = generator.step(generator.begin("the cat", settings))
+        found[name] = partial.slots
     plain = generator.step(generator.begin("the cat"))[0].slots
     # What the first step left in the slots behind the front: slot 3 became slot 2.
     np.testing.assert_allclose(found["front"][:3], plain[:3], atol=1e-6)
@@ -238,9 +240,9 @@ def test_slots_and_schedule_are_those_that_were_asked_for(generator):
 
 
 def test_steps_are_the_stream_and_leave_what_they_came_from_as_it_was(generator):
-    living = generator.begin("the cat", number=1, seed=4)
-    first, one = generator.step(living)
-    again, other = generator.step(living)
+    partial = generator.begin("the cat", number=1, seed=4)
+    first, one = generator.step(partial)
+    again, other = generator.step(partial)
     assert one == other
     np.testing.assert_array_equal(first.slots, again.slots)
     moments = [one]
@@ -261,10 +263,10 @@ def test_a_pinned_text_comes_where_it_is_pinned_and_another_branch_is_free(gener
     assert held.pins == [None, None, *words, *[None] * (2 - len(words))]
     assert begun.pins == [None] * 4
 
-    def end_of(living):
-        while not living.done:
-            living, _ = generator.step(living)
-        return list(living.tokens)
+    def end_of(partial):
+        while not partial.done:
+            partial, _ = generator.step(partial)
+        return list(partial.tokens)
 
     assert end_of(held)[3 : 3 + len(words)] == words
     assert end_of(begun) == list(generator.stream("the cat", settings_of(generator, max_new_tokens=8)))[-1].tokens
@@ -295,9 +297,9 @@ def test_a_replaced_slot_holds_what_it_was_given_and_goes_on_to_be_refined(gener
     by_text, by_id = generator.replace(begun, 3, " sea"), generator.replace(begun, 3, [token])
     row = np.asarray(generator.vocabulary.table[token])
     by_vector = generator.replace(begun, 3, row)
-    for living in (by_text, by_id, by_vector):
-        np.testing.assert_array_equal(living.slots[3], row)
-        np.testing.assert_array_equal(living.slots[:3], begun.slots[:3])
+    for partial in (by_text, by_id, by_vector):
+        np.testing.assert_array_equal(partial.slots[3], row)
+        np.testing.assert_array_equal(partial.slots[:3], begun.slots[:3])
     after, _ = generator.step(by_text)
     assert np.abs(after.slots[2] - row).max() > 1e-4
 
@@ -401,25 +403,25 @@ def test_a_shorter_tail_keeps_what_still_has_a_slot(generator):
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    (lambda g, living: g.pin(living, 4, " sea"), "slots 0..3, found slots 4..4"),
-    (lambda g, living: g.pin(living, -1, " sea"), "found slots -1..-1"),
-    (lambda g, living: g.pin(living, 0, ""), "expected a text that is not empty"),
-    (lambda g, living: g.pin(living, 0, [9999]), "has the id 9999, the tokenizer has the ids 0..289"),
-    (lambda g, living: g.pin(living, 0.0, " sea"), "slot must be a whole number, found 0.0"),
-    (lambda g, living: g.pin(living, 0, "\udcff"), "expected a text that is not empty"),
-    (lambda g, living: g.pin(living, 0, 5), "must be a text, or a list of ids, found 5"),
-    (lambda g, living: g.replace(living, 0, [0.5, 0.5]), "must be a text, or a list of ids, found [0.5, 0.5]"),
-    (lambda g, living: g.replace(living, 0, np.array(["a"] * 16)), "expected finite vectors of 16 numbers"),
-    (lambda g, living: g.record("the", num_candidates=9999), "num_candidates must lie in 0..290, found 9999"),
-    (lambda g, living: g.pin(living, 2, [1, 2]), "3 tokens are left of the budget, slots 2..3 come behind it"),
-    (lambda g, living: g.replace(living, 3, np.ones((2, 16))), "found slots 3..4"),
-    (lambda g, living: g.replace(living, 0, np.ones(15)), "expected finite vectors of 16 numbers"),
-    (lambda g, living: g.replace(living, 0, np.full(16, np.inf)), "expected finite vectors"),
+    (lambda g, partial: g.pin(partial, 4, " sea"), "slots 0..3, found slots 4..4"),
+    (lambda g, partial: g.pin(partial, -1, " sea"), "found slots -1..-1"),
+    (lambda g, partial: g.pin(partial, 0, ""), "expected a text that is not empty"),
+    (lambda g, partial: g.pin(partial, 0, [9999]), "has the id 9999, the tokenizer has the ids 0..289"),
+    (lambda g, partial: g.pin(partial, 0.0, " sea"), "slot must be a whole number, found 0.0"),
+    (lambda g, partial: g.pin(partial, 0, "\udcff"), "expected a text that is not empty"),
+    (lambda g, partial: g.pin(partial, 0, 5), "must be a text, or a list of ids, found 5"),
+    (lambda g, partial: g.replace(partial, 0, [0.5, 0.5]), "must be a text, or a list of ids, found [0.5, 0.5]"),
+    (lambda g, partial: g.replace(partial, 0, np.array(["a"] * 16)), "expected finite vectors of 16 numbers"),
+    (lambda g, partial: g.record("the", num_candidates=9999), "num_candidates must lie in 0..290, found 9999"),
+    (lambda g, partial: g.pin(partial, 2, [1, 2]), "3 tokens are left of the budget, slots 2..3 come behind it"),
+    (lambda g, partial: g.replace(partial, 3, np.ones((2, 16))), "found slots 3..4"),
+    (lambda g, partial: g.replace(partial, 0, np.ones(15)), "expected finite vectors of 16 numbers"),
+    (lambda g, partial: g.replace(partial, 0, np.full(16, np.inf)), "expected finite vectors"),
 ])
 def test_an_edit_that_does_not_fit_says_why(generator, change, says):
-    living = generator.begin("the cat", settings_of(generator, max_new_tokens=3))
+    partial = generator.begin("the cat", settings_of(generator, max_new_tokens=3))
     with pytest.raises(UserError) as caught:
-        change(generator, living)
+        change(generator, partial)
     assert says in str(caught.value)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
+from tokmat_jax.generation.samples import sample_of_trajectory
 from tokmat_jax.generation.trajectory import Trajectory, load_trajectory
 
 
@@ -57,7 +58,7 @@ def test_a_recording_of_stable_commits_is_the_same_sample_and_keeps_vectors_wher
     [sample] = generator.generate(["the cat"], settings)
     assert found.text.tolist() == sample.tokens
     assert len(found.committed) == sample.passes
-    assert generator.sample_of_trajectory("the cat", 0, found).tokens == sample.tokens
+    assert sample_of_trajectory(generator.tokenizer, "the cat", 0, found).tokens == sample.tokens
     assert found.prompt.tolist() == generator.tokenizer.encode("the cat")
     assert found.vectors.shape == (sample.passes, 4, 16)
     nearest = np.argmax(found.vectors @ np.asarray(generator.vocabulary.table).T, axis=-1)

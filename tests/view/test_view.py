@@ -9,7 +9,7 @@ from rich.console import Console
 
 import spelling
 from tokmat_jax.data.tokenizer import train_bpe
-from tokmat_jax.generation.generator import Moment
+from tokmat_jax.generation.samples import Moment
 from tokmat_jax.view import progress, terminal
 from tokmat_jax.view.replay import increments
 

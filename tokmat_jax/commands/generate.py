@@ -21,8 +21,9 @@ from tokmat_jax.commands.outputs import check_files, numbered, writing
 from tokmat_jax.config import GenerationConfig, Profile, SteeringSchedule
 from tokmat_jax.distributed.processes import use_compilation_cache
 from tokmat_jax.errors import UserError, refusal
-from tokmat_jax.generation.asked import counts
-from tokmat_jax.generation.generator import Generator, Moment, Sample
+from tokmat_jax.generation.generator import Generator
+from tokmat_jax.generation.requests import counts
+from tokmat_jax.generation.samples import Moment, Sample, sample_of_moments, sample_of_trajectory
 from tokmat_jax.output import stop_unless_read
 from tokmat_jax.storage.npy import open_npy
 from tokmat_jax.storage.workdir import load_config
@@ -279,7 +280,7 @@ class Writing:
         else:
             seen = [stream_text(prompt, moments) for _, moments in runs]
         for moments, (_, settings) in zip(seen, self._variants, strict=True):
-            yield generator.sample_of(prompt, number, moments), settings
+            yield sample_of_moments(generator.tokenizer, prompt, number, moments), settings
 
     def _recorded(self, prompt: str, number: int, index: int) -> list[tuple[Sample, GenerationConfig]]:
         """Writes what the tails of a sample went through."""
@@ -293,7 +294,7 @@ class Writing:
                 with writing("--trajectory", path):
                     found.save(path)
             runs.append(Run(title, found, dataclasses.asdict(settings) | {"seed": flags.seed, "sample": number}))
-            samples.append((generator.sample_of_trajectory(prompt, number, found), settings))
+            samples.append((sample_of_trajectory(generator.tokenizer, prompt, number, found), settings))
         if flags.html is not None:
             path = numbered(flags.html, index, self._total)
             with writing("--html", path):

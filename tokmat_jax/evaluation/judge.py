@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokmat_jax.errors import UserError
+from tokmat_jax.generation.batches import bucket, in_batches
 from tokmat_jax.generation.generator import Generator
-from tokmat_jax.generation.requests import bucket
 from tokmat_jax.method import losses
 from tokmat_jax.method.table import entropy_of, look_up, scores
 from tokmat_jax.model.backbone import make_forward
@@ -57,21 +57,20 @@ class Judge:
             before = [*prefix, *prompt] or [self.tokenizer.end_of_text]
             rows.append((before[-(limit - len(new)) :], list(new)))
         lengths = [len(before) + len(new) for before, new in rows]
-        order = sorted(range(len(rows)), key=lengths.__getitem__)
-        readings: dict[int, Reading] = {}
-        while order:
-            width = min(bucket(lengths[order[0]], _SHORTEST), limit)
-            count = max(1, min(64, _NUMBERS_AT_ONCE // (width * self.tokenizer.vocab_size)))
-            batch = [index for index in order[:count] if lengths[index] <= width]
-            readings |= zip(batch, self._batch([rows[index] for index in batch], width, count), strict=True)
-            order = order[len(batch) :]
-        return [readings[index] for index in range(len(rows))]
+        return in_batches(rows, lengths, self._room, self._batch)
 
     def read_texts(self, pairs: Sequence[tuple[str, str]]) -> list[Reading]:
         """Reads (prompt, continuation) pairs of text; a token that straddles the two counts for the continuation."""
         return self.read_ids([self.tokenizer.encode_split(prompt, new) for prompt, new in pairs])
 
-    def _batch(self, rows: list[tuple[list[int], list[int]]], width: int, count: int) -> list[Reading]:
+    def _room(self, shortest: int) -> tuple[int, int]:
+        """How many rows a batch has, and how wide it is."""
+        width = min(bucket(shortest, _SHORTEST), self.generator.config.max_positions)
+        return max(1, min(64, _NUMBERS_AT_ONCE // (width * self.tokenizer.vocab_size))), width
+
+    def _batch(self, rows: list[tuple[list[int], list[int]]]) -> list[Reading]:
+        """Reads `rows`, the shortest first."""
+        count, width = self._room(sum(map(len, rows[0])))
         ids = np.full((bucket(count, 1), width), self.tokenizer.end_of_text, np.int32)
         lengths = np.ones(len(ids), np.int32)
         for index, (before, new) in enumerate(rows):

@@ -1,1 +1,1 @@
-"""From prompts to text: prompt → requests → cache → liquid tail → samples."""
+"""From prompts to text: prompt → batches → cache → liquid tail → samples."""

@@ -3,72 +3,30 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokmat_jax.config import ComputeConfig, Config, GenerationConfig, MeshConfig
+from tokmat_jax.config import Config, GenerationConfig, MeshConfig
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokmat_jax.distributed.mesh import make_mesh, replicated, spread
 from tokmat_jax.errors import UserError
-from tokmat_jax.generation import cache
-from tokmat_jax.generation.asked import Prompt, counts, ids_of, is_unicode, prompts_of, seed_of, whole_number
-from tokmat_jax.generation.partial_sample import Living, held_at, with_vectors
-from tokmat_jax.generation.requests import SMALLEST_PROMPT, Batch, Row, bucket, chunk, make_batch, sample_key
+from tokmat_jax.generation.batches import SMALLEST_PROMPT, Batch, Row, bucket, chunk, in_batches, make_batch, until_done
+from tokmat_jax.generation.partial_sample import PartialSample, held_at, with_vectors
+from tokmat_jax.generation.programs import Programs
+from tokmat_jax.generation.requests import Prompt, counts, ids_of, is_unicode, prompts_of, seed_of, whole_number
+from tokmat_jax.generation.samples import Moment, Sample, moment_of, samples_of, trajectory_of
 from tokmat_jax.generation.trajectory import Trajectory
-from tokmat_jax.method.algorithm import DecodeState, Record, decode, start_decoding
+from tokmat_jax.method.algorithm import DecodeState, DecodeStep, Record
 from tokmat_jax.method.steering import direction_of
-from tokmat_jax.method.table import Vocabulary, look_up, read
+from tokmat_jax.method.table import Vocabulary, look_up
 from tokmat_jax.method.tail import Tail, make_tail
-from tokmat_jax.model.backbone import Params, apart, make_forward
+from tokmat_jax.model.backbone import Params, apart
 from tokmat_jax.model.params import ar_logit_scale_of, param_shapes, vocabulary_of
 from tokmat_jax.storage.checkpoint import load_params
 from tokmat_jax.storage.workdir import TOKENIZER, load_config
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What one row committed."""
-
-    prompt: str
-    """As it was given; of ids their text."""
-    number: int
-    """Which of the prompt's samples this is, from 0."""
-    text: str
-    """What the new tokens add to the text of the prompt's ids (`Tokenizer.split`), without end-of-text."""
-    tokens: list[int]
-    """Committed ids; the last one is end-of-text where `finished`."""
-    entropy: list[float]
-    """Per token, at commit, of softmax(cos/τ), nats."""
-    movement: list[float]
-    """Per token, ‖Δz̃‖/R of its last update."""
-    finished: bool
-    """Whether it ended with end-of-text rather than with its budget."""
-    passes: int
-    """Steps that it took, each one forward pass (two with guidance); as many as tokens but for stable commits."""
-
-
-@dataclass(frozen=True)
-class Moment:
-    """One step of one row, for those who watch."""
-
-    text: str
-    """All new text so far, as in `Sample`."""
-    tokens: list[int]
-    """Committed ids so far."""
-    committed: int
-    """How many of them this step committed; 1 but for stable commits."""
-    tail: list[int]
-    """Nearest tokens of the slots behind those just committed, front first."""
-    entropy: list[float]
-    """Of all K slots as they were refined, those just committed first, nats."""
-    movement: list[float]
-    """‖Δz̃‖/R of all K slots."""
-    maturity: list[float]
-    """α of all K slots."""
 
 
 class Generator:
@@ -77,13 +35,7 @@ class Generator:
     def __init__(self, config: Config, params: Params, tokenizer: Tokenizer):
         self.config = config
         self.tokenizer = tokenizer
-        self._compilations = 0
-        self._prefill = jax.jit(self._trace_prefill, static_argnames=("capacity", "max_commit"))
-        static = ("num_steps", "record")
-        self._advance = jax.jit(self._trace_advance, static_argnames=static, donate_argnames="state")
-        # Whoever holds a state may go on from it twice: it is not donated.
-        self._step = jax.jit(self._trace_advance, static_argnames=static)
-        self._read = jax.jit(self._trace_read)
+        self.programs = Programs(config, tokenizer.end_of_text)
         self.set_params(params)
 
     @classmethod
@@ -131,7 +83,7 @@ class Generator:
 
     def compilations(self) -> int:
         """How many shapes have been compiled so far."""
-        return self._compilations
+        return self.programs.traced.total()
 
     def generate(
         self, prompts: Sequence[Prompt], settings: GenerationConfig | None = None, num_samples: int = 1,
@@ -147,69 +99,59 @@ class Generator:
         settings = self.settings if settings is None else settings
         num_samples, seed, batch_size = counts(num_samples, seed, batch_size)
         rows = self.rows(prompts, settings, num_samples)
-        samples: list[Sample | None] = [None] * len(rows)
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-        for begin in range(0, len(rows), batch_size):
-            batch = order[begin : begin + batch_size]
-            for index, sample in zip(batch, self._run(rows, batch, settings, seed, direction), strict=True):
-                samples[index] = sample
-        return [sample for sample in samples if sample is not None]
+        return in_batches(rows, [len(row.ids) for row in rows], lambda _: (batch_size, self.config.max_positions),
+                          lambda batch: self._run(batch, settings, seed, direction))
 
     def stream(
         self, prompt: Prompt, settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
         direction: np.ndarray | None = None,
     ) -> Iterator[Moment]:
         """The same sample as `generate`, one step at a time, with its tail; `prompt` is text or ids."""
-        living = self.begin(prompt, settings, number, seed, direction)
-        while not living.done:
-            living, moment = self.step(living)
+        partial = self.begin(prompt, settings, number, seed, direction)
+        while not partial.done:
+            partial, moment = self.step(partial)
             yield moment
 
     def begin(
         self, prompt: Prompt, settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
         direction: np.ndarray | None = None,
-    ) -> Living:
+    ) -> PartialSample:
         """Sample `number` of a prompt before its first step: K embryos. `step` goes on from it, `pin` and `replace`
         change its tail first."""
         settings = self.settings if settings is None else settings
         number, seed = seed_of(number, "number"), seed_of(seed)
         row = dataclasses.replace(self.rows([prompt], settings)[0], number=number)
         state, tail = self._start([row], settings, seed, direction)
-        return Living(row, state, tail)
+        return PartialSample(row, state, tail)
 
-    def step(self, living: Living) -> tuple[Living, Moment]:
-        """`living` one step later, and what the step did. `living` itself stays as it is and can be gone on from again.
+    def step(self, partial: PartialSample) -> tuple[PartialSample, Moment]:
+        """`partial` one step later, and what the step did. `partial` never changes: callers may step from it again.
 
         Raises UserError where the sample is complete.
         """
-        if living.done:
+        if partial.done:
             raise UserError("the sample is complete: it has committed end-of-text or spent its budget")
-        state, step = self._step(self._params, self._vocabulary, living.state, living.tail, num_steps=1,
-                                 record=Record(read_tail=True))
-        slots, count = np.asarray(step.tokens[0, 0]).tolist(), int(step.committed[0, 0])
-        tokens = (*living.tokens, *slots[:count])
-        moment = Moment(
-            self.tokenizer.split(living.row.ids, tokens)[1], list(tokens), count, slots[count:],
-            np.asarray(step.entropy[0, 0]).tolist(), np.asarray(step.movement[0, 0]).tolist(),
-            np.asarray(living.tail.maturity).tolist())
-        return Living(living.row, state, living.tail, tokens), moment
+        state, step = self.programs.step(self._params, self._vocabulary, partial.state, partial.tail, num_steps=1,
+                                         record=Record(read_tail=True))
+        moment = moment_of(self.tokenizer, partial.row.ids, partial.tokens, step, np.asarray(partial.tail.maturity))
+        return dataclasses.replace(partial, state=state, tokens=tuple(moment.tokens)), moment
 
-    def pin(self, living: Living, slot: int, content: Prompt) -> Living:
-        """`living` with slots held at a text, or at ids, from `slot` on: they are committed when they reach the front,
+    def pin(self, partial: PartialSample, slot: int, content: Prompt) -> PartialSample:
+        """`partial` with slots held at a text, or at ids, from `slot` on: they are committed when they reach the front,
         and until then the slots behind them see them. The front is slot 0. Where end-of-text is committed before, the
         sample ends without them.
 
         Raises UserError where the text does not fit into the tail or the budget.
         """
         ids = self._ids(content)
-        return held_at(living, slot, ids, self._vectors(ids))
+        return held_at(partial, slot, ids, self._vectors(ids))
 
-    def replace(self, living: Living, slot: int, content: Prompt | np.ndarray | jax.Array) -> Living:
-        """`living` with the vectors of slots replaced from `slot` on, by a text, by ids or by vectors [N, d] or [d];
+    def replace(self, partial: PartialSample, slot: int, content: Prompt | np.ndarray | jax.Array) -> PartialSample:
+        """`partial` with the vectors of slots replaced from `slot` on, by a text, by ids or by vectors [N, d] or [d];
         they go on to be refined, also where they were pinned. Raises UserError where they do not fit into the tail."""
         if isinstance(content, np.ndarray | jax.Array):
-            return with_vectors(living, slot, np.atleast_2d(np.asarray(content)))
-        return with_vectors(living, slot, self._vectors(self._ids(content)))
+            return with_vectors(partial, slot, np.atleast_2d(np.asarray(content)))
+        return with_vectors(partial, slot, self._vectors(self._ids(content)))
 
     def _vectors(self, ids: Sequence[int]) -> np.ndarray:
         return np.asarray(look_up(self._vocabulary.table, jnp.array(ids, jnp.int32)))
@@ -233,18 +175,10 @@ class Generator:
         Raises UserError as `generate` does, and where there are fewer tokens than candidates.
         """
         num_candidates = whole_number("num_candidates", num_candidates, 0, self.tokenizer.vocab_size)
-        living = self.begin(prompt, settings, number, seed, direction)
-        state, steps, kept = living.state, [], Record(True, num_candidates, keep_vectors)
-        count = chunk(int(state.budget[0] - state.num_committed[0]))
-        while not bool(state.done[0]):
-            state, step = self._advance(self._params, self._vocabulary, state, living.tail, num_steps=count,
-                                        record=kept)
-            steps.append(jax.tree.map(np.asarray, step))
-        whole = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
-        alive = whole.committed[:, 0] > 0
-        measured = {field.name: np.asarray(getattr(whole, field.name))[alive, 0] for field in dataclasses.fields(whole)}
-        return Trajectory(prompt=np.asarray(living.row.ids, np.int32), maturity=np.asarray(living.tail.maturity),
-                          **measured)
+        partial = self.begin(prompt, settings, number, seed, direction)
+        left = int(partial.state.budget[0] - partial.state.num_committed[0])
+        steps = self._finish(partial.state, partial.tail, left, Record(True, num_candidates, keep_vectors))
+        return trajectory_of(partial.row.ids, np.asarray(partial.tail.maturity), steps)
 
     def direction(self, words: Sequence[str]) -> np.ndarray:
         """The mean [d] of the embeddings of some words, as they stand behind a space; a word of several tokens is their
@@ -269,7 +203,7 @@ class Generator:
         width = min(bucket(len(ids), SMALLEST_PROMPT), self.config.max_positions)
         padded = np.full((1, width), self.tokenizer.end_of_text, np.int32)
         padded[0, : len(ids)] = ids
-        return np.asarray(self._read(self._params, self._vocabulary, padded))[0, : len(ids)].tolist()
+        return np.asarray(self.programs.read(self._params, self._vocabulary, padded))[0, : len(ids)].tolist()
 
     @property
     def is_autoregressive(self) -> bool:
@@ -346,73 +280,22 @@ class Generator:
         batch = self.batch(rows, settings.max_new_tokens, seed)
         tail = jax.tree.map(np.asarray, self._tail(settings, direction))
         most = 1 if tail.stability is None else min(settings.max_commit, settings.tail_length)
-        state = self._prefill(self._params, self._vocabulary, batch.ids, batch.lengths, batch.budgets, batch.names,
-                              tail, capacity=batch.capacity, max_commit=most)
+        state = self.programs.prefill(self._params, self._vocabulary, batch.ids, batch.lengths, batch.budgets,
+                                      batch.names, tail, capacity=batch.capacity, max_commit=most)
         return state, tail
 
     def _run(
-        self, rows: list[Row], batch: list[int], settings: GenerationConfig, seed: int, direction: np.ndarray | None
+        self, rows: Sequence[Row], settings: GenerationConfig, seed: int, direction: np.ndarray | None
     ) -> list[Sample]:
-        chosen = [rows[index] for index in batch]
-        state, tail = self._start(chosen, settings, seed, direction)
-        steps, count = [], chunk(settings.max_new_tokens)
-        while not bool(jnp.all(state.done)):
-            state, step = self._advance(self._params, self._vocabulary, state, tail, num_steps=count,
-                                        record=Record())
-            steps.append(jax.tree.map(np.asarray, step))
-        whole = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
-        return [self._sample(row, *(part[:, index] for part in (
-            whole.committed, whole.tokens, whole.entropy, whole.movement))) for index, row in enumerate(chosen)]
+        """`rows` as one batch, written to their end."""
+        state, tail = self._start(rows, settings, seed, direction)
+        return samples_of(self.tokenizer, rows, self._finish(state, tail, settings.max_new_tokens, Record()))
 
-    def _sample(
-        self, row: Row, committed: np.ndarray, tokens: np.ndarray, entropy: np.ndarray, movement: np.ndarray
-    ) -> Sample:
-        """The sample of what N steps committed [N] of their R slots [N, R]."""
-        taken = np.arange(tokens.shape[1])[None, :] < committed[:, None]
-        ids = tokens[taken].tolist()
-        return Sample(row.prompt, row.number, self.tokenizer.split(row.ids, ids)[1], ids, entropy[taken].tolist(),
-                      movement[taken].tolist(), ids[-1] == self.tokenizer.end_of_text, int(np.sum(committed > 0)))
+    def _finish(self, state: DecodeState, tail: Tail, max_new_tokens: int, record: Record) -> DecodeStep:
+        """The steps [N, B, …] until all rows of `state`, which is consumed, are done."""
+        return until_done(state, functools.partial(self._advance, tail, chunk(max_new_tokens), record))
 
-    def sample_of(self, prompt: str, number: int, moments: Sequence[Moment]) -> Sample:
-        """The sample that all `moments` of a stream (at least one) add up to."""
-        tokens = [[*one.tokens[len(one.tokens) - one.committed:], *one.tail] for one in moments]
-        measured = (np.array([one.committed for one in moments]), np.array(tokens),
-                    np.array([one.entropy for one in moments]), np.array([one.movement for one in moments]))
-        return dataclasses.replace(self._sample(Row(prompt, [], number), *measured), text=moments[-1].text)
-
-    def sample_of_trajectory(self, prompt: str, number: int, trajectory: Trajectory) -> Sample:
-        """The sample whose tail went through `trajectory`."""
-        return self._sample(Row(prompt, trajectory.prompt.tolist(), number), trajectory.committed, trajectory.tokens,
-                            trajectory.entropy, trajectory.movement)
-
-    @functools.cached_property
-    def _forward(self):
-        # Whatever kernel it was trained with, it writes on any machine.
-        return make_forward(dataclasses.replace(self.config, compute=ComputeConfig()))
-
-    def _model_tail_length(self, tail: Tail) -> int:
-        return 0 if self.is_autoregressive else tail.maturity.shape[0]
-
-    def _trace_prefill(self, params, vocabulary, ids, lengths, budgets, names, tail, capacity, max_commit):
-        self._compilations += 1
-        tail_length = jnp.full(lengths.shape, self._model_tail_length(tail), jnp.int32)
-        vectors = look_up(vocabulary.table, ids)
-        model = functools.partial(self._forward, params)
-        memory = cache.prefill(model, vectors, tail_length, capacity, tail.repulsion is not None)
-        newest = lengths[:, None] - max_commit + jnp.arange(max_commit)[None, :]
-        recent = jnp.take_along_axis(vectors, jnp.maximum(newest, 0)[:, :, None], axis=1)
-        return start_decoding(jax.vmap(sample_key)(names), recent, lengths, budgets, memory, tail, vocabulary.radius)
-
-    def _trace_read(self, params, vocabulary, ids):
-        self._compilations += 1
-        batch, width = ids.shape
-        positions = jnp.broadcast_to(jnp.arange(width)[None, :], ids.shape)
-        prediction, _ = self._forward(params, look_up(vocabulary.table, ids), jnp.ones(ids.shape),
-                                      jnp.zeros((batch,), jnp.int32), positions)
-        return read(prediction, vocabulary, 1.0)[0]
-
-    def _trace_advance(self, params, vocabulary, state, tail, num_steps, record):
-        self._compilations += 1
-        model = functools.partial(self._forward, apart(params))  # apart once for all steps of the scan
-        predict = cache.cached_predict(model, tail, self._model_tail_length(tail))
-        return decode(state, predict, vocabulary, tail, self.tokenizer.end_of_text, num_steps, record)
+    def _advance(
+        self, tail: Tail, num_steps: int, record: Record, state: DecodeState
+    ) -> tuple[DecodeState, DecodeStep]:
+        return self.programs.advance(self._params, self._vocabulary, state, tail, num_steps=num_steps, record=record)

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokmat_jax.errors import UserError
-from tokmat_jax.generation.asked import whole_number
-from tokmat_jax.generation.requests import Row
+from tokmat_jax.generation.batches import Row
+from tokmat_jax.generation.requests import whole_number
 from tokmat_jax.method.algorithm import DecodeState
 from tokmat_jax.method.tail import Tail
 
 
 @dataclass(frozen=True)
-class Living:
+class PartialSample:
     """One sample between two steps.
 
     It never changes: `Generator.step`, `Generator.pin` and `Generator.replace` return another one, so that one can be
@@ -46,36 +46,36 @@ class Living:
         return [None if token < 0 else token for token in np.asarray(self.state.pinned[0]).tolist()]
 
 
-def held_at(living: Living, slot: int, ids: Sequence[int], vectors: np.ndarray) -> Living:
-    """`living` with the slots from `slot` on held at `ids`, whose `vectors` [N, d] they have from now on; raises
+def held_at(partial: PartialSample, slot: int, ids: Sequence[int], vectors: np.ndarray) -> PartialSample:
+    """`partial` with the slots from `slot` on held at `ids`, whose `vectors` [N, d] they have from now on; raises
     UserError where they do not fit."""
-    _check(living, slot, len(ids))
-    left = int(living.state.budget[0] - living.state.num_committed[0])
+    _check(partial, slot, len(ids))
+    left = int(partial.state.budget[0] - partial.state.num_committed[0])
     if slot + len(ids) > left:
         raise UserError(f"{left} tokens are left of the budget, slots {slot}..{slot + len(ids) - 1} come behind it")
-    living = with_vectors(living, slot, vectors)
-    pinned = living.state.pinned
+    partial = with_vectors(partial, slot, vectors)
+    pinned = partial.state.pinned
     if pinned is None:
-        pinned = jnp.full(living.state.tail.shape[:2], -1, jnp.int32)
+        pinned = jnp.full(partial.state.tail.shape[:2], -1, jnp.int32)
     pinned = pinned.at[0, slot : slot + len(ids)].set(jnp.array(ids, jnp.int32))
-    return replace(living, state=replace(living.state, pinned=pinned))
+    return replace(partial, state=replace(partial.state, pinned=pinned))
 
 
-def with_vectors(living: Living, slot: int, vectors: np.ndarray) -> Living:
-    """`living` with `vectors` [N, d] in the slots from `slot` on, which are free from then on; raises UserError where
+def with_vectors(partial: PartialSample, slot: int, vectors: np.ndarray) -> PartialSample:
+    """`partial` with `vectors` [N, d] in the slots from `slot` on, which are free from then on; raises UserError where
     they do not fit."""
-    size = living.state.tail.shape[-1]
+    size = partial.state.tail.shape[-1]
     if vectors.ndim != 2 or vectors.shape[1] != size or vectors.dtype.kind in "OSUMm" or not np.isfinite(vectors).all():
         raise UserError(f"expected finite vectors of {size} numbers, found the shape {vectors.shape}")
-    _check(living, slot, len(vectors))
-    tail = living.state.tail.at[0, slot : slot + len(vectors)].set(jnp.asarray(vectors, living.state.tail.dtype))
-    pinned = living.state.pinned
+    _check(partial, slot, len(vectors))
+    tail = partial.state.tail.at[0, slot : slot + len(vectors)].set(jnp.asarray(vectors, partial.state.tail.dtype))
+    pinned = partial.state.pinned
     if pinned is not None:
         pinned = pinned.at[0, slot : slot + len(vectors)].set(-1)
-    return replace(living, state=replace(living.state, tail=tail, pinned=pinned))
+    return replace(partial, state=replace(partial.state, tail=tail, pinned=pinned))
 
 
-def _check(living: Living, slot: int, count: int) -> None:
-    length = living.state.tail.shape[1]
+def _check(partial: PartialSample, slot: int, count: int) -> None:
+    length = partial.state.tail.shape[1]
     if not 0 <= whole_number("slot", slot) <= length - count:
         raise UserError(f"the tail has the slots 0..{length - 1}, found slots {slot}..{slot + count - 1}")

@@ -1,74 +1,82 @@
-"""Shapes in powers of two, so that a second prompt of another length compiles nothing.
+"""What a caller asks for, checked before anything is computed: a script and the command line are refused the same."""
 
-Rows are independent, so that neither buckets nor neighbours change a sample.
-"""
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import jax
 import numpy as np
 
-from tokmat_jax.keys import seed_key
+from tokmat_jax.errors import UserError, shown
 
-SMALLEST_PROMPT, SMALLEST_HISTORY = 16, 64
-_SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 16
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sample to be made."""
-
-    prompt: str
-    ids: list[int]
-    """Ids of the prompt, at least one."""
-    number: int
-    """Which of the prompt's samples it is, from 0."""
+Prompt = str | Sequence[int]
+"""Text, or ids of the model's tokenizer."""
+_SEEDS = 2**32
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows in their bucket of shapes; rows that only fill it have no budget."""
-
-    ids: np.ndarray | jax.Array
-    """Prompts [B, P] int32, filled up behind their end."""
-    lengths: np.ndarray | jax.Array
-    """[B] int32, ids of each prompt."""
-    budgets: np.ndarray | jax.Array
-    """[B] int32, tokens that each row may commit."""
-    names: np.ndarray | jax.Array
-    """[B, 3] uint32, what `sample_key` makes each row's key of."""
-    capacity: int
-    """Positions of the history, the same for every length in the bucket."""
+def whole_number(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """`value` as an int; raises UserError unless it is a whole number, of Python or NumPy, in `low`..`high`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise UserError(f"{name} must be a whole number, found {shown(value)}")
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise UserError(f"{name} must " + (f"be at least {low}" if high is None else f"lie in {low}..{high}")
+                        + f", found {number}")
+    return number
 
 
-def make_batch(rows: Sequence[Row], max_new_tokens: int, seed: int, max_positions: int, fill: int) -> Batch:
-    """`rows` in their bucket: every length in it comes to the same shapes. Ids behind a prompt's end are `fill`."""
-    size = bucket(len(rows), 1)
-    width = min(bucket(max(len(row.ids) for row in rows), SMALLEST_PROMPT), max_positions)
-    capacity = min(bucket(width + max_new_tokens, SMALLEST_HISTORY), max_positions)
-    ids = np.full((size, width), fill, np.int32)
-    lengths, budgets = np.ones(size, np.int32), np.zeros(size, np.int32)
-    for index, row in enumerate(rows):
-        ids[index, : len(row.ids)] = row.ids
-        lengths[index], budgets[index] = len(row.ids), max_new_tokens
-    names = np.zeros((size, 3), np.uint32)
-    names[: len(rows)] = [(seed, zlib.crc32(np.asarray(row.ids, np.int32).tobytes()), row.number) for row in rows]
-    return Batch(ids, lengths, budgets, names, capacity)
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number, of Python or NumPy."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
-def sample_key(name: jax.Array) -> jax.Array:
-    """The key of a sample from its `name` [3]: seed, checksum of the prompt's ids, number. No batch can change it."""
-    seed, prompt, number = name
-    return jax.random.fold_in(jax.random.fold_in(seed_key(seed), prompt), number)
+def counts(num_samples: Any, seed: Any, batch_size: Any) -> tuple[int, int, int]:
+    """The three as ints; raises UserError for one that is none or out of its range."""
+    return (whole_number("num_samples", num_samples, 1), seed_of(seed), whole_number("batch_size", batch_size, 1))
 
 
-def chunk(max_new_tokens: int) -> int:
-    """Steps of one scan: a power of two, so that few budgets compile anew, and none runs far beyond its end."""
-    return min(bucket(max_new_tokens, _SMALLEST_CHUNK), _LARGEST_CHUNK)
+def seed_of(seed: Any, name: str = "seed") -> int:
+    """A number that JAX's keys are made of; raises UserError unless it fits 32 bits."""
+    return whole_number(name, seed, 0, _SEEDS - 1)
 
 
-def bucket(length: int, smallest: int) -> int:
-    """The next power of two from `length` on, at least `smallest`."""
-    return max(smallest, 1 << (length - 1).bit_length())
+def prompts_of(prompts: Any, vocab_size: int) -> list[str | list[int]]:
+    """Texts as they are and ids as lists of int; raises UserError for anything else, and for ids not below
+    `vocab_size`."""
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts must be a list of texts, or of lists of ids, found {shown(prompts)}")
+    return [_prompt(f"prompt {number}", prompt, vocab_size) for number, prompt in enumerate(prompts, 1)]
+
+
+def _prompt(name: str, prompt: Any, vocab_size: int) -> str | list[int]:
+    if not isinstance(prompt, str):
+        return ids_of(name, prompt, vocab_size)
+    if not is_unicode(prompt):
+        raise UserError(f"{name} is not valid Unicode (half of a surrogate pair, or bytes that are not UTF-8): "
+                        f"{prompt!r}")
+    return prompt
+
+
+def ids_of(name: str, ids: Any, vocab_size: int) -> list[int]:
+    """`ids` [N] as ints, N may be 0; raises UserError unless they are whole numbers in 0..`vocab_size` − 1."""
+    try:
+        found = np.asarray(ids)
+    except ValueError:  # lists of several lengths
+        found = np.zeros((), object)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise UserError(f"{name} must be a text, or a list of ids, found {shown(ids)}")
+    outside = found[(found < 0) | (found >= vocab_size)]
+    if outside.size:
+        raise UserError(f"{name} has the id {outside[0]}, the tokenizer has the ids 0..{vocab_size - 1}")
+    return found.astype(int).tolist()
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` can be written as UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokmat_jax.data.tokenizer import Tokenizer
-from tokmat_jax.generation.generator import Moment
+from tokmat_jax.generation.samples import Moment
 
 _DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _COMMITTED, _QUIET = "default", "grey50"

@@ -1,0 +1,84 @@
+"""The compiled programs of a model with a liquid tail: read prompts, go on behind them, read ids."""
+
+import dataclasses
+import functools
+from collections import Counter
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from tokmat_jax.config import ComputeConfig, Config
+from tokmat_jax.generation import cache
+from tokmat_jax.generation.batches import sample_key
+from tokmat_jax.method.algorithm import DecodeState, DecodeStep, Record, decode, start_decoding
+from tokmat_jax.method.table import Vocabulary, look_up, read
+from tokmat_jax.method.tail import Tail
+from tokmat_jax.model.backbone import Forward, Params, apart, make_forward
+
+
+@dataclass(frozen=True, eq=False)  # equal ones would share what `jax.jit` keeps, and the counts would be wrong
+class Programs:
+    """The programs of one config, each compiled once per shape. Parameters are arguments: others compile nothing."""
+
+    config: Config
+    end_of_text: int
+    traced: Counter[str] = field(default_factory=Counter, init=False)
+    """How often each program has been compiled."""
+
+    @functools.cached_property
+    def prefill(self):
+        """(params, vocabulary, ids, lengths, budgets, names, tail, capacity, max_commit) → the state behind prompts."""
+        return jax.jit(self._prefill, static_argnames=("capacity", "max_commit"))
+
+    @functools.cached_property
+    def advance(self):
+        """(params, vocabulary, state, tail, num_steps, record) → (state, DecodeStep); the state given is consumed."""
+        return jax.jit(self._advance, static_argnames=("num_steps", "record"), donate_argnames="state")
+
+    @functools.cached_property
+    def step(self):
+        """As `advance`. The state is not donated: callers may step from the same state more than once."""
+        return jax.jit(self._advance, static_argnames=("num_steps", "record"))
+
+    @functools.cached_property
+    def read(self):
+        """(params, vocabulary, ids [B, P]) → [B, P], the nearest token to the prediction behind every prefix."""
+        return jax.jit(self._read)
+
+    @functools.cached_property
+    def _forward(self) -> Forward:
+        # Whatever kernel it was trained with, it writes on any machine.
+        return make_forward(dataclasses.replace(self.config, compute=ComputeConfig()))
+
+    def _model_tail_length(self, tail: Tail) -> int:
+        return 0 if self.config.objective.kind == "ar" else tail.maturity.shape[0]
+
+    def _prefill(
+        self, params: Params, vocabulary: Vocabulary, ids: jax.Array, lengths: jax.Array, budgets: jax.Array,
+        names: jax.Array, tail: Tail, capacity: int, max_commit: int,
+    ) -> DecodeState:
+        self.traced["prefill"] += 1
+        tail_length = jnp.full(lengths.shape, self._model_tail_length(tail), jnp.int32)
+        vectors = look_up(vocabulary.table, ids)
+        model = functools.partial(self._forward, params)
+        memory = cache.prefill(model, vectors, tail_length, capacity, tail.repulsion is not None)
+        newest = lengths[:, None] - max_commit + jnp.arange(max_commit)[None, :]
+        recent = jnp.take_along_axis(vectors, jnp.maximum(newest, 0)[:, :, None], axis=1)
+        return start_decoding(jax.vmap(sample_key)(names), recent, lengths, budgets, memory, tail, vocabulary.radius)
+
+    def _advance(
+        self, params: Params, vocabulary: Vocabulary, state: DecodeState, tail: Tail, num_steps: int, record: Record
+    ) -> tuple[DecodeState, DecodeStep]:
+        self.traced["advance"] += 1
+        model = functools.partial(self._forward, apart(params))  # apart once for all steps of the scan
+        predict = cache.cached_predict(model, tail, self._model_tail_length(tail))
+        return decode(state, predict, vocabulary, tail, self.end_of_text, num_steps, record)
+
+    def _read(self, params: Params, vocabulary: Vocabulary, ids: jax.Array) -> jax.Array:
+        self.traced["read"] += 1
+        batch, width = ids.shape
+        positions = jnp.broadcast_to(jnp.arange(width)[None, :], ids.shape)
+        prediction, _ = self._forward(params, look_up(vocabulary.table, ids), jnp.ones(ids.shape),
+                                      jnp.zeros((batch,), jnp.int32), positions)
+        return read(prediction, vocabulary, 1.0)[0]

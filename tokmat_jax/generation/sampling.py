@@ -1,0 +1,230 @@
+"""Steps of ordinary decoding, as pure functions over arrays.
+
+    ẑ [B, d] ──► logits ──► k tokens [B, k] ──► k queries at position n ──► ẑ_v [B, k, d] ──► one v is chosen
+      ▲                                         against the cache                               │
+      └───────────────────── its ẑ_v; its keys and values join the cache ◄──────────────────────┘
+
+Sampling chooses its token before it is read, so k = 1; contrastive search reads k of them in one forward pass and
+chooses afterwards. Rows are independent, as in `method/algorithm.py`, and a finished one changes no more.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tokmat_jax.generation import cache
+from tokmat_jax.method.table import Vocabulary, look_up, scores, unit
+from tokmat_jax.model.backbone import Forward, Live, Params
+
+
+@struct.dataclass
+class Sampling:
+    """How a token is drawn; a pytree of numbers, so that another value compiles nothing."""
+
+    temperature: jax.Array
+    """[] ≥ 0, divides the logits; 0 takes the largest."""
+    top_p: jax.Array
+    """[] in (0, 1], mass of the nucleus; 1 is off."""
+    repetition_penalty: jax.Array
+    """[] ≥ 1; 1 is off."""
+
+
+@struct.dataclass
+class LanguageModel:
+    """Arrays of a trained baseline. Its logits are `logit_scale` · ⟨ẑ, row of the readout⟩."""
+
+    backbone: Params
+    """Parameters of f_θ."""
+    vocabulary: Vocabulary
+    """What tokens are when they are read and written."""
+    logit_scale: jax.Array
+    """[]."""
+
+
+@struct.dataclass
+class SamplingState:
+    """A batch in the middle of its sentence. Rows never have to agree about anything."""
+
+    num_committed: jax.Array
+    """n [B], tokens so far, prompt included; all of them are in `history`."""
+    prediction: jax.Array
+    """ẑ [B, d] for position n."""
+    seen: jax.Array
+    """[B, V] bool: the token occurs among the n."""
+    context: jax.Array
+    """[B, S, d]; entry j < n is the direction, of norm 1, of the model's output after it read token j."""
+    key: jax.Array
+    """One key per row [B]; with the position it decides the row's draws."""
+    budget: jax.Array
+    """[B], n at which a row stops."""
+    done: jax.Array
+    """[B] bool: the row has written end-of-text or spent its budget and changes no more."""
+    history: Live
+    """Keys and values, a History per layer; like those of `context`, entries from n on are not read."""
+
+
+@struct.dataclass
+class SampledStep:
+    """What one step did."""
+
+    emitted: jax.Array
+    """[B] bool: the row was alive, so that its token counts."""
+    tokens: jax.Array
+    """[B]."""
+    log_probs: jax.Array
+    """[B], nats, of the model as it is: temperature 1, no penalty, all of V."""
+
+
+StepFunction = Callable[[SamplingState], tuple[SamplingState, SampledStep]]
+
+
+def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> jax.Array:
+    """`logits` [B, V] with those of the `seen` [B, V] tokens divided by `penalty` where positive, else multiplied.
+
+    Keskar et al. 2019 (CTRL, arXiv:1909.05858, §4.1), in the form that `transformers` gave it for logits of both
+    signs; what is seen includes the prompt.
+    """
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
+    """`logits` [B, V], −∞ outside the smallest set of likeliest tokens whose mass reaches `top_p` in (0, 1].
+
+    Holtzman et al. 2020 (arXiv:1904.09751, §3.1). At least one token stays, and all that are as likely as the last one.
+    """
+
+    def cut():
+        ordered = -jnp.sort(-logits, axis=-1)
+        share = jax.nn.softmax(ordered, axis=-1)
+        mass_before = jnp.cumsum(share, axis=-1) - share
+        least = jnp.min(jnp.where(mass_before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(logits >= least, logits, -jnp.inf)
+
+    # Rounding in the sum must not cut anything off where the nucleus is everything.
+    return jax.lax.cond(jnp.asarray(top_p) < 1.0, cut, lambda: logits)
+
+
+def choose(key: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Tokens [B] of `logits` [B, V], penalised already, with one of `key` [B] per row: temperature, then nucleus."""
+
+    def drawn():
+        return jax.vmap(jax.random.categorical)(key, nucleus(logits / sampling.temperature, sampling.top_p))
+
+    token = jax.lax.cond(sampling.temperature > 0, drawn, lambda: jnp.argmax(logits, axis=-1))
+    return token.astype(jnp.int32)
+
+
+def start_sampling(
+    model: LanguageModel, forward: Forward, ids: jax.Array, lengths: jax.Array, max_new_tokens: jax.Array,
+    key: jax.Array, capacity: int,
+) -> SamplingState:
+    """The state behind prompts `ids` [B, P] of `lengths` [B] (at least 1), filled up with anything behind their end.
+
+    `max_new_tokens` [B] is what each row may write (0 = finished from the start), `key` [B] one per row, `capacity`
+    ≥ P the positions that there are.
+    """
+    batch, width = ids.shape
+    told = jnp.zeros((batch,), jnp.int32)
+    vectors = look_up(model.vocabulary.table, ids)
+    prediction, history = cache.read_prompts(functools.partial(forward, model.backbone), vectors, told, capacity)
+    seen = jnp.zeros((batch, model.vocabulary.table.shape[0]), bool)
+    return SamplingState(
+        num_committed=lengths,
+        prediction=jnp.take_along_axis(prediction, (lengths - 1)[:, None, None], axis=1)[:, 0],
+        seen=_mark(seen, ids, jnp.arange(width)[None, :] < lengths[:, None]),
+        context=jnp.pad(unit(prediction), ((0, 0), (0, capacity - width), (0, 0))),
+        key=key,
+        budget=lengths + max_new_tokens,
+        done=max_new_tokens <= 0,
+        history=history,
+    )
+
+
+def sampling_step(
+    state: SamplingState, model: LanguageModel, forward: Forward, sampling: Sampling, end_of_text: int
+) -> tuple[SamplingState, SampledStep]:
+    """One token per row: penalty, temperature, nucleus, draw, as `transformers` orders them."""
+    logits = _logits(model, state.prediction)
+    key = jax.vmap(jax.random.fold_in)(state.key, state.num_committed)
+    token = choose(key, penalise(logits, state.seen, sampling.repetition_penalty), sampling)[:, None]
+    prediction, live = _read(model, forward, state, token)
+    return _commit(state, logits, token, prediction, live, jnp.zeros_like(state.num_committed), end_of_text)
+
+
+def contrastive_step(
+    state: SamplingState, model: LanguageModel, forward: Forward, alpha: jax.Array, top_k: int, end_of_text: int
+) -> tuple[SamplingState, SampledStep]:
+    """One token per row: argmax over the `top_k` likeliest v of (1 − α) p(v | x_<t) − α max_j cos(h_v, h_{x_j}).
+
+    Su et al. 2022 (arXiv:2202.06417, §3, contrastive search). j runs over the whole context, prompt included; h_x is
+    the model's output after it read x; `alpha` [] in [0, 1], where 0 is greedy.
+    """
+    logits = _logits(model, state.prediction)
+    likeliest, tokens = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
+    prediction, live = _read(model, forward, state, tokens)
+    cosine = jnp.einsum("bkd,bsd->bks", unit(prediction), state.context)
+    written = jnp.arange(state.context.shape[1])[None, None, :] < state.num_committed[:, None, None]
+    degeneration = jnp.max(jnp.where(written, cosine, -jnp.inf), axis=-1)
+    confidence = jnp.exp(likeliest - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+    pick = jnp.argmax((1.0 - alpha) * confidence - alpha * degeneration, axis=-1).astype(jnp.int32)
+    return _commit(state, logits, tokens, prediction, live, pick, end_of_text)
+
+
+def sample_steps(state: SamplingState, step: StepFunction, num_steps: int) -> tuple[SamplingState, SampledStep]:
+    """`num_steps` of `step` as one scan; the fields of the SampledStep returned lead with the step, [steps, B]."""
+    return jax.lax.scan(lambda state, _: step(state), state, length=num_steps)
+
+
+def _logits(model: LanguageModel, prediction: jax.Array) -> jax.Array:
+    return model.logit_scale * scores(prediction, model.vocabulary.readout)
+
+
+def _mark(seen: jax.Array, ids: jax.Array, valid: jax.Array) -> jax.Array:
+    """`seen` [B, V] with `ids` [B, T] where `valid` [B, T]."""
+    batch, vocab_size = seen.shape
+    return seen.at[jnp.arange(batch)[:, None], jnp.where(valid, ids, vocab_size)].set(True, mode="drop")
+
+
+def _read(model: LanguageModel, forward: Forward, state: SamplingState, tokens: jax.Array) -> tuple[jax.Array, Live]:
+    """Predictions [B, k, d] behind each of `tokens` [B, k] at position n, and their keys and values layer by layer.
+
+    The k are alternatives: each sees the history and itself.
+    """
+    batch, count = tokens.shape
+    positions = jnp.broadcast_to(state.num_committed[:, None], (batch, count))
+    visible = jnp.arange(state.history[0].capacity)[None, :] < state.num_committed[:, None]
+    return forward(
+        model.backbone, look_up(model.vocabulary.table, tokens), jnp.ones((batch, count)),
+        jnp.zeros((batch,), jnp.int32), positions, mask=jnp.eye(count, dtype=bool)[None], history=state.history,
+        visible=visible,
+    )
+
+
+def _commit(
+    state: SamplingState, logits: jax.Array, tokens: jax.Array, prediction: jax.Array, live: Live, pick: jax.Array,
+    end_of_text: int,
+) -> tuple[SamplingState, SampledStep]:
+    """The state after number `pick` [B] of `tokens` [B, k] took position n, with what `_read` said of it.
+
+    A row that is done keeps its state; what it writes at n lies behind its end and is not read.
+    """
+    alive = ~state.done
+    token = jnp.take_along_axis(tokens, pick[:, None], axis=1)
+    ahead = jnp.take_along_axis(prediction, pick[:, None, None], axis=1)[:, 0]
+    chosen = jax.tree.map(lambda x: jnp.take_along_axis(x, pick[:, None, None, None], axis=2), live)
+    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token, axis=1)[:, 0]
+    num_committed = state.num_committed + alive.astype(jnp.int32)
+    after = SamplingState(
+        num_committed=num_committed,
+        prediction=jnp.where(alive[:, None], ahead, state.prediction),
+        seen=_mark(state.seen, token, alive[:, None]),
+        context=state.context.at[jnp.arange(pick.shape[0]), state.num_committed].set(unit(ahead)),
+        key=state.key,
+        budget=state.budget,
+        done=state.done | (token[:, 0] == end_of_text) | (num_committed >= state.budget),
+        history=cache.append(state.history, chosen, state.num_committed[:, None]),
+    )
+    return after, SampledStep(alive, token[:, 0], log_prob)
