@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokmat_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from tokmat_jax.config.saved import check_same_run
 from tokmat_jax.errors import UserError
-from tokmat_jax.storage.workdir import appears_whole, load_config, save_config
+from tokmat_jax.storage.files import appears_whole
+from tokmat_jax.storage.workdir import load_config, save_config
 from tokmat_jax.training.metrics_log import JsonLines
 
 

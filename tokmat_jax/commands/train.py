@@ -33,6 +33,7 @@ from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.keys import seed_key
 from tokmat_jax.progress import bar
 from tokmat_jax.storage.checkpoint import open_checkpoints
+from tokmat_jax.storage.files import write_json
 from tokmat_jax.storage.npy import open_npy
 from tokmat_jax.storage.plain_path import plain_path
 from tokmat_jax.storage.workdir import (
@@ -45,7 +46,6 @@ from tokmat_jax.storage.workdir import (
     make_workdir,
     refuse_links,
     save_config,
-    write_json,
 )
 from tokmat_jax.training.loop import Loop
 from tokmat_jax.training.start_from import initial_params, load_source

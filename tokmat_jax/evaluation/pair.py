@@ -13,7 +13,8 @@ from tokmat_jax.config.saved import differences
 from tokmat_jax.data.corpus import Corpus
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
-from tokmat_jax.storage.workdir import CHECKPOINTS, CORPUS, read_json
+from tokmat_jax.storage.files import read_json
+from tokmat_jax.storage.workdir import CHECKPOINTS, CORPUS
 
 
 def mismatches(run: Generator, baseline: Generator, workdirs: tuple[Path, Path]) -> list[str]:
