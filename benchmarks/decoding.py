@@ -35,7 +35,7 @@ from tokmat_jax.method.algorithm import Record
 from tokmat_jax.method.table import look_up
 from tokmat_jax.method.tail import Tail
 from tokmat_jax.model.attention import history_mask
-from tokmat_jax.model.backbone import Forward, Params, apart, make_forward
+from tokmat_jax.model.backbone import Forward, Params, make_forward, unstack_blocks
 from tokmat_jax.model.params import init_params
 
 
@@ -87,7 +87,7 @@ class Numbers:
 def make_generator(config: Config, vocab_size: int) -> Generator:
     """A Generator with random weights, whose blocks stand apart as those of a run do."""
     params = jax.jit(lambda key: init_params(key, config, vocab_size))(seed_key(0))
-    params["backbone"] = jax.jit(apart)(params["backbone"])
+    params["backbone"] = jax.jit(unstack_blocks)(params["backbone"])
     return Generator(config, params, Numbers(vocab_size))  # pyright: ignore[reportArgumentType]
 
 

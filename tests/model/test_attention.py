@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokmat_jax.model.attention import History, attend, causal_mask
+from tokmat_jax.model.attention import LayerCache, attend, causal_mask
 
 B, D = 2, 8
 
@@ -15,7 +15,7 @@ B, D = 2, 8
 def example(length, heads, kv_heads):
     keys = jax.random.split(jax.random.key(length), 3)
     return (jax.random.normal(keys[0], (B, heads, length, D)),
-            History(*(jax.random.normal(key, (B, kv_heads, length, D)) for key in keys[1:])))
+            LayerCache(*(jax.random.normal(key, (B, kv_heads, length, D)) for key in keys[1:])))
 
 
 def by_definition(query, live, mask):
@@ -59,9 +59,9 @@ def plain(attention, *args, implementation, **kwargs):
 def test_a_history_and_live_positions_share_one_softmax():
     length, old = 12, 7
     query, live = example(length, 4, 2)
-    past = History(*(jnp.pad(x[:, :, :old], ((0, 0), (0, 0), (0, 5), (0, 0)), constant_values=9.0)
+    past = LayerCache(*(jnp.pad(x[:, :, :old], ((0, 0), (0, 0), (0, 5), (0, 0)), constant_values=9.0)
                      for x in (live.key, live.value)))
     visible = jnp.broadcast_to(jnp.arange(old + 5)[None] < old, (B, old + 5))
-    now = History(live.key[:, :, old:], live.value[:, :, old:])
+    now = LayerCache(live.key[:, :, old:], live.value[:, :, old:])
     np.testing.assert_allclose(attend(query[:, :, old:], now, None, past, visible), attend(query, live)[:, :, old:],
                                atol=2e-6)

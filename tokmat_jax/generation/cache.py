@@ -16,12 +16,12 @@ from tokmat_jax.method.guidance import guide
 from tokmat_jax.method.repulsion import Remembering, begin_trace, repel
 from tokmat_jax.method.tail import Tail
 from tokmat_jax.model.attention import causal_mask
-from tokmat_jax.model.backbone import Live, Model
+from tokmat_jax.model.backbone import KVCache, Model
 
 
 def prefill(
     model: Model, vectors: jax.Array, tail_length: jax.Array, capacity: int, repelled: bool = False
-) -> Live | Remembering:
+) -> KVCache | Remembering:
     """Keys and values of prompts [B, P, d] of any lengths up to P, in a history of `capacity` ≥ P positions, with the
     trace of repulsion where the decoder is `repelled`.
 
@@ -31,7 +31,7 @@ def prefill(
     return Remembering(history, begin_trace(prediction, vectors, capacity)) if repelled else history
 
 
-def read_prompts(model: Model, vectors: jax.Array, tail_length: jax.Array, capacity: int) -> tuple[jax.Array, Live]:
+def read_prompts(model: Model, vectors: jax.Array, tail_length: jax.Array, capacity: int) -> tuple[jax.Array, KVCache]:
     """As `prefill`, with the predictions [B, P, d] before it."""
     batch, length, _ = vectors.shape
     positions = jnp.broadcast_to(jnp.arange(length)[None, :], (batch, length))
@@ -50,7 +50,7 @@ def _queries(state: DecodeState, tail: Tail, max_commit: int) -> tuple[jax.Array
     return vectors, jnp.broadcast_to(maturity[None, :], positions.shape), positions
 
 
-def append(history: Live, live: Live, positions: jax.Array) -> Live:
+def append(history: KVCache, live: KVCache, positions: jax.Array) -> KVCache:
     """The history with the keys and values of the first M `live` queries written at `positions` [B, M] of each row;
     what lies below 0 is left out."""
     rows, count = jnp.arange(positions.shape[0])[:, None], positions.shape[1]
@@ -63,7 +63,7 @@ def append(history: Live, live: Live, positions: jax.Array) -> Live:
 
 
 def cached_predict(model: Model, tail: Tail, model_tail_length: int) -> Predict:
-    """`predict` of the decoder over a History: M + K − 1 query positions a step, and K more with guidance.
+    """`predict` of the decoder over a KV cache: M + K − 1 query positions a step, and K more with guidance.
 
     `model_tail_length` is the K that the model is told by FiLM (0 for an autoregressive backbone). The
     unconditional pass has the last committed position and the same slots, and no history. Repulsion pushes the
@@ -76,7 +76,7 @@ def cached_predict(model: Model, tail: Tail, model_tail_length: int) -> Predict:
     def conditional(state):
         max_commit = state.recent.shape[1]
         vectors, maturity, positions = _queries(state, tail, max_commit)
-        history: Live = state.memory
+        history: KVCache = state.memory
         visible = jnp.arange(history[0].capacity)[None, :] < state.num_committed[:, None] - max_commit
         prediction, live = model(
             vectors, maturity, tail_length(state), jnp.maximum(positions, 0),

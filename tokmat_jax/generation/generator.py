@@ -23,7 +23,7 @@ from tokmat_jax.method.algorithm import DecodeState, DecodeStep, Record
 from tokmat_jax.method.steering import direction_of
 from tokmat_jax.method.table import Vocabulary, look_up
 from tokmat_jax.method.tail import Tail, make_tail
-from tokmat_jax.model.backbone import Params, apart
+from tokmat_jax.model.backbone import Params, unstack_blocks
 from tokmat_jax.model.params import ar_logit_scale_of, param_shapes, vocabulary_of
 from tokmat_jax.storage.checkpoint import load_params
 from tokmat_jax.storage.workdir import TOKENIZER, load_config
@@ -46,7 +46,7 @@ class Generator:
         tokenizer = load_tokenizer(workdir / TOKENIZER)
         here = replicated(make_mesh(MeshConfig(), jax.local_devices()))
         params, _ = load_params(workdir, param_shapes(config, tokenizer.vocab_size, here))
-        return cls(config, params | {"backbone": apart(params["backbone"])}, tokenizer)
+        return cls(config, params | {"backbone": unstack_blocks(params["backbone"])}, tokenizer)
 
     def set_params(self, params: Params) -> None:
         """Other parameters of the same shapes; what is compiled stays."""

@@ -14,7 +14,7 @@ from tokmat_jax.generation.batches import sample_key
 from tokmat_jax.method.algorithm import DecodeState, DecodeStep, Record, decode, start_decoding
 from tokmat_jax.method.table import Vocabulary, look_up, read
 from tokmat_jax.method.tail import Tail
-from tokmat_jax.model.backbone import Forward, Params, apart, make_forward
+from tokmat_jax.model.backbone import Forward, Params, make_forward, unstack_blocks
 
 
 @dataclass(frozen=True, eq=False)  # equal ones would share what `jax.jit` keeps, and the counts would be wrong
@@ -71,7 +71,7 @@ class Programs:
         self, params: Params, vocabulary: Vocabulary, state: DecodeState, tail: Tail, num_steps: int, record: Record
     ) -> tuple[DecodeState, DecodeStep]:
         self.traced["advance"] += 1
-        model = functools.partial(self._forward, apart(params))  # apart once for all steps of the scan
+        model = functools.partial(self._forward, unstack_blocks(params))  # once for all steps of the scan
         predict = cache.cached_predict(model, tail, self._model_tail_length(tail))
         return decode(state, predict, vocabulary, tail, self.end_of_text, num_steps, record)
 

@@ -17,7 +17,7 @@ from flax import struct
 
 from tokmat_jax.generation import cache
 from tokmat_jax.method.table import Vocabulary, look_up, scores, unit
-from tokmat_jax.model.backbone import Forward, Live, Params
+from tokmat_jax.model.backbone import Forward, KVCache, Params
 
 
 @struct.dataclass
@@ -62,8 +62,8 @@ class SamplingState:
     """[B], n at which a row stops."""
     done: jax.Array
     """[B] bool: the row has written end-of-text or spent its budget and changes no more."""
-    history: Live
-    """Keys and values, a History per layer; like those of `context`, entries from n on are not read."""
+    history: KVCache
+    """Keys and values, a LayerCache per layer; like those of `context`, entries from n on are not read."""
 
 
 @struct.dataclass
@@ -188,7 +188,7 @@ def _mark(seen: jax.Array, ids: jax.Array, valid: jax.Array) -> jax.Array:
     return seen.at[jnp.arange(batch)[:, None], jnp.where(valid, ids, vocab_size)].set(True, mode="drop")
 
 
-def _read(model: LanguageModel, forward: Forward, state: SamplingState, tokens: jax.Array) -> tuple[jax.Array, Live]:
+def _read(model: LanguageModel, forward: Forward, state: SamplingState, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
     """Predictions [B, k, d] behind each of `tokens` [B, k] at position n, and their keys and values layer by layer.
 
     The k are alternatives: each sees the history and itself.
@@ -204,7 +204,7 @@ def _read(model: LanguageModel, forward: Forward, state: SamplingState, tokens: 
 
 
 def _commit(
-    state: SamplingState, logits: jax.Array, tokens: jax.Array, prediction: jax.Array, live: Live, pick: jax.Array,
+    state: SamplingState, logits: jax.Array, tokens: jax.Array, prediction: jax.Array, live: KVCache, pick: jax.Array,
     end_of_text: int,
 ) -> tuple[SamplingState, SampledStep]:
     """The state after number `pick` [B] of `tokens` [B, k] took position n, with what `_read` said of it.

@@ -33,7 +33,7 @@ def history_mask(
 
 
 @struct.dataclass
-class History:
+class LayerCache:
     """Keys and values of committed positions in one layer; they never change (METHOD §4, exact caching).
 
     Index s of the capacity S holds position s. Entries from a row's last committed position on are not valid
@@ -52,7 +52,7 @@ class History:
 
 
 def attend(
-    query: jax.Array, live: History, mask: jax.Array | None = None, history: History | None = None,
+    query: jax.Array, live: LayerCache, mask: jax.Array | None = None, history: LayerCache | None = None,
     visible: jax.Array | None = None, kernel: AttentionKernel = "xla",
 ) -> jax.Array:
     """Softmax attention of `query` [B, H, T, D] over the T `live` positions and, before them, a `history`.
@@ -75,7 +75,7 @@ def attend(
     return (parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)).reshape(query.shape)
 
 
-def _causal(query: jax.Array, live: History, kernel: AttentionKernel) -> jax.Array:
+def _causal(query: jax.Array, live: LayerCache, kernel: AttentionKernel) -> jax.Array:
     """Causal attention of `query` [B, H_kv, G, T, D], by blocks of queries or by cuDNN's flash attention."""
     batch, _, _, length, size = query.shape
     if kernel == "cudnn":
@@ -99,7 +99,7 @@ def _masked(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array)
 
 
 def _with_history(
-    query: jax.Array, live: History, mask: jax.Array, history: History, visible: jax.Array
+    query: jax.Array, live: LayerCache, mask: jax.Array, history: LayerCache, visible: jax.Array
 ) -> jax.Array:
     past = _masked_scores(query, history.key, visible[:, None, None, None, :])
     now = _masked_scores(query, live.key, mask[:, None, None])

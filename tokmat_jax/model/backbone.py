@@ -17,15 +17,15 @@ from flax import linen as nn
 
 from tokmat_jax.config import ComputeConfig, Config, ModelConfig
 from tokmat_jax.distributed.mesh import constrain_activations
-from tokmat_jax.model.attention import History, attend
-from tokmat_jax.model.rope import turn
+from tokmat_jax.model.attention import LayerCache, attend
+from tokmat_jax.model.rope import apply_rope
 
 Params = Any
-Live = tuple[History, ...]
+KVCache = tuple[LayerCache, ...]
 """Keys and values of some positions, layer by layer."""
-Forward = Callable[..., tuple[jax.Array, Live]]
+Forward = Callable[..., tuple[jax.Array, KVCache]]
 """(params, z, maturity, tail_length, positions, …) → (predictions, keys and values), see `make_forward`."""
-Model = Callable[..., tuple[jax.Array, Live]]
+Model = Callable[..., tuple[jax.Array, KVCache]]
 """A Forward with its parameters bound: (z, maturity, tail_length, positions, …)."""
 
 _MATURITY_RANGE = 1000.0
@@ -102,9 +102,9 @@ class Block(nn.Module):
             for name, heads in (("query", config.num_heads), ("key", config.kv_heads), ("value", config.kv_heads))
         )
         if config.positions == "rotary":
-            query, key = (turn(part, positions, config.rope) for part in (query, key))
+            query, key = (apply_rope(part, positions, config.rope) for part in (query, key))
         query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))
-        live = History(key, value)
+        live = LayerCache(key, value)
         seen = attend(query, live, mask, history, visible, self.compute.attention)
         seen = seen.swapaxes(1, 2).reshape(*h.shape[:2], -1)
         h = h + dense(config.embed_dim, "attention_out", config.attention_bias == "all", residual_init)(seen)
@@ -119,7 +119,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """f_θ. `radius` is R; `max_tail_length` is K_max; `stacked` says how its blocks' parameters lie, see `apart`."""
+    """f_θ. `radius` is R; `max_tail_length` is K_max; `stacked` says how its blocks' parameters lie (`unstack_blocks`)."""
 
     config: ModelConfig
     compute: ComputeConfig
@@ -136,9 +136,9 @@ class Backbone(nn.Module):
         tail_length: jax.Array,
         positions: jax.Array,
         mask: jax.Array | None = None,
-        history: Live | None = None,
+        history: KVCache | None = None,
         visible: jax.Array | None = None,
-    ) -> tuple[jax.Array, Live]:
+    ) -> tuple[jax.Array, KVCache]:
         """Predictions for the positions after those given.
 
         Args:
@@ -147,12 +147,12 @@ class Backbone(nn.Module):
           tail_length: K [B]; 0 = no tail.
           positions: absolute positions [B, T], below `max_positions`.
           mask: which of the T positions the last Q see, [B or 1, Q, T] bool; the others are causal, all with None.
-          history: keys and values of earlier positions, one History per layer; for blocks that stand apart.
+          history: keys and values of earlier positions, one LayerCache per layer; for blocks that stand apart.
           visible: which entries of the history may be read, [B, S] bool.
 
         Returns:
           vectors [B, T, d], index t predicting position `positions[:, t]` + 1, in float32; and the keys and
-          values of the T positions, one History per layer.
+          values of the T positions, one LayerCache per layer.
         """
         config, size = self.config, self.config.embed_dim
         h = z.astype(config.dtype) * (config.input_norm / self.radius)
@@ -203,7 +203,7 @@ def _rematerialised(compute: ComputeConfig) -> type[Block]:
     return nn.remat(Block, policy=policy, prevent_cse=False)
 
 
-def apart(params: Params) -> Params:
+def unstack_blocks(params: Params) -> Params:
     """The backbone's `params` with those of its blocks apart (`block_0`, …), for decoding; such ones come back as they
     are."""
     if "blocks" not in params:
@@ -240,11 +240,11 @@ def make_backbone(config: Config, stacked: bool = True) -> Backbone:
 def make_forward(config: Config) -> Forward:
     """f(params, z, maturity, tail_length, positions, …) of `Backbone.__call__`, as a pure function.
 
-    The blocks of `params` may be stacked, or stand `apart`, which a history makes of them.
+    The blocks of `params` may be stacked; if there is a history they are unstacked here.
     """
 
-    def forward(params: Params, *args, history: Live | None = None, **kwargs) -> tuple[jax.Array, Live]:
-        params = params if history is None else apart(params)
+    def forward(params: Params, *args, history: KVCache | None = None, **kwargs) -> tuple[jax.Array, KVCache]:
+        params = params if history is None else unstack_blocks(params)
         backbone = make_backbone(config, stacked="blocks" in params)
         return backbone.apply({"params": params}, *args, history=history, **kwargs)  # pyright: ignore[reportReturnType]
 

@@ -47,7 +47,7 @@ def _pair_with_turns(config: RopeConfig, head_size: int, turns: float) -> float:
     return head_size * math.log(config.original_positions / (2 * math.pi * turns)) / (2 * math.log(config.theta))
 
 
-def turn(x: jax.Array, positions: jax.Array, config: RopeConfig) -> jax.Array:
+def apply_rope(x: jax.Array, positions: jax.Array, config: RopeConfig) -> jax.Array:
     """`x` [B, T, H, D], each pair turned by its position in `positions` [B, T]; angles are taken in float32."""
     angle = positions[..., None].astype(jnp.float32) * frequencies(config, x.shape[-1])[None, None, :]
     cos, sin = (config.attention_factor * f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
