@@ -119,7 +119,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """f_θ. `radius` is R; `max_tail_length` is K_max; `stacked` says how its blocks' parameters lie (`unstack_blocks`)."""
+    """f_θ. `radius` is R, `max_tail_length` K_max; `stacked` says how its blocks' parameters lie (`unstack_blocks`)."""
 
     config: ModelConfig
     compute: ComputeConfig
