@@ -1,5 +1,7 @@
 import ast
+import dataclasses
 import itertools
+import operator
 import os
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import pytest
 
 from tokmat_jax.commands import flags as cli
 from tokmat_jax.commands import generate
-from tokmat_jax.config import Config, DataConfig
+from tokmat_jax.config import Config, DataConfig, GenerationConfig
 from tokmat_jax.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -54,13 +56,15 @@ def test_a_mistake_is_one_line_that_names_it(args, says):
     (["--prompt", "-hello"], "prompt", ("-hello",)), (["--prompt=-hello", "--prompt", "-"], "prompt", ("-hello", "-")),
     (["--prompt", "--hello there", "--seed", "3"], "prompt", ("--hello there",)),
     (["--prompt=--stream"], "prompt", ("--stream",)), (["--prompt", "--"], "prompt", ("--",)),
-    (["--steering-words", "-a", "b"], "steering_words", ("-a", "b")), (["--compare", "-a=b"], "compare", ("-a=b",)),
-    (["--steering_words", "-5"], "steering_words", ("-5",)), (["--output", "-o.jsonl"], "output", "-o.jsonl"),
+    (["--steering-words", "-a", "b"], "generation.steering_words", ("-a", "b")),
+    (["--compare", "-a=b"], "compare", ("-a=b",)),
+    (["--steering_words", "-5"], "generation.steering_words", ("-5",)),
+    (["--output", "-o.jsonl"], "output", "-o.jsonl"),
     (["--data.separator", "---"], "data", DataConfig(separator="---")),
 ])
 def test_a_text_may_begin_with_what_flags_begin_with(args, field, value):
     parsed = cli.parse(Config, args) if field == "data" else cli.parse(generate.Args, ["--workdir", "x", *args])
-    assert getattr(parsed, field) == value
+    assert operator.attrgetter(field)(parsed) == value
 
 
 @pytest.mark.parametrize(("args", "says"), [
@@ -109,6 +113,14 @@ def test_help_documents_the_fields(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "--maturation.max-maturity" in shown
     assert "maturity of the front slot" in shown
+
+
+def test_every_setting_of_generation_is_a_flag_without_prefix(capsys):
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    words = capsys.readouterr().out.split()
+    assert {f"--{one.name.replace('_', '-')}" for one in dataclasses.fields(GenerationConfig)} <= set(words)
+    assert "softmax(cos/τ)." in words
 
 
 def test_every_field_says_what_it_is():

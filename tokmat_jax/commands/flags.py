@@ -22,6 +22,8 @@ from tokmat_jax.output import logged_warnings, protect_output, warn_of_loss
 from tokmat_jax.storage.workdir import CONFIG, load_config
 
 T = TypeVar("T")
+WITHOUT_PREFIX = tyro.conf.arg(name="")
+"""Marks a section whose flags have no prefix: `generation: Annotated[GenerationConfig, WITHOUT_PREFIX]`."""
 
 
 def run_script(main: Callable[[Sequence[str]], None]) -> None:
@@ -106,14 +108,27 @@ def _joined(args: Sequence[str], text_flags: set[str]) -> list[str]:
 
 def _text_flags(kind: type, prefix: str = "--") -> set[str]:
     """The flags of the dataclass `kind` that take any text."""
-    found = set()
+    found, marked = set(), get_type_hints(kind, include_extras=True)
     for name, hint in get_type_hints(kind).items():
-        flag = prefix + name.replace("_", "-")
+        flag = flag_of(name, prefix)
         if dataclasses.is_dataclass(hint):
-            found |= _text_flags(hint, f"{flag}.")  # pyright: ignore[reportArgumentType]  (a type, no instance)
+            inner = prefix if WITHOUT_PREFIX in get_args(marked[name]) else f"{flag}."
+            found |= _text_flags(hint, inner)  # pyright: ignore[reportArgumentType]  (a type, no instance)
         elif str in (hint, *get_args(hint), *itertools.chain(*map(get_args, get_args(hint)))):
             found.add(flag)
     return found
+
+
+def flag_of(name: str, prefix: str = "--") -> str:
+    """The flag of a field: `tail_length` → `--tail-length`."""
+    return prefix + name.replace("_", "-")
+
+
+def given(kind: type, args: Sequence[str]) -> list[str]:
+    """Fields of the dataclass `kind` whose flags, without a prefix, are among the words `args`; in the class's order.
+    """
+    named = {word.split("=", 1)[0].replace("_", "-") for word in args}
+    return [one.name for one in dataclasses.fields(kind) if flag_of(one.name) in named]
 
 
 def _flags(kind: type[T], default: T | None) -> list[str]:
@@ -152,12 +167,12 @@ def parse_config(args: Sequence[str]) -> Config:
     """
     args = list(args)
     default = Config()
-    if (path := _value(args, "--config", remove=True)) is not None:
+    if (path := value_of(args, "--config", remove=True)) is not None:
         default = load_config_file(Path(path))
-    path = _value(args, "--init-from") or default.init_from
+    path = value_of(args, "--init-from") or default.init_from
     description = "Train a model; start from a file with --config configs/NAME.py."
     if path not in (None, "None"):
-        source = _begun(Path(_value(args, "--workdir") or default.workdir), path) or load_config(Path(path))
+        source = _begun(Path(value_of(args, "--workdir") or default.workdir), path) or load_config(Path(path))
         # What the flags say counts already for what is adopted: a shorter window, another objective.
         with contextlib.suppress(UserError):
             default = parse(Config, args, default, description)
@@ -171,10 +186,10 @@ def _begun(workdir: Path, init_from: str) -> Config | None:
     return own if own is not None and own.init_from == init_from else None
 
 
-def _value(args: list[str], flag: str, remove: bool = False) -> str | None:
+def value_of(args: list[str], flag: str, remove: bool = False) -> str | None:
     """What the command line gives `flag`, at last if it does so repeatedly; None if it is left out."""
     for index, word in reversed([*enumerate(args)]):
-        if word == flag or word.startswith(f"{flag}="):
+        if word.split("=", 1)[0].replace("_", "-") == flag:
             value, used = (word.split("=", 1)[1], 1) if "=" in word else ("".join(args[index + 1 : index + 2]), 2)
             if remove:
                 del args[index : index + used]

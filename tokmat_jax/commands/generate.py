@@ -6,22 +6,24 @@ JSONL file, --trajectory what its tail went through.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, TextIO
 
 import numpy as np
 import tyro
 
-from tokmat_jax.commands.flags import parse
+from tokmat_jax.commands.flags import WITHOUT_PREFIX, flag_of, given, parse, value_of
 from tokmat_jax.commands.outputs import check_files, numbered, writing
-from tokmat_jax.config import GenerationConfig, Profile, SteeringSchedule
+from tokmat_jax.config import GenerationConfig
+from tokmat_jax.config.checks import facts_of
 from tokmat_jax.distributed.processes import use_compilation_cache
-from tokmat_jax.errors import UserError, refusal
-from tokmat_jax.generation.generator import Generator
+from tokmat_jax.errors import ConfigError, UserError, refusal
+from tokmat_jax.generation.generator import Generator, settings_of
 from tokmat_jax.generation.requests import counts
 from tokmat_jax.generation.samples import Moment, Sample, sample_of_moments, sample_of_trajectory
 from tokmat_jax.output import stop_unless_read
@@ -41,51 +43,10 @@ class Args:
     """Text to continue; may be given several times, and may be empty (starts from end-of-text)."""
     prompts_file: str | None = None
     """One prompt per line (blank lines are skipped), or JSONL with a field `prompt`, such as an --output of before."""
-    max_new_tokens: int | None = None
-    """Token budget of a sample; end-of-text may come earlier."""
-    tail_length: int | None = None
-    """K, slots of the liquid tail; 1 is immediate projection."""
-    guidance_scale: float | None = None
-    """s; 1 is off."""
-    profile: Profile | None = None
-    """Maturity along the tail, front first."""
-    max_maturity: float | None = None
-    """α_max, maturity of the front slot, in [0, 1]."""
-    rate: float | tuple[float, ...] | None = None
-    """η of the front slot, in [0, 1], or one number per slot; left out everywhere, a slot's rate is its maturity."""
-    tail_noise: float | None = None
-    """σ of the embryos in units of R (0 to 1)."""
-    fresh_noise: float | None = None
-    """σ_f, norm in units of R of the noise added to the slots at every step, scaled by 1 − maturity; 0 is off."""
-    history_noise: float | None = None
-    """σ_h, norm in units of R of the noise added to a vector when it enters the history (0 to 1); 0 is off."""
-    history_smoothing: float | None = None
-    """h, share of the vector before it in a vector that enters the history, in [0, 1); 0 is off."""
-    repulsion: float | None = None
-    """ρ, how far predictions are pushed away from what was committed in like places (0.2 to 0.8); 0 is off."""
-    repulsion_sharpness: float | None = None
-    """b, how alike two predictions must be to count as the same place."""
-    steering: float | None = None
-    """γ, how far predictions are drawn towards --steering-words or --steering-vector, in units of R (0.1 to 0.5;
-    negative pushes away); 0 is off."""
-    steering_words: tuple[str, ...] | None = None
-    """Words whose mean embedding predictions are drawn to."""
+    generation: Annotated[GenerationConfig, WITHOUT_PREFIX] = dataclasses.field(default_factory=GenerationConfig)
+    """How the tail is run: a flag for each of its fields."""
     steering_vector: str | None = None
     """A .npy file with the vector [d] that predictions are drawn to."""
-    steering_slots: tuple[int, ...] | None = None
-    """Slots that are steered, 0 is the front; left out, all."""
-    steering_schedule: SteeringSchedule | None = None
-    """Steered alike from the first token to the last, less and less, or more and more."""
-    commit: Literal["front", "stable"] | None = None
-    """One token a step, or as many from the front on as have settled."""
-    max_commit: int | None = None
-    """The most that a step commits when stable."""
-    patience: int | None = None
-    """Updates in a row that must have left a slot's nearest token as it was, before it is committed early."""
-    tolerance: float | None = None
-    """Bound of its last movement in units of R."""
-    entropy_temperature: float | None = None
-    """τ of the reported entropy of softmax(cos/τ)."""
     num_samples: int = 1
     """Samples per prompt; they differ by the noise of their embryos."""
     seed: int = 0
@@ -101,18 +62,42 @@ class Args:
     html: str | None = None
     """A page to write, which replays how a sample came into being; numbered where there are several samples."""
     trajectory: str | None = None
-    """An .npz file to write, with what the tail went through (tokmat_jax/trajectory.py); numbered like --html."""
+    """An .npz file to write, with what the tail went through (tokmat_jax/generation/trajectory.py); numbered like
+    --html."""
     keep_vectors: bool = False
     """Keep the vectors of all slots in --trajectory too."""
     compare: tuple[str, ...] = ()
     """NAME=VALUE of other settings, with which the same samples are shown beside these: `guidance-scale=2`."""
 
 
-_SETTINGS = tuple(field.name for field in dataclasses.fields(GenerationConfig))
-_OF_EVERY_MODEL = ("max_new_tokens", "repulsion", "repulsion_sharpness", "entropy_temperature")
-"""Settings that mean something for a model without a tail."""
 Variant = tuple[str, GenerationConfig]
 """A title, and how the tail is run."""
+
+
+def parse_for_run(words: Sequence[str]) -> Args:
+    """Flags of the command line's `words`; settings that they leave out are those of the run in --workdir.
+
+    Raises UserError as `parse` does, and if the folder holds no run.
+    """
+    workdir = value_of([*words], "--workdir")
+    if workdir is None:
+        return parse(Args, words)
+    try:
+        own = settings_of(load_config(Path(workdir)))
+    except UserError:
+        with contextlib.suppress(ConfigError):  # a mistake in the flags goes first, and --help needs no run
+            parse(Args, words)
+        raise
+    return parse(Args, words, Args(workdir, generation=_shortened(own, value_of([*words], "--tail-length"))))
+
+
+def _shortened(own: GenerationConfig, tail_length: str | None) -> GenerationConfig:
+    """`own` with the `tail_length` of the command line if that is shorter, so that its slots fit what else is given."""
+    try:
+        asked = int(tail_length or "")
+    except ValueError:
+        return own
+    return own.with_tail_length(asked) if asked in range(1, own.tail_length) else own
 
 
 def read_prompts(args: Args) -> list[str]:
@@ -148,57 +133,57 @@ def _prompts_file(path: Path) -> Iterator[str]:
         yield prompt
 
 
-def given_settings(args: Args) -> dict[str, Any]:
-    """The settings that the command line gives."""
-    return {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
-
-
-def make_settings(args: Args, given: dict[str, Any], generator: Generator) -> GenerationConfig:
-    """The run's settings with those `given`; says on standard error where K is new to the model."""
-    if generator.is_autoregressive:
-        tail_flags = [name for name in given if name not in _OF_EVERY_MODEL]
-        tail_flags += ["steering_vector"] if args.steering_vector is not None else []
-        for name in tail_flags:
-            raise UserError(f"--{name.replace('_', '-')}: {args.workdir} is an autoregressive baseline, it has no tail")
-    own = generator.settings
-    if given.get("tail_length", own.tail_length) in range(1, own.tail_length):
-        own = own.with_tail_length(given["tail_length"])
-    settings = dataclasses.replace(own, **given)
-    steered = [name for name in given if name.startswith("steering_")]
-    steered += ["steering_vector"] if args.steering_vector is not None else []
+def check_settings(flags: Args, given: Sequence[str], generator: Generator) -> None:
+    """Raises UserError for one of the `given` settings that has no effect; says on standard error if K is new to the
+    model."""
+    settings, of_every_model = flags.generation, _with("every_model", given)
+    vector = ["steering_vector"] if flags.steering_vector is not None else []
+    of_tail = [name for name in given if name not in of_every_model] + vector
+    if generator.is_autoregressive and of_tail:
+        raise UserError(f"{flag_of(of_tail[0])}: {flags.workdir} is an autoregressive baseline, it has no tail")
+    steered = _with("of_steering", given) + vector
     if settings.steering == 0.0 and steered and "steering" not in given:
-        raise UserError(f"--{steered[0].replace('_', '-')} does nothing by itself: give its strength too, e.g. "
-                        f"--steering 0.3")
-    for name in ("max_commit", "patience", "tolerance"):
-        if name in given and settings.commit != "stable":
-            raise UserError(f"--{name.replace('_', '-')} says how --commit stable commits: give that too")
-    if "steering_words" in given and args.steering_vector is not None:
+        raise UserError(f"{flag_of(steered[0])} does nothing by itself: give its strength too, e.g. --steering 0.3")
+    if settings.commit != "stable" and (of_stable := _with("of_stable", given)):
+        raise UserError(f"{flag_of(of_stable[0])} says how --commit stable commits: give that too")
+    if "steering_words" in given and vector:
         raise UserError("--steering-words and --steering-vector are two directions: give one of them")
     trained = generator.config.maturation.max_tail_length
     if settings.tail_length > trained and not generator.is_autoregressive:
         print(f"note: a tail of {settings.tail_length} is longer than any in training (K_max {trained})",
               file=sys.stderr)
-    return settings
 
 
-def make_variants(args: Args, generator: Generator) -> list[Variant]:
-    """How the tail is run, and how it is run in the samples that --compare puts beside; each named by what differs."""
-    given = given_settings(args)
-    own = make_settings(args, given, generator)
-    if not args.compare:
-        return [("", own)]
-    words, names = [], []
-    for pair in args.compare:
-        name, equals, value = pair.partition("=")
+def _with(fact: str, given: Sequence[str]) -> list[str]:
+    """Those of the `given` settings that have a fact."""
+    return [name for name in given if facts_of(GenerationConfig, fact)[name]]
+
+
+def make_variants(words: Sequence[str], flags: Args, generator: Generator) -> list[Variant]:
+    """How the tail is run by the `flags` of the command line's `words`, and how it is run in the samples that --compare
+    puts beside; each named by what differs."""
+    check_settings(flags, given(GenerationConfig, words), generator)
+    if not flags.compare:
+        return [("", flags.generation)]
+    compared = _compared(flags.compare)
+    words = [*words, *itertools.chain(*([flag_of(name), *values] for name, values in compared.items()))]
+    other = parse_for_run(words)
+    check_settings(other, given(GenerationConfig, words), generator)
+    return [(", ".join(f"{name.replace('_', ' ')} {_short(getattr(one, name))}" for name in compared), one)
+            for one in (flags.generation, other.generation)]
+
+
+def _compared(pairs: Sequence[str]) -> dict[str, list[str]]:
+    """The words that --compare gives to settings, by name; raises UserError for anything but NAME=VALUE."""
+    found: dict[str, list[str]] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
         name = name.replace("-", "_")
-        if not equals or not value or name not in _SETTINGS or name in names:
+        if not value or name in found or name not in (one.name for one in dataclasses.fields(GenerationConfig)):
             raise UserError(f"--compare takes NAME=VALUE with the name of a setting, each one once, such as "
                             f"guidance-scale=2; found {pair!r}")
-        names.append(name)
-        words += [f"--{name.replace('_', '-')}", *value.split(",")]
-    against = make_settings(args, given | given_settings(parse(Args, ["--workdir", args.workdir, *words])), generator)
-    return [(", ".join(f"{name.replace('_', ' ')} {_short(getattr(one, name))}" for name in names), one)
-            for one in (own, against)]
+        found[name] = value.split(",")
+    return found
 
 
 def _short(value: Any) -> str:
@@ -339,12 +324,12 @@ def files_of(flags: Args, num_samples: int, num_variants: int) -> dict[str, list
 
 def main(args: Sequence[str]) -> None:
     """Generates what `args` ask for."""
-    flags = parse(Args, args)
+    flags = parse_for_run(args)
     check(flags)
     prompts = read_prompts(flags)
     use_compilation_cache(load_config(Path(flags.workdir)).compute)
     generator = Generator.from_workdir(flags.workdir)
-    variants = make_variants(flags, generator)
+    variants = make_variants(args, flags, generator)
     direction = steering_vector(flags)
     for _, settings in variants:
         generator.check(prompts, settings, direction)

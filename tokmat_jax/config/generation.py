@@ -24,7 +24,11 @@ def _is_number(value: Any, kind: Any) -> bool:
 
 @dataclass(frozen=True)
 class GenerationConfig(Section, name="generation"):
-    """How the liquid tail is run (paper Algorithm 1); `generate.py` overrides each by a flag."""
+    """How the liquid tail is run (paper Algorithm 1). Each field is a flag of `generate.py`, its docstring the help.
+
+    A field's fact `every_model` says that it has an effect on a model without a tail too, `of_stable` that it only has
+    one with `commit` stable, and `of_steering` only with a `steering` that is not 0.
+    """
 
     tail_length: int = setting(8, at_least=1, symbol="K")
     """K, slots of the liquid tail; 1 is immediate projection."""
@@ -47,31 +51,32 @@ class GenerationConfig(Section, name="generation"):
     """h in [0, 1), share of the vector before it in a vector that enters the history; 0 is off."""
     guidance_scale: float = 1.0
     """s; 1 is off, 1.5 to 3 is usual."""
-    repulsion: float = setting(0.0, at_least=0)
+    repulsion: float = setting(0.0, at_least=0, every_model=True)
     """ρ, how far a prediction is pushed away from what was committed where it was nearly the same, as a share of its
     norm; 0 is off. Under guidance it pushes the conditional prediction, so that s multiplies it."""
-    repulsion_sharpness: float = setting(10.0, above=0)
+    repulsion_sharpness: float = setting(10.0, above=0, every_model=True)
     """b: a place whose prediction has the cosine c with this one counts exp(b (c − 1))."""
     steering: float = 0.0
     """γ, how far predictions are drawn towards the steering direction, in units of R; 0 is off, 0.1 to 0.5 is usual,
     negative pushes away."""
-    steering_words: tuple[str, ...] = ()
-    """Words whose mean embedding is the steering direction (a vector of one's own: the argument `direction`)."""
-    steering_slots: tuple[int, ...] = ()
+    steering_words: tuple[str, ...] = setting((), of_steering=True)
+    """Words whose mean embedding is the steering direction (a vector of one's own: `--steering-vector`, or the argument
+    `direction`)."""
+    steering_slots: tuple[int, ...] = setting((), of_steering=True)
     """Slots that are steered, 0 is the front; none means all."""
-    steering_schedule: SteeringSchedule = "constant"
+    steering_schedule: SteeringSchedule = setting("constant", of_steering=True)
     """How strongly from a sample's first token to the last of its budget: all along, falling to 0, or rising from 0."""
     commit: Commit = "front"
     """`front`: one token a step; `stable`: as many from the front on as have settled, at least one."""
-    max_commit: int = setting(4, above=0)
+    max_commit: int = setting(4, above=0, of_stable=True)
     """The most that a step of `stable` commits (never more than K)."""
-    patience: int = setting(1, at_least=0)
+    patience: int = setting(1, at_least=0, of_stable=True)
     """Updates in a row that must have left a slot's nearest token as it was, before `stable` commits it early."""
-    tolerance: float = setting(0.1, above=0)
+    tolerance: float = setting(0.1, above=0, of_stable=True)
     """Bound of its last movement ‖Δz̃‖/R."""
-    max_new_tokens: int = setting(64, above=0)
+    max_new_tokens: int = setting(64, above=0, every_model=True)
     """Token budget of a sample; end-of-text may come earlier."""
-    entropy_temperature: float = setting(1.0, above=0)
+    entropy_temperature: float = setting(1.0, above=0, every_model=True)
     """τ of the reported entropy of softmax(cos/τ)."""
 
     def __post_init__(self) -> None:

@@ -29,6 +29,13 @@ from tokmat_jax.storage.checkpoint import load_params
 from tokmat_jax.storage.workdir import TOKENIZER, load_config
 
 
+def settings_of(config: Config) -> GenerationConfig:
+    """How a run writes if nothing else is said: its `generation`. A baseline's plain text is greedy, whatever repulsion
+    the maturation run of the same config has."""
+    own = config.generation
+    return dataclasses.replace(own, repulsion=0.0) if config.objective.kind == "ar" else own
+
+
 class Generator:
     """A trained model, its vocabulary table and its tokenizer."""
 
@@ -76,10 +83,8 @@ class Generator:
 
     @property
     def settings(self) -> GenerationConfig:
-        """How it writes where nothing else is said: the run's `generation`. A baseline's plain text is greedy, whatever
-        repulsion the maturation run of the same config has."""
-        own = self.config.generation
-        return dataclasses.replace(own, repulsion=0.0) if self.is_autoregressive else own
+        """How it writes if nothing else is said, see `settings_of`."""
+        return settings_of(self.config)
 
     def compilations(self) -> int:
         """How many shapes have been compiled so far."""
