@@ -35,11 +35,12 @@ from tokmat_jax.config import Config, DataConfig
 from tokmat_jax.data import sources
 from tokmat_jax.data.tokenizer import hugging_face, load_tokenizer, train_bpe
 from tokmat_jax.errors import UserError
-from tokmat_jax.generation.trajectory import Trajectory, load_trajectory
+from tokmat_jax.generation.trajectory import load_trajectory
 from tokmat_jax.hf.convert import import_weights
 from tokmat_jax.hf.files import Safetensors
 from tokmat_jax.hf.gguf_file import Gguf
 from tokmat_jax.storage.workdir import known_corpus, load_config, save_config
+from trajectories import made_trajectory
 
 FEW, MANY = 200, 10_000
 SECONDS = 5.0
@@ -277,13 +278,6 @@ def tokenizer_config(folder: Path) -> list[bytes]:
 
 def use_tokenizer(tokenizer: Any) -> None:
     tokenizer.decode(tokenizer.encode("the cat <|endoftext|> ∂\0"))
-
-
-def made_trajectory() -> dict[str, np.ndarray]:
-    tokens = np.arange(6).reshape(3, 2)
-    return dataclasses.asdict(Trajectory(
-        np.array([7]), np.array([0.9, 0.3]), np.ones(3, int), tokens, 0.1 * tokens, 0.2 * tokens, tokens[..., None],
-        1.0 * tokens[..., None], np.zeros((3, 2, 0))))
 
 
 def trajectory(folder: Path) -> list[bytes]:

@@ -24,7 +24,6 @@ import safetensors.numpy
 import zstandard
 
 import checkpoints
-from test_fuzz import made_trajectory
 from tokmat_jax.commands import generate
 from tokmat_jax.config import Config, DataConfig
 from tokmat_jax.data import sources
@@ -35,6 +34,7 @@ from tokmat_jax.hf.convert import import_weights
 from tokmat_jax.hf.files import Safetensors
 from tokmat_jax.storage.npy import open_npy
 from tokmat_jax.storage.workdir import load_config, save_config
+from trajectories import made_trajectory
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = [*sorted((ROOT / "tokmat_jax").rglob("*.py")), ROOT / "train.py", ROOT / "generate.py",

@@ -20,11 +20,11 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loader import Source, taken
-from test_scripts import ROOT, rows, stored
 
 import runs
 import tiny
+from loading import Source, taken
+from scripts import ROOT, rows, stored
 from tokmat_jax.config import (
     Config,
     DataConfig,
@@ -35,8 +35,9 @@ from tokmat_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from tokmat_jax.data import corpus as prepare
-from tokmat_jax.data import loader, sources
+from tokmat_jax.data import loader, pool, sources
+from tokmat_jax.data.corpus import prepare
+from tokmat_jax.data.tokenising import is_held_out
 from tokmat_jax.data.tokenizer import make_tokenizer
 from tokmat_jax.distributed import mesh as sharding
 from tokmat_jax.errors import UserError
@@ -125,7 +126,8 @@ DOCUMENT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="
 FILES = st.lists(st.tuples(st.sampled_from(["txt", "jsonl", "parquet"]), st.lists(DOCUMENT, min_size=1, max_size=7)),
                  min_size=1, max_size=4)
 PIECES = st.fixed_dictionaries({
-    "_BLOCK": st.integers(1, 50), "_SHARD": st.integers(1, 99), "_BATCH_DOCUMENTS": st.integers(1, 4)})
+    "windows._BLOCK": st.integers(1, 50), "windows._SHARD": st.integers(1, 99),
+    "tokenising._BATCH_DOCUMENTS": st.integers(1, 4)})
 SEPARATOR = "\n\x00\n"
 
 
@@ -148,8 +150,8 @@ def made_in_any_order(pieces, order):
 
     with pytest.MonkeyPatch.context() as patch:
         for name, size in pieces.items():
-            patch.setattr(prepare, name, size)
-        patch.setattr(prepare, "_processes", processes)
+            patch.setattr(f"tokmat_jax.data.{name}", size)
+        patch.setattr(pool, "processes", processes)
         patch.setattr(sources, "_UNIT_BYTES", 1)
         yield
 
@@ -157,7 +159,7 @@ def made_in_any_order(pieces, order):
 def packed(config, workers, pieces, order):
     """The streams of ids that the windows of both splits hold, the shares of tokens, and the facts."""
     with made_in_any_order(pieces, order):
-        corpus = prepare.prepare(config, workers)
+        corpus = prepare(config, workers)
     streams = {split: np.concatenate([window["tokens"] for window in corpus.windows(split)])
                for split in ("train", "validation")}
     return streams, corpus.unigram(), corpus.facts
@@ -167,7 +169,7 @@ def expected_streams(documents, tokenizer, holdout, window):
     """Both splits as they should be before the remainder of a window is dropped, and by what rule."""
     end, streams = tokenizer.end_of_text, {False: [], True: []}
     for text in documents:
-        streams[prepare.is_held_out(text, holdout)] += [end, *tokenizer.encode(text)]
+        streams[is_held_out(text, holdout)] += [end, *tokenizer.encode(text)]
     train, held_out = streams[False], streams[True]
     if min(len(train), len(held_out)) >= window:
         return train, held_out, "hash of the document"

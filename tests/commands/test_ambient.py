@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_scripts import rows
 
 import runs
+from scripts import rows
 from tokmat_jax.commands import data
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator

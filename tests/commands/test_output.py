@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_scripts import ROOT, rows
 
 import runs
+from scripts import ROOT, rows
 from tokmat_jax import output
 
 PROMPTS = [word for prompt in ("é", "the", "a × b", "") for word in ("--prompt", prompt)]

@@ -4,19 +4,15 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 
 import chex
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 import runs
 import spelling
+from scripts import ROOT, rows, script, stored
 from tokmat_jax.commands import flags as cli
 from tokmat_jax.commands import generate
 from tokmat_jax.commands.outputs import check_files
@@ -24,26 +20,6 @@ from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.generation.trajectory import load_trajectory
 from tokmat_jax.view.terminal import visible
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def script(*args, cwd=ROOT):
-    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=4", "count=1")}
-    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True,
-                          check=False, timeout=600)
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def stored(workdir, item="params"):
-    folder = workdir.resolve() / "checkpoints"
-    step = max(int(path.name) for path in folder.iterdir())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # without shardings Orbax takes those of the file, and says so
-        return step, ocp.PyTreeCheckpointer().restore(folder / str(step) / item)
 
 
 def test_a_run_leaves_all_it_needs(runs_dir):

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_prepare import config_for, texts
 
+from corpora import config_for, texts
 from tokmat_jax.config import TokenizerConfig
-from tokmat_jax.data import content, prepare
+from tokmat_jax.data import content, making
+from tokmat_jax.data.corpus import corpus_of_run, prepare
 from tokmat_jax.data.identity import FORMER, former_fingerprint, identify
 from tokmat_jax.data.tokenizer import train_bpe
 from tokmat_jax.errors import UserError
@@ -81,12 +82,12 @@ def test_the_order_of_files_and_how_they_are_read_count(tmp_path):
 
 def test_a_corpus_is_found_from_another_place_of_its_text(tmp_path, monkeypatch):
     config = from_files(tmp_path)
-    first = prepare.prepare(config)
+    first = prepare(config)
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(tmp_path / "corpus.txt", tmp_path / "elsewhere" / "other.text")
-    monkeypatch.setattr(prepare, "_make", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr("tokmat_jax.data.corpus.make", lambda *_: pytest.fail("prepared again"))
     data = dataclasses.replace(config.data, source=f"files:{tmp_path}/elsewhere/*.text")
-    assert prepare.prepare(dataclasses.replace(config, data=data)).folder == first.folder
+    assert prepare(dataclasses.replace(config, data=data)).folder == first.folder
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def test_many_may_note_what_they_have_read_at_once(tmp_path, files, hashed):
 @pytest.mark.parametrize("lost", ["corpus.txt", "run/tokenizer/tokenizer.json", "prepared/x"])
 def test_what_the_system_refuses_is_blamed_on_the_file_it_refuses(tmp_path, monkeypatch, lost):
     config = with_workdir(tmp_path)
-    original = prepare.make_tokenizer
+    original = making.make_tokenizer
 
     def late(*args):
         made = original(*args)
@@ -170,10 +171,10 @@ def test_what_the_system_refuses_is_blamed_on_the_file_it_refuses(tmp_path, monk
     if lost.startswith("run"):
         (tmp_path / lost).unlink()
     else:
-        monkeypatch.setattr(prepare, "make_tokenizer", late)
+        monkeypatch.setattr(making, "make_tokenizer", late)
     says = {"corpus.txt": r"corpus.txt cannot be read: No such file", "prepared/x": "cannot write into .*: No space"}
     with pytest.raises(UserError, match=says.get(lost, "no usable tokenizer in .*run")):
-        prepare.prepare(config)
+        prepare(config)
 
 
 # Runs from before
@@ -184,7 +185,7 @@ def former_run(tmp_path):
     """Config and workdir of a run whose corpus was known by path, size and time, and is gone."""
     config = from_files(tmp_path)
     os.utime(tmp_path / "corpus.txt", (1, 1))
-    facts = prepare.prepare(config).facts
+    facts = prepare(config).facts
     shutil.rmtree(config.data.prepared_dir)
     save_config(config, tmp_path)
     (tmp_path / "corpus.json").write_text(
@@ -194,12 +195,12 @@ def former_run(tmp_path):
 
 def test_a_run_from_before_goes_on_if_its_files_are_as_they_were(former_run):
     config, workdir = former_run
-    corpus = prepare.corpus_of_run(config, workdir)
+    corpus = corpus_of_run(config, workdir)
     assert corpus.facts["fingerprint"] == fingerprint(config)
     # Its own corpus, if it is still there, goes before a new one.
     own = Path(config.data.prepared_dir) / f"whatever-{former_fingerprint(config)}"
     shutil.copytree(corpus.folder, own)
-    assert prepare.corpus_of_run(config, workdir).folder == own
+    assert corpus_of_run(config, workdir).folder == own
 
 
 def test_a_run_from_before_is_refused_if_its_files_were_touched_or_give_another_corpus(former_run):
@@ -207,7 +208,7 @@ def test_a_run_from_before_is_refused_if_its_files_were_touched_or_give_another_
     facts = json.loads((workdir / "corpus.json").read_text())
     (workdir / "corpus.json").write_text(json.dumps(facts | {"documents": 3}))
     with pytest.raises(UserError, match="was trained on a corpus of 3 documents, from the same files 40 are made now"):
-        prepare.corpus_of_run(config, workdir)
+        corpus_of_run(config, workdir)
     os.utime(workdir / "corpus.txt", (2, 2))
     with pytest.raises(UserError, match="an older version noted their paths, sizes and times, which count too"):
-        prepare.corpus_of_run(config, workdir)
+        corpus_of_run(config, workdir)

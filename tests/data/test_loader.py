@@ -1,24 +1,10 @@
 import itertools
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loading import Source, taken
 from tokmat_jax.data import loader
-
-
-class Source(list):
-    """Windows that say who they are."""
-
-    def __init__(self, count):
-        super().__init__({"tokens": np.full(4, index, np.int32)} for index in range(count))
-
-    def __getitems__(self, indices):
-        return [self[index] for index in indices]
-
-
-def taken(iterator, count):
-    return [next(iterator)[:, 0].tolist() for _ in range(count)]
 
 
 def flat(lists):

@@ -5,23 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_prepare_parallel import left
 
-from tokmat_jax.config import Config, DataConfig, TokenizerConfig
-from tokmat_jax.data import corpus as prepare
+from corpora import config_for, left, texts
+from tokmat_jax.config import TokenizerConfig
+from tokmat_jax.data import making, tokenising
+from tokmat_jax.data.corpus import prepare
+from tokmat_jax.data.tokenising import is_held_out
 from tokmat_jax.errors import UserError
-
-
-def config_for(folder, texts, **fields):
-    (folder / "corpus.txt").write_text("<|endoftext|>".join(texts))
-    data = DataConfig(source=f"files:{folder}/corpus.txt", seq_len=16, prepared_dir=str(folder / "prepared"), **fields)
-    base = Config()
-    return dataclasses.replace(base, data=data, tokenizer=TokenizerConfig(kind="bytes"),
-                               maturation=dataclasses.replace(base.maturation, max_tail_length=4))
-
-
-def texts(count):
-    return [f"document number {index} says {'x' * (1 + index % 7)}" for index in range(count)]
 
 
 def ids_of(corpus, split):
@@ -31,11 +21,11 @@ def ids_of(corpus, split):
 
 def test_every_document_is_packed_once_behind_end_of_text(tmp_path):
     config = config_for(tmp_path, texts(60), holdout=0.2)
-    corpus = prepare.prepare(config)
+    corpus = prepare(config)
     tokenizer = corpus.tokenizer
     want = {"train": [], "validation": []}
     for text in texts(60):
-        split = "validation" if prepare.is_held_out(text, 0.2) else "train"
+        split = "validation" if is_held_out(text, 0.2) else "train"
         want[split] += [tokenizer.end_of_text, *tokenizer.encode(text)]
     for split, stream in want.items():
         got = ids_of(corpus, split)
@@ -49,26 +39,26 @@ def test_every_document_is_packed_once_behind_end_of_text(tmp_path):
 
 def test_it_is_made_once_and_again_when_something_changed(tmp_path, monkeypatch):
     config = config_for(tmp_path, texts(40), holdout=0.2)
-    first = prepare.prepare(config)
+    first = prepare(config)
 
     def forbidden(*_):
         raise AssertionError("prepared again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_make", forbidden)
-        assert prepare.prepare(config).folder == first.folder
+        patch.setattr("tokmat_jax.data.corpus.make", forbidden)
+        assert prepare(config).folder == first.folder
     (tmp_path / "corpus.txt").write_text("<|endoftext|>".join(texts(41)))
-    assert prepare.prepare(config).folder != first.folder
+    assert prepare(config).folder != first.folder
 
 
 def test_a_prepared_corpus_is_a_source_itself(tmp_path):
-    corpus = prepare.prepare(config_for(tmp_path, texts(40), holdout=0.2))
+    corpus = prepare(config_for(tmp_path, texts(40), holdout=0.2))
     base = config_for(tmp_path, texts(40))
     config = dataclasses.replace(base, data=dataclasses.replace(base.data, source=f"tfds:{corpus.folder}"))
-    assert prepare.prepare(config).facts == corpus.facts
+    assert prepare(config).facts == corpus.facts
     wrong = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=12))
     with pytest.raises(UserError, match="windows of 16 tokens"):
-        prepare.prepare(wrong)
+        prepare(wrong)
 
 
 def test_an_interrupted_preparation_leaves_no_corpus_and_is_gone_on_with(tmp_path, monkeypatch):
@@ -78,19 +68,19 @@ def test_an_interrupted_preparation_leaves_no_corpus_and_is_gone_on_with(tmp_pat
         raise AssertionError("tokenised again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(making, "write_windows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            prepare.prepare(config)
+            prepare(config)
     assert [path.name.split("-")[0] for path in left(tmp_path / "prepared")] == ["unfinished"]
-    monkeypatch.setattr(prepare, "_tokenise_unit", forbidden)
-    corpus = prepare.prepare(config)
+    monkeypatch.setattr(tokenising, "_tokenise_unit", forbidden)
+    corpus = prepare(config)
     assert corpus.facts["documents"] == 40
     assert left(tmp_path / "prepared") == [corpus.folder]
     assert {path.name for path in corpus.folder.iterdir()} == {"corpus.json", "tokenizer", "unigram.npy", "windows"}
 
 
 def test_few_documents_give_their_last_ones(tmp_path):
-    corpus = prepare.prepare(config_for(tmp_path, ["a" * 40, "b" * 40, "c" * 40], holdout=0.0001))
+    corpus = prepare(config_for(tmp_path, ["a" * 40, "b" * 40, "c" * 40], holdout=0.0001))
     assert corpus.facts["held_out_by"] == "last documents"
     held_out = ids_of(corpus, "validation").reshape(-1)
     assert held_out[0] == corpus.tokenizer.end_of_text
@@ -98,7 +88,7 @@ def test_few_documents_give_their_last_ones(tmp_path):
 
 
 def test_one_document_gives_its_end(tmp_path):
-    corpus = prepare.prepare(config_for(tmp_path, ["a" * 80 + "b" * 20], holdout=0.05))
+    corpus = prepare(config_for(tmp_path, ["a" * 80 + "b" * 20], holdout=0.05))
     assert corpus.facts["held_out_by"] == "end of the only document"
     assert corpus.facts["validation_windows"] == 1
     assert "b" in corpus.tokenizer.decode(ids_of(corpus, "validation")[0].tolist())
@@ -108,15 +98,15 @@ def test_a_tokenizer_learns_even_where_the_only_document_is_held_out(tmp_path):
     # With nearly everything held out, the one document is certain to be.
     config = config_for(tmp_path, ["the cat sat on the mat " * 20], holdout=0.999999)
     config = dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=262))
-    assert prepare.prepare(config).tokenizer.vocab_size == 262
+    assert prepare(config).tokenizer.vocab_size == 262
 
 
 def test_a_damaged_corpus_is_named(tmp_path):
     config = config_for(tmp_path, texts(40), holdout=0.2)
-    corpus = prepare.prepare(config)
+    corpus = prepare(config)
     (corpus.folder / "corpus.json").write_text("{")
     with pytest.raises(UserError, match="is damaged: delete"):
-        prepare.prepare(config)
+        prepare(config)
 
 
 @pytest.mark.parametrize(("source", "settings", "says"), [
@@ -131,7 +121,7 @@ def test_what_may_not_have_been_meant_is_said(tmp_path, capsys, source, settings
         for index, text in enumerate(texts(40))))
     config = config_for(tmp_path, texts(40), holdout=0.2)
     data = dataclasses.replace(config.data, source=f"files:{tmp_path}/{source}", **settings)
-    corpus = prepare.prepare(dataclasses.replace(config, data=data))
+    corpus = prepare(dataclasses.replace(config, data=data))
     said = capsys.readouterr().err
     assert "".join(line + "\n" for line in said.splitlines() if line.startswith("note")) == says
     assert corpus.facts["nulls"] == (20 if "null" in says else 0)
@@ -140,11 +130,11 @@ def test_what_may_not_have_been_meant_is_said(tmp_path, capsys, source, settings
 @pytest.mark.parametrize("text", ["short", "x" * 30])
 def test_a_corpus_shorter_than_two_windows_is_refused(tmp_path, text):
     with pytest.raises(UserError, match=r"fewer than two windows of 16"):
-        prepare.prepare(config_for(tmp_path, [text]))
+        prepare(config_for(tmp_path, [text]))
     assert left(tmp_path / "prepared") == []
 
 
 @given(st.text(), st.floats(0.01, 0.5), st.floats(0.01, 0.5))
 def test_what_is_held_out_stays_so_when_more_is(text, one, other):
     few, many = sorted((one, other))
-    assert not prepare.is_held_out(text, few) or prepare.is_held_out(text, many)
+    assert not is_held_out(text, few) or is_held_out(text, many)

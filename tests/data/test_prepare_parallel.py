@@ -1,6 +1,5 @@
 """Corpora made by several processes, by runs that were killed, and by several runs at once."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -15,11 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from corpora import config_of_files, left
 from tokmat_jax.commands import data as command
-from tokmat_jax.config import Config, DataConfig, TokenizerConfig
-from tokmat_jax.data import corpus as prepare
-from tokmat_jax.data import sources
-from tokmat_jax.data.content import RECORD
+from tokmat_jax.data import corpus, making, pool, sources, tokenising, windows
+from tokmat_jax.data.corpus import prepare
 from tokmat_jax.errors import UserError
 
 
@@ -34,15 +32,6 @@ def write_files(folder):
         pyarrow.parquet.write_table(pa.table({"text": texts(name, 50)}), folder / f"{name}.parquet", row_group_size=20)
 
 
-def config_for(folder, name="prepared", pattern="*.*", **tokenizer):
-    base = Config()
-    return dataclasses.replace(
-        base, data=DataConfig(source=f"files:{folder}/{pattern}", seq_len=16, holdout=0.2,
-                              prepared_dir=str(folder / name)),
-        tokenizer=TokenizerConfig(**{"vocab_size": 300} | tokenizer),
-        maturation=dataclasses.replace(base.maturation, max_tail_length=4))
-
-
 def flags(config):
     return ["--data.source", config.data.source, "--data.seq-len", "16", "--data.holdout", "0.2", "--data.prepared-dir",
             config.data.prepared_dir, "--tokenizer.vocab-size", str(config.tokenizer.vocab_size),
@@ -54,20 +43,15 @@ def content(corpus):
     return {path.relative_to(corpus.folder): path.read_bytes() for path in corpus.folder.rglob("*") if path.is_file()}
 
 
-def left(folder):
-    """What lies in a folder of prepared corpora."""
-    return [path for path in folder.iterdir() if path.name != RECORD]
-
-
 def start(*words):
     return subprocess.Popen([sys.executable, *words], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_any_number_of_workers_makes_the_same_corpus(tmp_path, monkeypatch):
     write_files(tmp_path)
-    monkeypatch.setattr(prepare, "_SHARD", 64 * 16)  # several files of windows, so that workers write them too
+    monkeypatch.setattr(windows, "_SHARD", 64 * 16)  # several files of windows, so that workers write them too
     monkeypatch.setattr(sources, "_UNIT_BYTES", 1)
-    one, three = (prepare.prepare(config_for(tmp_path, name), workers) for name, workers in (("one", 1), ("three", 3)))
+    one, three = (prepare(config_of_files(tmp_path, name), workers) for name, workers in (("one", 1), ("three", 3)))
     assert len(list((one.folder / "windows").glob("*train*"))) > 2
     assert content(one) == content(three)
 
@@ -75,10 +59,11 @@ def test_any_number_of_workers_makes_the_same_corpus(tmp_path, monkeypatch):
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests import test_prepare_parallel as here
-from tokmat_jax.data import corpus as prepare
+from tests import corpora
+from tokmat_jax.data import tokenising
+from tokmat_jax.data.corpus import prepare
 
-original, made = prepare._tokenise_unit, []
+original, made = tokenising._tokenise_unit, []
 
 def killed(*args):
     if len(made) == 3:
@@ -86,14 +71,14 @@ def killed(*args):
     made.append(original(*args))
     return made[-1]
 
-prepare._tokenise_unit = killed
-prepare.prepare(here.config_for(Path(sys.argv[1])))
+tokenising._tokenise_unit = killed
+prepare(corpora.config_of_files(Path(sys.argv[1])))
 """
 
 
 def test_a_killed_preparation_is_gone_on_with(tmp_path, monkeypatch):
     write_files(tmp_path)
-    whole = content(prepare.prepare(config_for(tmp_path, "whole")))
+    whole = content(prepare(config_of_files(tmp_path, "whole")))
     killed = start("-c", _KILLED, str(tmp_path))
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
@@ -102,18 +87,18 @@ def test_a_killed_preparation_is_gone_on_with(tmp_path, monkeypatch):
     # One that a power failure cut short does not count as finished.
     with next(unfinished.glob("units/000001.train.ids")).open("ab") as cut:
         cut.truncate(8)
-    original, again = prepare._tokenise_unit, []
+    original, again = tokenising._tokenise_unit, []
 
     def noted(tokenizer, report, job):
         again.append(job.index)
         return original(tokenizer, report, job)
 
-    monkeypatch.setattr(prepare, "_tokenise_unit", noted)
-    monkeypatch.setattr(prepare, "make_tokenizer", lambda *_: pytest.fail("the tokenizer was trained again"))
-    corpus = prepare.prepare(config_for(tmp_path))
+    monkeypatch.setattr(tokenising, "_tokenise_unit", noted)
+    monkeypatch.setattr(making, "make_tokenizer", lambda *_: pytest.fail("the tokenizer was trained again"))
+    made = prepare(config_of_files(tmp_path))
     assert again == [1, *range(3, 9)]
-    assert content(corpus) == whole
-    assert left(tmp_path / "prepared") == [corpus.folder]
+    assert content(made) == whole
+    assert left(tmp_path / "prepared") == [made.folder]
 
 
 def children(pid):
@@ -132,7 +117,7 @@ def alive(pid):
 def test_no_worker_outlives_its_run(tmp_path, blow):
     for index in range(60):
         (tmp_path / f"{index}.txt").write_text("some words of a text " * 10_000)
-    config = config_for(tmp_path, pattern="*.txt", kind="bytes")
+    config = config_of_files(tmp_path, pattern="*.txt", kind="bytes")
     run = start("-m", "tokmat_jax", "data", "prepare", "--workers", "2", *flags(config), "--tokenizer.kind", "bytes")
     while run.poll() is None and not list(tmp_path.glob("prepared/unfinished-*/units/*.json")):
         time.sleep(0.01)
@@ -152,27 +137,27 @@ def test_a_mistake_found_by_a_worker_is_one_line(tmp_path):
     write_files(tmp_path)
     (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n{nonsense\n')
     with pytest.raises(UserError, match=r"b\.jsonl line 2 is not JSON") as caught:
-        prepare.prepare(config_for(tmp_path, kind="bytes"), 2)
+        prepare(config_of_files(tmp_path, kind="bytes"), 2)
     assert "\n" not in str(caught.value)
 
 
 def test_a_worker_that_dies_is_one_line():
-    with pytest.raises(UserError, match="one of 2 workers died"), prepare._processes(2) as run:
+    with pytest.raises(UserError, match="one of 2 workers died"), pool.processes(2) as run:
         list(run(os._exit, [1]))
 
 
 def test_runs_that_want_the_same_corpus_at_once_make_it_once(tmp_path, capfd, monkeypatch):
     write_files(tmp_path)
-    original, made = prepare._make, []
+    original, made = corpus.make, []
 
     def slow(*args):
         made.append(args)
         time.sleep(0.5)
         original(*args)
 
-    monkeypatch.setattr(prepare, "_make", slow)
-    with ThreadPoolExecutor(3) as pool:
-        folders = [corpus.folder for corpus in pool.map(prepare.prepare, [config_for(tmp_path)] * 3)]
+    monkeypatch.setattr(corpus, "make", slow)
+    with ThreadPoolExecutor(3) as threads:
+        folders = [each.folder for each in threads.map(prepare, [config_of_files(tmp_path)] * 3)]
     assert len(made) == 1
     assert [folders[0]] * 3 == folders
     assert left(tmp_path / "prepared") == [folders[0]]
@@ -182,34 +167,34 @@ def test_runs_that_want_the_same_corpus_at_once_make_it_once(tmp_path, capfd, mo
 def test_units_of_another_cut_are_not_mixed_in(tmp_path, monkeypatch):
     write_files(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(making, "write_windows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            prepare.prepare(config_for(tmp_path))
+            prepare(config_of_files(tmp_path))
     monkeypatch.setattr(sources, "_UNIT_BYTES", 1)
-    assert prepare.prepare(config_for(tmp_path)).facts["documents"] == 300
+    assert prepare(config_of_files(tmp_path)).facts["documents"] == 300
 
 
 @pytest.mark.parametrize("seq_len", [3, 16, 1000])
 def test_windows_do_not_depend_on_how_the_ids_lie_in_files(tmp_path, monkeypatch, seq_len):
-    monkeypatch.setattr(prepare, "_BLOCK", 7)
+    monkeypatch.setattr(windows, "_BLOCK", 7)
     stream, parts = np.arange(2500, dtype=np.int32), []
     for index, piece in enumerate(np.split(stream, [0, 5, 400, 401, 2000])):
         piece.tofile(tmp_path / f"{index}.ids")
         parts.append((tmp_path / f"{index}.ids", 0, piece.size))
-    ids = prepare._Ids(tuple(parts)).piece(3, 2400)
-    got = np.concatenate(list(prepare._windows(ids, seq_len)))
+    ids = windows.Ids(tuple(parts)).piece(3, 2400)
+    got = np.concatenate(list(windows._windows(ids, seq_len)))
     np.testing.assert_array_equal(got.reshape(-1), stream[3:2400][: 2397 // seq_len * seq_len])
-    assert prepare._last(450, ids, 10, 2000) == 447
-    assert prepare._last(450, ids, 10, 447) is None
+    assert windows.last_of(450, ids, 10, 2000) == 447
+    assert windows.last_of(450, ids, 10, 447) is None
 
 
 def test_the_command_makes_what_the_library_finds(tmp_path, capsys):
     write_files(tmp_path)
-    config = config_for(tmp_path)
+    config = config_of_files(tmp_path)
     command.main(["prepare", "--workers=1", *flags(config)])
     said = capsys.readouterr().out
-    corpus = prepare.prepare(config)
-    assert said.startswith(f"corpus {corpus.folder}: 300 documents, ")
+    made = prepare(config)
+    assert said.startswith(f"corpus {made.folder}: 300 documents, ")
     assert said.count("\n") == 1
 
 
@@ -230,12 +215,12 @@ def test_a_mistake_on_the_command_line_is_one_line(args, says):
 _GROWTH = """
 import dataclasses, resource, sys
 from pathlib import Path
-from tests import test_prepare_parallel as here
-from tokmat_jax.data import corpus as prepare
+from tests import corpora
+from tokmat_jax.data.corpus import prepare
 
 for pattern in ("small.parquet", "large.parquet"):
-    config = here.config_for(Path(sys.argv[1]), pattern=pattern, kind="bytes")
-    prepare.prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=1024)))
+    config = corpora.config_of_files(Path(sys.argv[1]), pattern=pattern, kind="bytes")
+    prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=1024)))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

@@ -14,52 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_scripts import stored
 
 import runs
+from scripts import stored
 from tokmat_jax.commands import train
 from tokmat_jax.config import MeshConfig
 from tokmat_jax.distributed.mesh import make_mesh
 from tokmat_jax.errors import UserError
-from tokmat_jax.model.params import TrainState
 from tokmat_jax.output import logged_warnings
 from tokmat_jax.storage import checkpoint
 from tokmat_jax.storage.checkpoint import Checkpoints, load_params, save_params
 from tokmat_jax.storage.integrity import bit_sum, is_sealed, seal
 from tokmat_jax.training.metrics_log import JsonLines, MetricsLog
+from train_states import SHAPES, restore, state, write
 
 # Orbax leaves futures behind when a read or a write fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-SIZE = 4096
-
-
-def state(step):
-    rng = np.random.default_rng(step)
-    params = {"backbone": {"kernel": jnp.asarray(rng.normal(size=(8, SIZE // 8)), jnp.float32)},
-              "table": jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)}
-    return TrainState(jnp.int32(step), params, {"mu": jax.tree.map(lambda x: x + 1, params), "count": jnp.int32(step)})
-
-
-SHAPES = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state(0))
-
-
-def write(workdir, *steps):
-    checkpoints = Checkpoints(workdir, keep=9)
-    for step in steps:
-        checkpoints.save(state(step), position=10 * step)
-    checkpoints.close()
-    return workdir
-
-
-def restore(workdir):
-    """(state, position, steps that are listed afterwards)"""
-    checkpoints = Checkpoints(workdir, keep=9)
-    try:
-        return *checkpoints.restore(SHAPES), sorted(checkpoints._manager.all_steps())
-    finally:
-        checkpoints.close()
-
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from test_checkpoint import SHAPES, restore, state, write
 
 from tokmat_jax.config import Config, DataConfig, TokenizerConfig
 from tokmat_jax.data import sources
@@ -21,6 +20,7 @@ from tokmat_jax.errors import UserError
 from tokmat_jax.storage.checkpoint import load_params, save_params
 from tokmat_jax.storage.plain_path import plain_path
 from tokmat_jax.training.metrics_log import MetricsLog
+from train_states import SHAPES, restore, state, write
 
 NAMES = ["run[1]", "[!x]", "x[0:5]", "a*b", "**", "q?", "a\\b", "100%", "#x", "two words", "new\nline", "ümlaut",
          "-dash", "{a,b}", "~", "gs:", "a:b"]
@@ -110,7 +110,7 @@ def test_the_path_of_a_folder_is_its_own_and_plain(tmp_path):
 
 
 def test_what_is_written_and_cannot_be_read_again_is_said_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokmat_jax.checkpoint.plain_path", Path.resolve)
+    monkeypatch.setattr("tokmat_jax.storage.checkpoint.plain_path", Path.resolve)
     begins = (lambda folder: write(folder, 1), lambda folder: save_params(folder, state(1).params))
     for number, begin in enumerate(begins):
         with pytest.raises(UserError, match=r"checkpoints/[01] was written but cannot be read again \(.*\): choose"):

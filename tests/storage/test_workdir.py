@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from tokmat_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from tokmat_jax.errors import UserError
-from tokmat_jax.storage.workdir import appears_whole, check_same_run, load_config, save_config
+from tokmat_jax.storage.files import appears_whole
+from tokmat_jax.storage.workdir import check_same_run, load_config, save_config
 from tokmat_jax.training.metrics_log import JsonLines
 
 

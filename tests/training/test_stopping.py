@@ -9,18 +9,17 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_loader import Source, taken
-from test_scripts import rows, stored
 
 import runs
 import tiny
+from loading import Source, taken
+from scripts import ROOT, rows, stored
 from tokmat_jax.commands import data, train
 from tokmat_jax.config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from tokmat_jax.data.loader import train_batches
@@ -29,8 +28,6 @@ from tokmat_jax.errors import UserError
 from tokmat_jax.storage.workdir import lock_workdir, refuse_links
 from tokmat_jax.training import spikes, stopping
 from tokmat_jax.training.step import make_train_functions
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def heard(stop):
@@ -136,7 +133,7 @@ def test_a_second_run_in_a_workdir_is_refused(tmp_path):
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):
-    code = ("import sys, time, pathlib; from tokmat_jax.workdir import lock_workdir; "
+    code = ("import sys, time, pathlib; from tokmat_jax.storage.workdir import lock_workdir; "
             "kept = lock_workdir(pathlib.Path(sys.argv[1])); print('locked', flush=True); time.sleep(600)")
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None

@@ -37,6 +37,7 @@ from tokmat_jax.model.backbone import Params
 from tokmat_jax.model.params import TrainState
 from tokmat_jax.progress import Bar, bar
 from tokmat_jax.storage.checkpoint import Checkpoints, open_checkpoints
+from tokmat_jax.storage.files import write_json
 from tokmat_jax.storage.npy import open_npy
 from tokmat_jax.storage.plain_path import plain_path
 from tokmat_jax.storage.workdir import (
@@ -50,7 +51,6 @@ from tokmat_jax.storage.workdir import (
     make_workdir,
     refuse_links,
     save_config,
-    write_json,
 )
 from tokmat_jax.training.metrics_log import JsonLines, MetricsLog
 from tokmat_jax.training.spikes import LossWatch

@@ -14,7 +14,8 @@ from tokmat_jax.data import sources
 from tokmat_jax.data.content import digests, reading
 from tokmat_jax.data.patterns import find_files
 from tokmat_jax.errors import UserError
-from tokmat_jax.storage.workdir import CORPUS, TOKENIZER, load_config, read_json
+from tokmat_jax.storage.files import read_json
+from tokmat_jax.storage.workdir import CORPUS, TOKENIZER, load_config
 
 _FORMAT = 3
 FORMER = 2

@@ -11,7 +11,8 @@ from tokmat_jax.config import Config
 from tokmat_jax.data.corpus import Corpus
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
-from tokmat_jax.storage.workdir import CHECKPOINTS, CORPUS, differences, read_json
+from tokmat_jax.storage.files import read_json
+from tokmat_jax.storage.workdir import CHECKPOINTS, CORPUS, differences
 
 _BUDGET = ("init_from", "data", "tokenizer", "model", "table.initial", "optimizer", "train.num_steps",
            "train.batch_size", "train.eval_batches")

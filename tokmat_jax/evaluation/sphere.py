@@ -9,16 +9,9 @@ from tokmat_jax.config import Config
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.hf.convert import load_flat, save_flat
+from tokmat_jax.storage.files import appears_whole, read_json, write_json
 from tokmat_jax.storage.plain_path import plain_path
-from tokmat_jax.storage.workdir import (
-    IMPORTED,
-    TOKENIZER,
-    appears_whole,
-    load_config,
-    read_json,
-    save_config,
-    write_json,
-)
+from tokmat_jax.storage.workdir import IMPORTED, TOKENIZER, load_config, save_config
 
 PROMPTS = (
     "The history of the city begins", "In the beginning", "Once upon a time, there was a little",

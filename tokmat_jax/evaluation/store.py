@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tokmat_jax.errors import UserError
-from tokmat_jax.storage.workdir import make_workdir, read_json, write_json
+from tokmat_jax.storage.files import read_json, write_json
+from tokmat_jax.storage.workdir import make_workdir
 
 
 class Store:

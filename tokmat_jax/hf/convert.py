@@ -42,17 +42,9 @@ from tokmat_jax.model.params import ar_logit_scale_of, init_params, param_shapes
 from tokmat_jax.output import without_torch_notice
 from tokmat_jax.progress import bar
 from tokmat_jax.storage.checkpoint import load_params, save_params
+from tokmat_jax.storage.files import appears_whole, read_json, write_json
 from tokmat_jax.storage.plain_path import plain_path
-from tokmat_jax.storage.workdir import (
-    IMPORTED,
-    TOKENIZER,
-    appears_whole,
-    load_config,
-    parse_config_json,
-    read_json,
-    save_config,
-    write_json,
-)
+from tokmat_jax.storage.workdir import IMPORTED, TOKENIZER, load_config, parse_config_json, save_config
 
 SIDECAR = "maturation"
 """Folder of an exported checkpoint: `run.json`, `weights.safetensors` and `tokenizer/`."""

@@ -15,7 +15,7 @@ import safetensors.numpy
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 
 from tokmat_jax.errors import UserError, one_line, shown
-from tokmat_jax.storage.workdir import read_json
+from tokmat_jax.storage.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -5,13 +5,13 @@ A disk that is full stops no run: rows wait until there is room.
 
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from tokmat_jax.errors import UserError
+from tokmat_jax.storage.files import write_whole
 
 
 class JsonLines:
@@ -51,9 +51,7 @@ def _keep_until(path: Path, resume_step: int) -> None:
     before = path.read_bytes() if path.exists() else b""
     kept = b"".join(line + b"\n" for line in before.split(b"\n") if _step(line) <= resume_step)
     if kept != before or not path.exists():
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_bytes(kept)
-        os.replace(unfinished, path)
+        write_whole(path, kept)
 
 
 def _step(line: bytes) -> float:
