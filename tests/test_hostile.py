@@ -27,6 +27,7 @@ import checkpoints
 from tokmat_jax.commands import generate
 from tokmat_jax.config import Config, DataConfig
 from tokmat_jax.data import sources
+from tokmat_jax.data.sources import files, records
 from tokmat_jax.data.tokenizer import hugging_face, load_tokenizer, train_bpe
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.trajectory import load_trajectory
@@ -46,7 +47,7 @@ CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "ya
          "pd.read_pickle", "os.system", "os.popen"}
 TRUST = {"trust_remote_code", "allow_pickle", "shell"}
 """Arguments that must be False wherever they are given."""
-ALLOWED = {("tokmat_jax/cli.py", "runpy")}
+ALLOWED = {("tokmat_jax/commands/flags.py", "runpy")}
 """`--config FILE`: the one Python file that is run is the one that the user names for that."""
 
 
@@ -228,18 +229,18 @@ def test_a_line_without_end_is_not_held(tmp_path):
     ("a.txt", b"ab<|endoftext|>abcdefghijklmnopqrstuvwxyz", "document 2"),
 ])
 def test_a_document_that_is_too_long_is_named(name, content, where, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_LONGEST", 20)
-    monkeypatch.setattr(sources, "_CHUNK", 7)
+    monkeypatch.setattr(records, "LONGEST", 20)
+    monkeypatch.setattr(files, "_CHUNK", 7)
     (tmp_path / name).write_bytes(content)
     config = DataConfig(source=f"files:{tmp_path / name}")
     refused(list, sources.documents(config), says=f"{tmp_path / name} {where} is longer than")
-    monkeypatch.setattr(sources, "_LONGEST", 1000)
+    monkeypatch.setattr(records, "LONGEST", 1000)
     if name == "a.txt":
         assert list(sources.documents(config)) == ["ab", "abcdefghijklmnopqrstuvwxyz"]
 
 
 def test_a_record_of_parquet_that_is_too_long_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_LONGEST", 20)
+    monkeypatch.setattr(records, "LONGEST", 20)
     pyarrow.parquet.write_table(pa.table({"text": ["a", "b" * 21]}), tmp_path / "a.parquet")
     config = DataConfig(source=f"files:{tmp_path}/a.parquet")
     refused(list, sources.documents(config), says=f"{tmp_path}/a.parquet record 1 is longer than")

@@ -35,8 +35,9 @@ from tokmat_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from tokmat_jax.data import loader, pool, sources
+from tokmat_jax.data import loader, pool
 from tokmat_jax.data.corpus import prepare
+from tokmat_jax.data.sources import parquet
 from tokmat_jax.data.tokenising import is_held_out
 from tokmat_jax.data.tokenizer import make_tokenizer
 from tokmat_jax.distributed import mesh as sharding
@@ -152,7 +153,7 @@ def made_in_any_order(pieces, order):
         for name, size in pieces.items():
             patch.setattr(f"tokmat_jax.data.{name}", size)
         patch.setattr(pool, "processes", processes)
-        patch.setattr(sources, "_UNIT_BYTES", 1)
+        patch.setattr(parquet, "_UNIT_BYTES", 1)
         yield
 
 

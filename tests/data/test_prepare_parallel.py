@@ -16,8 +16,9 @@ import pytest
 
 from corpora import config_of_files, left
 from tokmat_jax.commands import data as command
-from tokmat_jax.data import corpus, making, pool, sources, tokenising, windows
+from tokmat_jax.data import corpus, making, pool, tokenising, windows
 from tokmat_jax.data.corpus import prepare
+from tokmat_jax.data.sources import parquet
 from tokmat_jax.errors import UserError
 
 
@@ -50,7 +51,7 @@ def start(*words):
 def test_any_number_of_workers_makes_the_same_corpus(tmp_path, monkeypatch):
     write_files(tmp_path)
     monkeypatch.setattr(windows, "_SHARD", 64 * 16)  # several files of windows, so that workers write them too
-    monkeypatch.setattr(sources, "_UNIT_BYTES", 1)
+    monkeypatch.setattr(parquet, "_UNIT_BYTES", 1)
     one, three = (prepare(config_of_files(tmp_path, name), workers) for name, workers in (("one", 1), ("three", 3)))
     assert len(list((one.folder / "windows").glob("*train*"))) > 2
     assert content(one) == content(three)
@@ -170,7 +171,7 @@ def test_units_of_another_cut_are_not_mixed_in(tmp_path, monkeypatch):
         patch.setattr(making, "write_windows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(config_of_files(tmp_path))
-    monkeypatch.setattr(sources, "_UNIT_BYTES", 1)
+    monkeypatch.setattr(parquet, "_UNIT_BYTES", 1)
     assert prepare(config_of_files(tmp_path)).facts["documents"] == 300
 
 

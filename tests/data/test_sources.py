@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tokmat_jax.config import DataConfig
 from tokmat_jax.data import sources
+from tokmat_jax.data.sources import files, parquet
 from tokmat_jax.errors import UserError
 
 TEXTS = ["Ein Anfang – ∂", "the middle\nof it", "the end"]
@@ -67,7 +68,7 @@ def test_row_groups_of_parquet_are_units_with_the_same_documents(tmp_path, monke
     config = DataConfig(source=f"files:{tmp_path}/a.parquet")
     assert len(sources.units(config)) == 1
     group = pyarrow.parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0).column(0).total_compressed_size
-    monkeypatch.setattr(sources, "_UNIT_BYTES", group * 5 // 2)  # three groups, then the next three, …
+    monkeypatch.setattr(parquet, "_UNIT_BYTES", group * 5 // 2)  # three groups, then the next three, …
     units = sources.units(config)
     assert [(unit.begin, unit.end) for unit in units] == [(0, 3), (3, 6), (6, 9), (9, 10)]
     assert [text for unit in units for text in sources.documents(config, unit)] == texts
@@ -76,7 +77,7 @@ def test_row_groups_of_parquet_are_units_with_the_same_documents(tmp_path, monke
 def test_a_bad_record_of_parquet_is_counted_from_the_start_of_the_file(tmp_path, monkeypatch):
     table = pa.table({"text": pa.array([*[b"x"] * 400, b"\xff"], pa.binary())})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=100)
-    monkeypatch.setattr(sources, "_UNIT_BYTES", 1)
+    monkeypatch.setattr(parquet, "_UNIT_BYTES", 1)
     config = DataConfig(source=f"files:{tmp_path}/a.parquet")
     for unit in (None, sources.units(config)[-1]):
         with pytest.raises(UserError, match=r"a\.parquet record 400: field 'text' is not UTF-8"):
@@ -159,7 +160,7 @@ def test_several_field_types_of_a_tfds_folder(tmp_path, monkeypatch):
     assert read(f"tfds:{builder.data_dir}") == TEXTS
     assert read(f"tfds:{builder.data_dir}#train[1:]") == TEXTS[1:]
     config = DataConfig(source=f"tfds:{builder.data_dir}#train[1:]")
-    monkeypatch.setattr(sources, "_UNIT_RECORDS", 1)
+    monkeypatch.setattr("tokmat_jax.data.sources.tfds._UNIT_RECORDS", 1)
     assert [list(sources.documents(config, unit)) for unit in sources.units(config)] == [[text] for text in TEXTS[1:]]
     with pytest.raises(UserError, match="nope"):
         read(f"tfds:{builder.data_dir}#nope")
@@ -172,13 +173,13 @@ def test_several_field_types_of_a_tfds_folder(tmp_path, monkeypatch):
 def test_chunks_never_cut_a_separator_or_a_character(tmp_path_factory, separator, written, texts, chunk):
     path = tmp_path_factory.mktemp("chunks") / "a.txt"
     path.write_bytes(written.join(texts).encode())
-    original, sources._CHUNK = sources._CHUNK, chunk
+    original, files._CHUNK = files._CHUNK, chunk
     try:
         # A byte-order mark is no text, wherever it is.
         want = [text for text in (text.replace("\ufeff", "").strip() for text in texts) if text]
         assert path.stat().st_size == 0 or read(f"files:{path}", separator=separator) == want
     finally:
-        sources._CHUNK = original
+        files._CHUNK = original
 
 
 @pytest.mark.parametrize(("name", "content"), [
@@ -217,11 +218,11 @@ def complaint(name, content, tmp_path, **fields):
 def test_a_file_that_is_not_utf8_is_named_with_the_byte(tmp_path):
     content = "abcdé".encode() + b"\xff tail"
     assert "byte 6 is 0xff" in complaint("a.txt", content, tmp_path)
-    sources_chunk, sources._CHUNK = sources._CHUNK, 5  # the bad byte behind half a character at a chunk's end
+    files_chunk, files._CHUNK = files._CHUNK, 5  # the bad byte behind half a character at a chunk's end
     try:
         assert "byte 6 is 0xff" in complaint("b.txt", content, tmp_path)
     finally:
-        sources._CHUNK = sources_chunk
+        files._CHUNK = files_chunk
 
 
 def tar(content):

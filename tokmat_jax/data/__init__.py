@@ -1,1 +1,1 @@
-"""Text → documents (`sources`) → ids (`tokenizer`) → windows on disk (`prepare`) → batches (`loader`)."""
+"""Text → documents (`sources`) → ids (`tokenizer`) → windows on disk (`corpus`) → batches (`loader`)."""

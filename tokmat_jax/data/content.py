@@ -17,6 +17,8 @@ from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.progress import bar
 
 RECORD = "known-files.jsonl"
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
+"""Files that lie beside a tokenizer and are no part of it."""
 _SETTLED = 2_000_000_000
 """Nanoseconds after which a file's time tells its state: within the clock's grain it could change once more."""
 
@@ -42,6 +44,13 @@ def digests(paths: Sequence[Path], folder: Path) -> list[str]:
                         progress.update(number)
             found.append(known[state])
     return found
+
+
+def folder_digests(folder: Path, known_in: Path) -> dict[str, str]:
+    """The SHA-256 of each file of `folder` but weights, by name, with the record in `known_in`; raises as `digests`."""
+    with reading(folder):
+        files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
+    return {path.name: digest for path, digest in zip(files, digests(files, known_in), strict=True)}
 
 
 @contextlib.contextmanager

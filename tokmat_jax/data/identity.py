@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 from tokmat_jax.config import Config, DataConfig, TokenizerConfig
 from tokmat_jax.data import sources
-from tokmat_jax.data.content import digests, reading
-from tokmat_jax.data.patterns import find_files
+from tokmat_jax.data.content import folder_digests, reading
+from tokmat_jax.data.sources.package import version
+from tokmat_jax.data.sources.patterns import find_files
 from tokmat_jax.errors import UserError
 from tokmat_jax.storage.files import read_json
 from tokmat_jax.storage.workdir import CORPUS, TOKENIZER, load_config
@@ -20,20 +20,18 @@ from tokmat_jax.storage.workdir import CORPUS, TOKENIZER, load_config
 _FORMAT = 3
 FORMER = 2
 """The format before, which knew files by path, size and time."""
-_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
-"""Files that lie beside a tokenizer and are no part of it."""
 
 
 def identify(config: Config) -> dict[str, Any]:
     """What the corpus of `config` is made from, as JSON data, and the `fingerprint` of it.
 
-    Raises UserError if a file of the source or of the tokenizer is missing or cannot be read.
+    Raises UserError if the source is unknown, or a file of it or of the tokenizer is missing or cannot be read.
     """
     made_from = {
         "format": _FORMAT,
         "data": {name: getattr(config.data, name) for name in ("text_field", "separator", "seq_len", "holdout")},
         "tokenizer": noted_tokenizer(config) or _tokenizer(config.tokenizer, Path(config.data.prepared_dir)),
-        "source": _source(config.data),
+        "source": sources.identity(config.data),
     }
     return made_from | {"fingerprint": _fingerprint(made_from)}
 
@@ -42,44 +40,15 @@ def _fingerprint(made_from: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _source(config: DataConfig) -> list[Any]:
-    """Versions, or what the files hold and how they are read, in their order."""
-    kind, _, rest = config.source.partition(":")
-    if kind == "package":
-        return [kind, rest, _version(rest)]
-    if kind == "files":
-        paths = find_files(rest)
-        return [kind, *zip(map(sources.way_to_read, paths), digests(paths, Path(config.prepared_dir)), strict=True)]
-    if kind == "tfds":
-        name, split = sources.tfds_name(rest)
-        if Path(name).is_dir():
-            return [kind, split, _folder(Path(name), Path(config.prepared_dir))]
-        return [kind, split, name, config.tfds_data_dir]
-    return [config.source]
-
-
-def _version(package: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
-
-
-def _folder(folder: Path, known_in: Path) -> dict[str, str]:
-    """What the files in `folder` hold, by name."""
-    with reading(folder):
-        files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
-    return {path.name: digest for path, digest in zip(files, digests(files, known_in), strict=True)}
-
-
 def _tokenizer(config: TokenizerConfig, known_in: Path) -> dict[str, Any]:
     """A folder is known by what its files hold, a tokenizer of a hub by its name."""
     made_from = dataclasses.asdict(config)
     if config.kind == "workdir":
         del made_from["name"]
-        made_from["files"] = list(_folder(Path(config.name) / TOKENIZER, known_in).values())
+        made_from["files"] = list(folder_digests(Path(config.name) / TOKENIZER, known_in).values())
     elif config.name and Path(config.name).is_dir():
         del made_from["name"]
-        made_from["files"] = _folder(Path(config.name), known_in)
+        made_from["files"] = folder_digests(Path(config.name), known_in)
     return made_from
 
 
@@ -112,9 +81,10 @@ def former_fingerprint(config: Config) -> str:
 
 
 def _former_source(config: DataConfig) -> list[Any]:
+    """The former format is closed: kinds of sources that came after it were never in it."""
     kind, _, rest = config.source.partition(":")
-    if kind == "package" and (version := _version(rest)) is not None:
-        return [rest, version]
+    if kind == "package" and (found := version(rest)) is not None:
+        return [rest, found]
     if kind == "files":
         return _states(find_files(rest))
     if kind == "tfds" and (folder := Path(rest.partition("#")[0])).is_dir():
