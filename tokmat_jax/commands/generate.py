@@ -77,18 +77,34 @@ Variant = tuple[str, GenerationConfig]
 def parse_for_run(words: Sequence[str]) -> Args:
     """Flags of the command line's `words`; settings that they leave out are those of the run in --workdir.
 
-    Raises UserError as `parse` does, and if the folder holds no run.
+    Raises UserError as `parse` does, if the folder holds no run, and for settings of a tail if its model has none.
     """
     workdir = value_of([*words], "--workdir")
     if workdir is None:
         return parse(Args, words)
     try:
-        own = settings_of(load_config(Path(workdir)))
+        config = load_config(Path(workdir))
     except UserError:
         with contextlib.suppress(ConfigError):  # a mistake in the flags goes first, and --help needs no run
             parse(Args, words)
         raise
-    return parse(Args, words, Args(workdir, generation=_shortened(own, value_of([*words], "--tail-length"))))
+    if config.objective.kind == "ar" and (of_tail := _flags_of_tail(words)):
+        raise UserError(f"{of_tail[0]}: {workdir} is an autoregressive baseline, it has no tail")
+    own = _shortened(settings_of(config), value_of([*words], "--tail-length"))
+    return parse(Args, words, Args(workdir, generation=own))
+
+
+def _flags_of_tail(words: Sequence[str]) -> list[str]:
+    """The flags among `words` that mean nothing for a model without a tail."""
+    names = given(GenerationConfig, words)
+    of_every_model = _with("every_model", names)
+    vector = [name for name in given(Args, words) if name == "steering_vector"]
+    return [flag_of(name) for name in names + vector if name not in of_every_model]
+
+
+def _with(fact: str, names: Sequence[str]) -> list[str]:
+    """Those settings of a generation among `names` that have a `fact`."""
+    return [name for name in names if facts_of(GenerationConfig, fact)[name]]
 
 
 def _shortened(own: GenerationConfig, tail_length: str | None) -> GenerationConfig:
@@ -133,30 +149,22 @@ def _prompts_file(path: Path) -> Iterator[str]:
         yield prompt
 
 
-def check_settings(flags: Args, given: Sequence[str], generator: Generator) -> None:
-    """Raises UserError for one of the `given` settings that has no effect; says on standard error if K is new to the
-    model."""
-    settings, of_every_model = flags.generation, _with("every_model", given)
+def check_settings(flags: Args, names: Sequence[str], generator: Generator) -> None:
+    """Raises UserError if one of the settings `names`, which are given, has no effect; says on standard error if K is
+    new to the model."""
+    settings = flags.generation
     vector = ["steering_vector"] if flags.steering_vector is not None else []
-    of_tail = [name for name in given if name not in of_every_model] + vector
-    if generator.is_autoregressive and of_tail:
-        raise UserError(f"{flag_of(of_tail[0])}: {flags.workdir} is an autoregressive baseline, it has no tail")
-    steered = _with("of_steering", given) + vector
-    if settings.steering == 0.0 and steered and "steering" not in given:
+    steered = _with("of_steering", names) + vector
+    if settings.steering == 0.0 and steered and "steering" not in names:
         raise UserError(f"{flag_of(steered[0])} does nothing by itself: give its strength too, e.g. --steering 0.3")
-    if settings.commit != "stable" and (of_stable := _with("of_stable", given)):
+    if settings.commit != "stable" and (of_stable := _with("of_stable", names)):
         raise UserError(f"{flag_of(of_stable[0])} says how --commit stable commits: give that too")
-    if "steering_words" in given and vector:
+    if "steering_words" in names and vector:
         raise UserError("--steering-words and --steering-vector are two directions: give one of them")
     trained = generator.config.maturation.max_tail_length
     if settings.tail_length > trained and not generator.is_autoregressive:
         print(f"note: a tail of {settings.tail_length} is longer than any in training (K_max {trained})",
               file=sys.stderr)
-
-
-def _with(fact: str, given: Sequence[str]) -> list[str]:
-    """Those of the `given` settings that have a fact."""
-    return [name for name in given if facts_of(GenerationConfig, fact)[name]]
 
 
 def make_variants(words: Sequence[str], flags: Args, generator: Generator) -> list[Variant]:
