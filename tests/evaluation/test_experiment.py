@@ -40,7 +40,7 @@ def place(tmp_path_factory):
     runs.write_corpus(folder)
     flags = runs.arguments(folder, "unused", "--train.num-samples", "0")
     (folder / "base.py").write_text(
-        f"from tokmat_jax.cli import parse_config\n\ndef get_config():\n    return parse_config({flags!r})\n")
+        f"from tokmat_jax.commands.flags import parse_config\n\ndef get_config():\n    return parse_config({flags!r})\n")
     (folder / "all.toml").write_text(FILE.format(base=folder / "base.py"))
     return folder
 
