@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from tokmat_jax.config import Config, DataConfig, TokenizerConfig
 from tokmat_jax.data.content import RECORD
@@ -27,7 +28,8 @@ def config_for(folder: Path, texts: list[str], **fields) -> Config:
 
 def config_of_files(folder: Path, name: str = "prepared", pattern: str = "*.*", **tokenizer) -> Config:
     """A corpus in the folder `name` from the files in `folder` that fit `pattern`."""
-    return _config(folder, pattern, name, TokenizerConfig(**{"vocab_size": 300} | tokenizer), holdout=0.2)
+    settings: dict[str, Any] = {"vocab_size": 300, **tokenizer}
+    return _config(folder, pattern, name, TokenizerConfig(**settings), holdout=0.2)
 
 
 def left(folder: Path) -> list[Path]:
