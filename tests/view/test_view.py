@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import spelling
+from tokmat_jax import progress
 from tokmat_jax.data.tokenizer import train_bpe
 from tokmat_jax.generation.samples import Moment
-from tokmat_jax.view import progress, terminal
+from tokmat_jax.view import terminal
 from tokmat_jax.view.replay import increments
 
 TOKENIZER = train_bpe(["one two three\n"] * 9, 290)
