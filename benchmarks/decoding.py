@@ -83,6 +83,9 @@ class Numbers:
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
 
+    def split(self, before: Sequence[int], new: Sequence[int]) -> tuple[str, str]:
+        return self.decode(before), "".join(f" {token}" for token in new)
+
 
 def make_generator(config: Config, vocab_size: int) -> Generator:
     """A Generator with random weights, whose blocks stand apart as those of a run do."""
