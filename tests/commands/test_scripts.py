@@ -77,14 +77,17 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, more):
     assert (tmp_path / "whole" / "samples.jsonl").read_text() == (tmp_path / "cut" / "samples.jsonl").read_text()
 
 
-def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(runs_dir, capsys):
-    before = (runs_dir / "ar" / "metrics.jsonl").read_text()
-    runs.run(runs_dir, "ar", "--objective.kind", "ar")
+def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(runs_dir, tmp_path, capsys):
+    # A copy: other tests read the run as it is.
+    shutil.copytree(runs_dir / "ar", tmp_path / "ar")
+    runs.write_corpus(tmp_path)
+    before = (tmp_path / "ar" / "metrics.jsonl").read_text()
+    runs.run(tmp_path, "ar", "--objective.kind", "ar")
     assert "resuming after step 6" in capsys.readouterr().out
-    assert (runs_dir / "ar" / "metrics.jsonl").read_text() == before
-    runs.run(runs_dir, "ar", "--objective.kind", "ar", "--train.num-steps", "7")
+    assert (tmp_path / "ar" / "metrics.jsonl").read_text() == before
+    runs.run(tmp_path, "ar", "--objective.kind", "ar", "--train.num-steps", "7")
     assert "train.num_steps 6 → 7" in capsys.readouterr().out
-    assert rows(runs_dir / "ar" / "metrics.jsonl")[-1]["step"] == 7
+    assert rows(tmp_path / "ar" / "metrics.jsonl")[-1]["step"] == 7
 
 
 def test_another_config_in_the_same_workdir_is_refused(runs_dir):

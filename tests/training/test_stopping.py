@@ -104,7 +104,7 @@ def test_a_second_ctrl_c_leaves_at_once():
 def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_bit_equal(runs_dir, tmp_path, capsys, monkeypatch,
                                                                           number, code):
     runs.write_corpus(tmp_path)
-    ask, asked = train.Stop.after, []
+    ask, asked = stopping.Stop.after, []
 
     def signalled(stop, step):
         if step == 4 and not asked:
@@ -113,7 +113,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_bit_equal(runs_d
             heard(type("Asked", (), {"after": lambda _, step: ask(stop, step)})())
         return ask(stop, step)
 
-    monkeypatch.setattr(train.Stop, "after", signalled)
+    monkeypatch.setattr(stopping.Stop, "after", signalled)
     with pytest.raises(SystemExit) as left:
         runs.run(tmp_path, "run")
     assert left.value.code == code

@@ -248,7 +248,7 @@ def test_accuracy_is_one_where_the_prediction_is_the_target(monkeypatch):
     params = tiny.shaken_params()
 
     def perfect(params, ids, keys, config, forward):
-        windows = train_step.objective.Windows
+        windows = train_step.objective.PredictedWindows
         tokens = vocabulary_of(params, config)
         return windows(tokens, ids[:, 1:], jnp.ones((4, 47)), tokens.table[ids[:, 1:]])
 
