@@ -173,8 +173,7 @@ def naive(flags: Args) -> Callable[[], list[int]]:
     model = functools.partial(forward, generator.backbone)
 
     def work() -> list[int]:
-        return generate_by_reference(model, generator.vocabulary, prompt, flags.naive_tokens, key, tail, -1,
-                                     flags.tail_length)[0]
+        return generate_by_reference(model, generator.vocabulary, prompt, flags.naive_tokens, key, tail, -1)[0]
 
     return work
 

@@ -162,6 +162,34 @@ def test_neither_batch_size_nor_order_nor_neighbours_matter(name):
         assert together[prompt].tokens == backwards[prompt].tokens == alone.tokens
 
 
+@pytest.mark.parametrize(("num_drafts", "settings"), [
+    (1, {}), (4, {}), (3, {"temperature": 0.7, "top_p": 0.9, "num_samples": 2, "seed": 5}),
+    (3, {"temperature": 0.2, "repetition_penalty": 1.3})])
+def test_checked_drafts_change_no_token(num_drafts, settings):
+    # Prompts that repeat themselves, so that there is something to look up.
+    _, decoder = shaken()
+    prompts = [*PROMPTS, "the cat the cat the cat", "a b a b a b a b"]
+    plain = decoder.sample(prompts, NEW, **settings)
+    checked = decoder.sample(prompts, NEW, num_drafts=num_drafts, **settings)
+    for one, other in zip(plain, checked, strict=True):
+        assert (one.tokens, one.text, one.finished) == (other.tokens, other.text, other.finished)
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-4, atol=1e-5)
+        assert one.passes == len(one.tokens)
+        assert len(other.tokens) / (num_drafts + 1) <= other.passes <= len(other.tokens)
+
+
+def test_a_loop_is_written_in_fewer_passes():
+    # A model whose logits hardly depend on anything says one token again and again.
+    flat = dataclasses.replace(CONFIG, objective=ObjectiveConfig(kind="ar", logit_scale=1e-3))
+    params = tiny.shaken_params(flat, VOCAB)
+    params["backbone"]["head"] = jax.tree.map(jnp.zeros_like, params["backbone"]["head"])
+    decoder = Baselines(Generator(flat, params, make_tokenizer(TokenizerConfig(kind="bytes"), [])))
+    prompt = [7, 7, 7, 7] if decoder.sample([[7]], 1)[0].tokens[0] != 256 else [9] * 4
+    [plain], [checked] = decoder.sample([prompt], 12), decoder.sample([prompt], 12, num_drafts=3)
+    assert plain.tokens == checked.tokens
+    assert checked.passes <= 12 / 2 or len(plain.tokens) == 1
+
+
 def test_samples_are_named_by_seed_prompt_and_number():
     _, decoder = shaken()
     several = decoder.sample(PROMPTS, NEW, 1.0, num_samples=4, seed=5, batch_size=3)

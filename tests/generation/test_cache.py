@@ -28,15 +28,15 @@ def compiled(length: int, most: int = 1):
     @jax.jit
     def begin(params, vocabulary, ids, lengths, budgets, keys, tail):
         vectors = look_up(vocabulary.table, ids)
-        memory = cache.prefill(functools.partial(forward, params), vectors, jnp.full((BATCH,), length), CAPACITY,
-                               tail.repulsion is not None)
+        told = jnp.full((BATCH,), tail.model_tail_length)
+        memory = cache.prefill(functools.partial(forward, params), vectors, told, CAPACITY, tail.repulsion is not None)
         newest = jnp.maximum(lengths[:, None] - most + jnp.arange(most)[None], 0)
         recent = vectors[jnp.arange(BATCH)[:, None], newest]
         return start_decoding(keys, recent, lengths, budgets, memory, tail, 1.0)
 
     @jax.jit
     def step(params, vocabulary, state, tail):
-        predict = cache.cached_predict(functools.partial(forward, params), tail, length)
+        predict = cache.cached_predict(functools.partial(forward, params), tail)
         return liquid_step(state, predict, vocabulary, tail, END, Record(read_tail=True, keep_vectors=True))
 
     return begin, step
@@ -126,8 +126,7 @@ def check_against_naive(length, name, prompts, seed, profile, rate, pins=None):
     together, tails = cached(prompts, tail, keys, seed % tiny.VOCAB, most, pins)
     model = functools.partial(tiny.padded_forward(), params)
     for row, prompt in enumerate(prompts):
-        tokens, trajectory = generate_by_reference(model, vocabulary, prompt, NEW, keys[row], tail, END, length, most,
-                                                   pins)
+        tokens, trajectory = generate_by_reference(model, vocabulary, prompt, NEW, keys[row], tail, END, most, pins)
         assert together[row] == tokens
         np.testing.assert_allclose(np.stack(tails[row]), trajectory, atol=1e-5)
         alone, _ = cached([prompt], tail, keys[row : row + 1], most=most, pins=pins)
@@ -201,8 +200,8 @@ def test_guidance_of_one_equals_no_guidance():
     ids = jax.random.randint(jax.random.key(4), (BATCH, WIDTH), 1, tiny.VOCAB)
     state = begin(params, vocabulary, ids, jnp.full((BATCH,), WIDTH), jnp.full((BATCH,), NEW), keys, tail)
     model = functools.partial(forward, params)
-    guided = cache.cached_predict(model, tail.replace(guidance=Guidance(jnp.float32(1.0))), 4)
-    plain = cache.cached_predict(model, tail, 4)
+    guided = cache.cached_predict(model, tail.replace(guidance=Guidance(jnp.float32(1.0))))
+    plain = cache.cached_predict(model, tail)
     np.testing.assert_allclose(guided(state)[0], plain(state)[0], atol=1e-6)
 
 
@@ -214,7 +213,7 @@ def test_the_unconditional_pass_reads_no_history():
     keys = jax.random.split(jax.random.key(3), BATCH)
     ids = jax.random.randint(jax.random.key(4), (BATCH, WIDTH), 1, tiny.VOCAB)
     budgets = jnp.full((BATCH,), NEW)
-    predict = cache.cached_predict(functools.partial(forward, params), tail, 4)
+    predict = cache.cached_predict(functools.partial(forward, params), tail)
     lengths = jnp.full((BATCH,), WIDTH)
     one, _ = predict(begin(params, vocabulary, ids, lengths, budgets, keys, tail))
     other, _ = predict(begin(params, vocabulary, ids.at[:, :-1].set(1), lengths, budgets, keys, tail))
@@ -231,7 +230,7 @@ def test_a_step_adds_one_position_to_the_history_and_rewrites_none():
     ids = jax.random.randint(jax.random.key(4), (BATCH, WIDTH), 1, tiny.VOCAB)
     keys = jax.random.split(jax.random.key(3), BATCH)
     state = begin(params, vocabulary, ids, lengths, jnp.full((BATCH,), NEW), keys, tail)
-    predict = cache.cached_predict(functools.partial(forward, params), tail, 4)
+    predict = cache.cached_predict(functools.partial(forward, params), tail)
     state, _ = liquid_step(state, predict, vocabulary, tail, END)
     _, memory = predict(state)
     changed = np.any([np.any(np.asarray(new.key != old.key), axis=(1, 3))
@@ -253,7 +252,7 @@ def test_the_decode_loop_lowers_for_accelerators(platform, name):
 
     @jax.jit
     def loop(params, vocabulary, state):
-        predict = cache.cached_predict(functools.partial(forward, params), tail, 4)
+        predict = cache.cached_predict(functools.partial(forward, params), tail)
         return decode(state, predict, vocabulary, tail, END, NEW)[1]
 
     assert jax.export.export(loop, platforms=[platform])(params, vocabulary, state).platforms == (platform,)

@@ -138,14 +138,15 @@ def test_fresh_noise_disturbs_a_slot_by_what_it_lacks_of_maturity_and_anew_at_ev
     plain, noisy = tail_of([1.0, 0.5, 0.0]), tail_of([1.0, 0.5, 0.0], fresh_noise=0.8)
     seen = []
     for number in range(2):
-        state = start(plain, batch=2).replace(num_steps=jnp.int32(number))
+        state = start(plain, prompt_length=2 + number, batch=2)
         one = refine(state, dream(state)[0], WIDE, plain)
         two = refine(state, dream(state)[0], WIDE, noisy)
         seen.append(np.asarray(two - one))
     np.testing.assert_array_equal(seen[0][:, 0], 0.0)
     assert len(np.unique(np.concatenate(seen).reshape(-1, 3, 2)[:, 1:].reshape(-1, 2), axis=0)) == 8
     keys = jax.random.split(jax.random.key(5), 4000)
-    drawn = np.asarray(fresh(keys, jnp.int32(3), noisy.maturity, noisy.fresh_noise, 2, 2.0))
+    numbers = jnp.full((4000, 3), 7)
+    drawn = np.asarray(fresh(keys, numbers, jnp.arange(3), noisy.maturity, noisy.fresh_noise, 2, 2.0))
     size = np.sqrt(np.mean(np.sum(drawn**2, -1), axis=0))
     # σ_f R (1 − α) for each slot, up to four standard errors of the root of 4,000 squares.
     np.testing.assert_allclose(size, [0.0, 0.8, 1.6], rtol=2 / 4000**0.5)

@@ -28,7 +28,7 @@ def pushing(strength, sharpness):
 def test_the_push_by_hand():
     # Two places: the same prediction as now (cosine 1, counts 1) and one at right angles (counts e^-2).
     trace = trace_of([[9, 9, 0], [1, 0, 0], [0, 1, 0]], [[9, 9, 9], [0, 0, 1], [0, 1, 0]])
-    got = repulsion.push(jnp.array([[[2.0, 0, 0]]]), trace, jnp.array([3]), pushing(0.5, 2.0))
+    got = repulsion.push(jnp.array([[[2.0, 0, 0]]]), trace, jnp.array([[3]]), pushing(0.5, 2.0))
     share = np.exp(-2.0)
     expected = np.array([2.0, 0, 0]) - 0.5 * 2.0 * np.array([0, share, 1.0]) / (1.0 + share)
     np.testing.assert_allclose(got[0, 0], expected, rtol=1e-6)
@@ -37,7 +37,7 @@ def test_the_push_by_hand():
 def test_a_place_that_is_hardly_alike_pushes_less_than_its_share():
     # One place alone, at right angles: its weight e^-2 is below 1 and is not blown up to 1.
     trace = trace_of([[0, 0, 0], [0, 1, 0]], [[1, 0, 0], [0, 0, 1]])
-    got = repulsion.push(jnp.array([[[1.0, 0, 0]]]), trace, jnp.array([2]), pushing(1.0, 2.0))
+    got = repulsion.push(jnp.array([[[1.0, 0, 0]]]), trace, jnp.array([[2]]), pushing(1.0, 2.0))
     np.testing.assert_allclose(got[0, 0], [1.0, 0.0, -np.exp(-2.0)], rtol=1e-6)
 
 
@@ -49,7 +49,7 @@ def test_it_never_pushes_further_than_its_strength_and_reads_committed_positions
     predicted, committed, other = (repulsion.unit(jax.random.normal(key, (1, 6, 5))) for key in keys[1:])
 
     def push(a, b):
-        return repulsion.push(prediction, repulsion.Trace(a, b), jnp.array([n]), pushing(strength, sharpness))
+        return repulsion.push(prediction, repulsion.Trace(a, b), jnp.full((1, 3), n), pushing(strength, sharpness))
 
     got = push(predicted, committed)
     moved = np.linalg.norm(got - prediction, axis=-1)
@@ -77,7 +77,7 @@ def run(strength, length=1, steps=6):
     trace = repulsion.begin_trace(jnp.zeros((1, 1, 4)), vectors, 16)
     state = start_decoding(jax.random.split(jax.random.key(0), 1), vectors[:, -1:], jnp.array([1]), jnp.array([steps]),
                            repulsion.Remembering(jnp.int32(0), trace), tail, 1.0)
-    predict = repulsion.repel(always(0), length, pushing(strength, 10.0))
+    predict = repulsion.repel(always(0), pushing(strength, 10.0))
     return decode(state, predict, make_vocabulary(TABLE), tail, END, steps)
 
 

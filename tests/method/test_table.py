@@ -84,3 +84,16 @@ def test_a_vector_that_is_not_a_number_hits_nothing():
     rows = jax.random.normal(jax.random.key(0), (30, 4))
     rank, _ = table.rank_and_entropy(jnp.full((1, 4), jnp.nan), jnp.array([3]), table.make_vocabulary(rows))
     assert rank.tolist() == [30]
+
+
+@pytest.mark.parametrize(("count", "temperature"), [(3, 1.0), (50, 0.2), (99, 1.0)])
+def test_entropy_over_the_nearest_tokens_by_hand(count, temperature):
+    rows = table.sphere(jax.random.normal(jax.random.key(0), (60, 8)), 2.0)
+    z = jax.random.normal(jax.random.key(1), (5, 8))
+    cosine = np.sort(np.asarray(table.unit(z) @ table.unit(rows).T), axis=-1)[:, ::-1][:, :count]
+    share = np.exp(cosine / temperature)
+    share /= share.sum(-1, keepdims=True)
+    got = table.nearest_entropy(z, table.make_vocabulary(rows, radius=2.0), count, temperature)
+    np.testing.assert_allclose(got, -(share * np.log(share)).sum(-1), rtol=1e-5)
+    if count == 99:  # more than there are: all of V
+        np.testing.assert_allclose(got, table.read(z, table.make_vocabulary(rows, radius=2.0), 1.0)[1], rtol=1e-5)

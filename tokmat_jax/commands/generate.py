@@ -157,8 +157,10 @@ def check_settings(flags: Args, names: Sequence[str], generator: Generator) -> N
     steered = _with("of_steering", names) + vector
     if settings.steering == 0.0 and steered and "steering" not in names:
         raise UserError(f"{flag_of(steered[0])} does nothing by itself: give its strength too, e.g. --steering 0.3")
-    if settings.commit != "stable" and (of_stable := _with("of_stable", names)):
-        raise UserError(f"{flag_of(of_stable[0])} says how --commit stable commits: give that too")
+    for name in names:
+        rules = [rule for rule in ("stable", "verified") if _with(f"of_{rule}", [name])]
+        if rules and settings.commit not in rules:
+            raise UserError(f"{flag_of(name)} says how --commit {' or '.join(rules)} commits: give that too")
     if "steering_words" in names and vector:
         raise UserError("--steering-words and --steering-vector are two directions: give one of them")
     trained = generator.config.maturation.max_tail_length
@@ -343,16 +345,23 @@ def main(args: Sequence[str]) -> None:
         generator.check(prompts, settings, direction)
     check_files(files_of(flags, len(prompts) * flags.num_samples, len(variants)),
                 {"--prompts-file": flags.prompts_file, "--steering-vector": flags.steering_vector})
-    tokens = passes = 0
+    several: list[Sample] = []
     with opened(flags.output) as out:
         for sample, settings in Writing(generator, prompts, variants, flags, direction).samples():
-            if settings.commit == "stable":
-                tokens, passes = tokens + len(sample.tokens), passes + sample.passes
+            if settings.commit != "front":
+                several.append(sample)
             if out is not None:
                 row = dataclasses.asdict(sample) | {"seed": flags.seed, "settings": dataclasses.asdict(settings)}
                 if flags.steering_vector is not None:
                     row["steering_vector"] = flags.steering_vector
                 print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
-    if passes:
-        print(f"committed when stable: {tokens} tokens in {passes} passes, {tokens / passes:.2f} a pass",
-              file=sys.stderr)
+    if several:
+        print(f"committed when {flags.generation.commit}: {_of_passes(several)}", file=sys.stderr)
+
+
+def _of_passes(samples: Sequence[Sample]) -> str:
+    """How many tokens a pass committed, and how often each draft was right."""
+    tokens, passes = sum(len(one.tokens) for one in samples), sum(one.passes for one in samples)
+    right = np.array([one.accepted for one in samples]).sum(axis=0)
+    drafts = f"; drafts that were right, the nearest first: {', '.join(f'{one / passes:.0%}' for one in right)}"
+    return f"{tokens} tokens in {passes} passes, {tokens / passes:.2f} a pass{drafts * bool(right.size)}"

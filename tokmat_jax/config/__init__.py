@@ -4,7 +4,7 @@ A file in `configs/` returns one `Config`; the command line overrides single fie
 the docstrings are those of the paper.
 """
 
-from tokmat_jax.config.generation import Commit, GenerationConfig, SteeringSchedule
+from tokmat_jax.config.generation import Commit, Draft, GenerationConfig, SteeringSchedule
 from tokmat_jax.config.machine import AttentionKernel, ClusterConfig, ComputeConfig, MeshConfig, Remat
 from tokmat_jax.config.model import ModelConfig, RopeConfig, TableConfig
 from tokmat_jax.config.run import Config
@@ -12,7 +12,7 @@ from tokmat_jax.config.text import DataConfig, TokenizerConfig
 from tokmat_jax.config.training import MaturationConfig, ObjectiveConfig, OptimizerConfig, Profile, TrainConfig
 
 __all__ = [
-    "AttentionKernel", "ClusterConfig", "Commit", "ComputeConfig", "Config", "DataConfig", "GenerationConfig",
+    "AttentionKernel", "ClusterConfig", "Commit", "ComputeConfig", "Config", "DataConfig", "Draft", "GenerationConfig",
     "MaturationConfig", "MeshConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "Profile", "Remat",
     "RopeConfig", "SteeringSchedule", "TableConfig", "TokenizerConfig", "TrainConfig",
 ]

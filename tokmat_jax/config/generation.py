@@ -8,7 +8,8 @@ from tokmat_jax.config.checks import Section, require, setting
 from tokmat_jax.config.training import Profile
 
 SteeringSchedule = Literal["constant", "fade", "rise"]
-Commit = Literal["front", "stable"]
+Commit = Literal["front", "stable", "verified"]
+Draft = Literal["tail", "lookup", "both"]
 _LARGEST = 1_000_000
 """No number of a generation may be larger: its vectors stay finite, its counts fit 32 bits."""
 
@@ -26,8 +27,8 @@ def _is_number(value: Any, kind: Any) -> bool:
 class GenerationConfig(Section, name="generation"):
     """How the liquid tail is run (paper Algorithm 1). Each field is a flag of `generate.py`, its docstring the help.
 
-    A field's fact `every_model` says that it has an effect on a model without a tail too, `of_stable` that it only has
-    one with `commit` stable, and `of_steering` only with a `steering` that is not 0.
+    A field's fact `every_model` says that it has an effect on a model without a tail too, `of_stable` and
+    `of_verified` that it only has one with this `commit`, and `of_steering` only with a `steering` that is not 0.
     """
 
     tail_length: int = setting(8, at_least=1, symbol="K")
@@ -67,9 +68,16 @@ class GenerationConfig(Section, name="generation"):
     steering_schedule: SteeringSchedule = setting("constant", of_steering=True)
     """How strongly from a sample's first token to the last of its budget: all along, falling to 0, or rising from 0."""
     commit: Commit = "front"
-    """`front`: one token a step; `stable`: as many from the front on as have settled, at least one."""
-    max_commit: int = setting(4, above=0, of_stable=True)
-    """The most that a step of `stable` commits (never more than K)."""
+    """`front`: one token a step; `stable`: as many from the front on as have settled, at least one; `verified`: the
+    front's prediction itself (η_0 = 1), and drafts for the tokens after it as long as the same pass confirms them."""
+    max_commit: int = setting(4, above=0, of_stable=True, of_verified=True)
+    """The most that a step of `stable` or `verified` commits (never more than K)."""
+    draft: Draft = setting("tail", of_verified=True)
+    """What `verified` checks: the nearest tokens of the slots; `lookup`, what followed when the last tokens occurred
+    before; or `both`, the second if there is one and else the first. Changes the speed, never the text."""
+    model_tail_length: int | None = setting(None, at_least=0)
+    """The K that the model is told at committed positions and at drafts, of which their keys and the text are a
+    function; None: `tail_length`."""
     patience: int = setting(1, at_least=0, of_stable=True)
     """Updates in a row that must have left a slot's nearest token as it was, before `stable` commits it early."""
     tolerance: float = setting(0.1, above=0, of_stable=True)
@@ -78,6 +86,8 @@ class GenerationConfig(Section, name="generation"):
     """Token budget of a sample; end-of-text may come earlier."""
     entropy_temperature: float = setting(1.0, above=0, every_model=True)
     """τ of the reported entropy of softmax(cos/τ)."""
+    entropy_candidates: int | None = setting(None, at_least=1, every_model=True)
+    """Nearest tokens over which that entropy is taken, as the article seems to do with 50; None takes all of V."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -105,7 +115,8 @@ class GenerationConfig(Section, name="generation"):
                     f"generation.{one.name} must be a whole number, found {value!r}")
             require(one.type is not float or _is_number(value, int | float),
                     f"generation.{one.name} must be a number, found {value!r}")
-        for name, known in (("profile", Profile), ("steering_schedule", SteeringSchedule), ("commit", Commit)):
+        for name, known in (("profile", Profile), ("steering_schedule", SteeringSchedule), ("commit", Commit),
+                            ("draft", Draft)):
             require(getattr(self, name) in get_args(known), f"generation.{name} must be one of "
                     f"{', '.join(get_args(known))}, found {getattr(self, name)!r}")
         for name in ("steering_words", "steering_slots"):
@@ -122,9 +133,9 @@ class GenerationConfig(Section, name="generation"):
     def immediate(self) -> "GenerationConfig":
         """Immediate projection: K = 1, α = η = 1 and no noise, as a language model writes; repulsion stays."""
         return GenerationConfig(
-            tail_length=1, profile="constant", max_maturity=1.0, tail_noise=0.0, repulsion=self.repulsion,
-            repulsion_sharpness=self.repulsion_sharpness, max_new_tokens=self.max_new_tokens,
-            entropy_temperature=self.entropy_temperature)
+            tail_length=1, profile="constant", max_maturity=1.0, tail_noise=0.0, model_tail_length=0,
+            repulsion=self.repulsion, repulsion_sharpness=self.repulsion_sharpness, max_new_tokens=self.max_new_tokens,
+            entropy_temperature=self.entropy_temperature, entropy_candidates=self.entropy_candidates)
 
     def with_tail_length(self, tail_length: int) -> "GenerationConfig":
         """These settings with a K that is not longer: what belongs to slots that are gone goes with them."""

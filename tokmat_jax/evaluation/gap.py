@@ -68,7 +68,7 @@ def _sums(params, ids, keys, config: Config, prompt_tokens: int, tail_length: in
     """Sums over rows by step [num_steps, 4, K]: loss simulated, loss real, hits simulated, hits real."""
     model, vocabulary = functools.partial(make_forward(config), params["backbone"]), vocabulary_of(params, config)
     tail, radius = _training_tail(config, tail_length), vocabulary.radius
-    predict = cache.cached_predict(model, tail, tail_length)
+    predict = cache.cached_predict(model, tail)
     scale = logit_scale_of(params, config)
     batch, length = ids.shape
     vectors = look_up(vocabulary.table, ids)

@@ -19,6 +19,7 @@ from tokmat_jax.generation.sampling import (
     SampledStep,
     Sampling,
     SamplingState,
+    checked_sampling_step,
     contrastive_step,
     sample_steps,
     sampling_step,
@@ -42,6 +43,8 @@ class Continuation:
     """Per token, nats, under the model as it is: temperature 1, no penalty, all of V."""
     finished: bool
     """Whether it ended with end-of-text rather than with its budget."""
+    passes: int
+    """Steps that it took, each one forward pass; as many as tokens unless drafts were checked."""
 
 
 class Baselines:
@@ -58,7 +61,8 @@ class Baselines:
         self.generator = generator
         self._compilations = 0
         self._start = jax.jit(self._trace_start, static_argnames="capacity")
-        self._sample = jax.jit(self._trace_sample, static_argnames="num_steps", donate_argnames="state")
+        self._sample = jax.jit(
+            self._trace_sample, static_argnames=("num_drafts", "num_steps"), donate_argnames="state")
         self._contrast = jax.jit(
             self._trace_contrast, static_argnames=("top_k", "num_steps"), donate_argnames="state")
 
@@ -69,10 +73,13 @@ class Baselines:
     def sample(
         self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float = 0.0,
         top_p: float = 1.0, repetition_penalty: float = 1.0, num_samples: int = 1, seed: int = 0, batch_size: int = 64,
+        num_drafts: int = 0,
     ) -> list[Continuation]:
         """`num_samples` continuations of each prompt: prompts in their order, for each its samples in theirs.
 
-        The defaults are greedy decoding. Raises UserError for a value outside the ranges of `Sampling`.
+        The defaults are greedy decoding. With `num_drafts` M > 0 each pass also checks the M tokens that followed when
+        the last ones occurred before; that changes how many passes it takes, not what is written. Raises UserError for
+        a value outside the ranges of `Sampling`.
         """
         _require(is_number(temperature) and temperature >= 0,
                  f"temperature must be a number from 0 (greedy) on, found {temperature}")
@@ -81,7 +88,9 @@ class Baselines:
                  f"repetition_penalty must be a number from 1 (off) on, found {repetition_penalty}")
         sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p), jnp.float32(repetition_penalty))
         return self._write(prompts, max_new_tokens, num_samples, seed, batch_size,
-                           lambda model, state, steps: self._sample(model, state, sampling, num_steps=steps))
+                           lambda model, state, steps: self._sample(
+                               model, state, sampling, num_drafts=whole_number("num_drafts", num_drafts, 0),
+                               num_steps=steps))
 
     def contrastive(
         self, prompts: Sequence[Prompt], max_new_tokens: int, top_k: int = 5, alpha: float = 0.6,
@@ -136,10 +145,10 @@ class Baselines:
 
     def _continuation(self, steps: SampledStep, index: int, prompt: Sequence[int]) -> Continuation:
         emitted = np.asarray(steps.emitted)[:, index]
-        tokens, log_probs = (np.asarray(part)[emitted, index].tolist() for part in (steps.tokens, steps.log_probs))
+        tokens, log_probs = (np.asarray(part)[:, index][emitted].tolist() for part in (steps.tokens, steps.log_probs))
         tokenizer = self.generator.tokenizer
         return Continuation(tokenizer.split(prompt, tokens)[1], tokens, log_probs,
-                            tokens[-1] == tokenizer.end_of_text)
+                            tokens[-1] == tokenizer.end_of_text, int(np.sum(emitted[:, 0])))
 
     @functools.cached_property
     def _forward(self) -> Forward:
@@ -149,10 +158,13 @@ class Baselines:
         self._compilations += 1
         return start_sampling(model, self._forward, ids, lengths, budgets, jax.vmap(sample_key)(names), capacity)
 
-    def _trace_sample(self, model, state, sampling, num_steps):
+    def _trace_sample(self, model, state, sampling, num_drafts, num_steps):
         self._compilations += 1
         step = functools.partial(sampling_step, model=model, forward=self._forward, sampling=sampling,
                                  end_of_text=self.generator.tokenizer.end_of_text)
+        if num_drafts:
+            step = functools.partial(checked_sampling_step, model=model, forward=self._forward, sampling=sampling,
+                                     num_drafts=num_drafts, end_of_text=self.generator.tokenizer.end_of_text)
         return sample_steps(state, step, num_steps)
 
     def _trace_contrast(self, model, state, alpha, top_k, num_steps):

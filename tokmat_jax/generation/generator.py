@@ -149,14 +149,16 @@ class Generator:
         Raises UserError where the text does not fit into the tail or the budget.
         """
         ids = self._ids(content)
-        return held_at(partial, slot, ids, self._vectors(ids))
+        return held_at(partial, slot, ids, self._vocabulary)
 
     def replace(self, partial: PartialSample, slot: int, content: Prompt | np.ndarray | jax.Array) -> PartialSample:
         """`partial` with the vectors of slots replaced from `slot` on, by a text, by ids or by vectors [N, d] or [d];
         they go on to be refined, also where they were pinned. Raises UserError where they do not fit into the tail."""
         if isinstance(content, np.ndarray | jax.Array):
-            return with_vectors(partial, slot, np.atleast_2d(np.asarray(content)))
-        return with_vectors(partial, slot, self._vectors(self._ids(content)))
+            vectors = np.atleast_2d(np.asarray(content))
+        else:
+            vectors = self._vectors(self._ids(content))
+        return with_vectors(partial, slot, vectors, self._vocabulary)
 
     def _vectors(self, ids: Sequence[int]) -> np.ndarray:
         return np.asarray(look_up(self._vocabulary.table, jnp.array(ids, jnp.int32)))

@@ -10,6 +10,7 @@ from tokmat_jax.errors import UserError
 from tokmat_jax.generation.batches import Row
 from tokmat_jax.generation.requests import whole_number
 from tokmat_jax.method.algorithm import DecodeState
+from tokmat_jax.method.table import Vocabulary, look_up, read
 from tokmat_jax.method.tail import Tail
 
 
@@ -46,14 +47,15 @@ class PartialSample:
         return [None if token < 0 else token for token in np.asarray(self.state.pinned[0]).tolist()]
 
 
-def held_at(partial: PartialSample, slot: int, ids: Sequence[int], vectors: np.ndarray) -> PartialSample:
-    """`partial` with the slots from `slot` on held at `ids`, whose `vectors` [N, d] they have from now on; raises
-    UserError where they do not fit."""
+def held_at(partial: PartialSample, slot: int, ids: Sequence[int], vocabulary: Vocabulary) -> PartialSample:
+    """`partial` with the slots from `slot` on held at `ids`, whose vectors they have from now on; raises UserError if
+    they do not fit."""
     _check(partial, slot, len(ids))
     left = int(partial.state.budget[0] - partial.state.num_committed[0])
     if slot + len(ids) > left:
         raise UserError(f"{left} tokens are left of the budget, slots {slot}..{slot + len(ids) - 1} come behind it")
-    partial = with_vectors(partial, slot, vectors)
+    vectors = np.asarray(look_up(vocabulary.table, jnp.array(ids, jnp.int32)))
+    partial = with_vectors(partial, slot, vectors, vocabulary)
     pinned = partial.state.pinned
     if pinned is None:
         pinned = jnp.full(partial.state.tail.shape[:2], -1, jnp.int32)
@@ -61,9 +63,12 @@ def held_at(partial: PartialSample, slot: int, ids: Sequence[int], vectors: np.n
     return replace(partial, state=replace(partial.state, pinned=pinned))
 
 
-def with_vectors(partial: PartialSample, slot: int, vectors: np.ndarray) -> PartialSample:
-    """`partial` with `vectors` [N, d] in the slots from `slot` on, which are free from then on; raises UserError where
-    they do not fit."""
+def with_vectors(
+    partial: PartialSample, slot: int, vectors: np.ndarray, vocabulary: Vocabulary
+) -> PartialSample:
+    """`partial` with `vectors` [N, d] in the slots from `slot` on, which are free from then on.
+
+    Raises UserError if they do not fit."""
     size = partial.state.tail.shape[-1]
     if vectors.ndim != 2 or vectors.shape[1] != size or vectors.dtype.kind in "OSUMm" or not np.isfinite(vectors).all():
         raise UserError(f"expected finite vectors of {size} numbers, found the shape {vectors.shape}")
@@ -72,7 +77,11 @@ def with_vectors(partial: PartialSample, slot: int, vectors: np.ndarray) -> Part
     pinned = partial.state.pinned
     if pinned is not None:
         pinned = pinned.at[0, slot : slot + len(vectors)].set(-1)
-    return replace(partial, state=replace(partial.state, tail=tail, pinned=pinned))
+    nearest = partial.state.nearest
+    if nearest is not None:  # what the next pass checks
+        tokens, _ = read(jnp.asarray(vectors, tail.dtype), vocabulary, 1.0)
+        nearest = nearest.at[0, slot : slot + len(vectors)].set(tokens)
+    return replace(partial, state=replace(partial.state, tail=tail, pinned=pinned, nearest=nearest))
 
 
 def _check(partial: PartialSample, slot: int, count: int) -> None:

@@ -51,28 +51,28 @@ class Programs:
         # Whatever kernel it was trained with, it writes on any machine.
         return make_forward(dataclasses.replace(self.config, compute=ComputeConfig()))
 
-    def _model_tail_length(self, tail: Tail) -> int:
-        return 0 if self.config.objective.kind == "ar" else tail.maturity.shape[0]
-
     def _prefill(
         self, params: Params, vocabulary: Vocabulary, ids: jax.Array, lengths: jax.Array, budgets: jax.Array,
         names: jax.Array, tail: Tail, capacity: int, max_commit: int,
     ) -> DecodeState:
         self.traced["prefill"] += 1
-        tail_length = jnp.full(lengths.shape, self._model_tail_length(tail), jnp.int32)
+        tail_length = jnp.full(lengths.shape, tail.model_tail_length)
         vectors = look_up(vocabulary.table, ids)
         model = functools.partial(self._forward, params)
         memory = cache.prefill(model, vectors, tail_length, capacity, tail.repulsion is not None)
         newest = lengths[:, None] - max_commit + jnp.arange(max_commit)[None, :]
         recent = jnp.take_along_axis(vectors, jnp.maximum(newest, 0)[:, :, None], axis=1)
-        return start_decoding(jax.vmap(sample_key)(names), recent, lengths, budgets, memory, tail, vocabulary.radius)
+        looks_up = tail.verification is not None and tail.verification.draft != "tail"
+        text = jnp.pad(ids, ((0, 0), (0, capacity - ids.shape[1]))) if looks_up else None
+        return start_decoding(jax.vmap(sample_key)(names), recent, lengths, budgets, memory, tail, vocabulary.radius,
+                              text)
 
     def _advance(
         self, params: Params, vocabulary: Vocabulary, state: DecodeState, tail: Tail, num_steps: int, record: Record
     ) -> tuple[DecodeState, DecodeStep]:
         self.traced["advance"] += 1
         model = functools.partial(self._forward, unstack_blocks(params))  # once for all steps of the scan
-        predict = cache.cached_predict(model, tail, self._model_tail_length(tail))
+        predict = cache.cached_predict(model, tail)
         return decode(state, predict, vocabulary, tail, self.end_of_text, num_steps, record)
 
     def _read(self, params: Params, vocabulary: Vocabulary, ids: jax.Array) -> jax.Array:

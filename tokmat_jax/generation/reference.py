@@ -25,7 +25,7 @@ _HISTORY_MASK = jax.jit(history_mask, static_argnames="seq_len")
 
 def generate_by_reference(
     model: Model, vocabulary: Vocabulary, prompt: list[int], max_new_tokens: int, key: jax.Array, tail: Tail,
-    end_of_text: int, model_tail_length: int, max_commit: int = 1, pins: Mapping[int, int] | None = None,
+    end_of_text: int, max_commit: int = 1, pins: Mapping[int, int] | None = None,
 ) -> tuple[list[int], np.ndarray]:
     """Tokens committed behind `prompt` (at least one id), and the tail [steps, K, d] after each contraction.
 
@@ -49,11 +49,12 @@ def generate_by_reference(
         z = np.stack(history + slots)[None]
         total, committed = z.shape[1], len(history)
         maturity = np.concatenate([np.ones(committed, np.float32), tail.maturity])[None]
-        tail_length, positions = np.array([model_tail_length], np.int32), np.arange(total, dtype=np.int32)[None]
+        told = np.where(np.arange(total) < committed, tail.model_tail_length, length).astype(np.int32)[None]
+        positions = np.arange(total, dtype=np.int32)[None]
 
-        def predict(hidden, z=z, maturity=maturity, tail_length=tail_length, positions=positions, committed=committed):
+        def predict(hidden, z=z, maturity=maturity, told=told, positions=positions, committed=committed):
             mask = _HISTORY_MASK(z.shape[1], np.array([committed], np.int32), np.array([hidden]))
-            return np.asarray(model(z, maturity, tail_length, positions, mask)[0][0])
+            return np.asarray(model(z, maturity, told, positions, mask)[0][0])
 
         everywhere = predict(False)
         prediction = everywhere[committed - 1 : total - 1]
@@ -68,7 +69,8 @@ def generate_by_reference(
         before = slots
         slots = [slot + rate * (ahead - slot) for slot, rate, ahead in zip(slots, tail.rate, prediction, strict=True)]
         if tail.fresh_noise is not None:
-            noise = np.asarray(_FRESH(key, np.int32(len(trajectory)), tail.maturity, tail.fresh_noise, size,
+            numbers = np.full((1, length), committed, np.int32)
+            noise = np.asarray(_FRESH(key, numbers, np.arange(length), tail.maturity, tail.fresh_noise, size,
                                       radius))[0]
             slots = [slot + one for slot, one in zip(slots, noise, strict=True)]
         slots = [table[pins[len(tokens) + index]] if len(tokens) + index in pins else slot

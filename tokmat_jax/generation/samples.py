@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,7 +31,9 @@ class Sample:
     finished: bool
     """Whether it ended with end-of-text rather than with its budget."""
     passes: int
-    """Steps that it took, each one forward pass (two with guidance); as many as tokens but for stable commits."""
+    """Steps that it took, each one forward pass (two with guidance); as many as tokens if each commits one."""
+    accepted: list[int]
+    """In how many passes each of the M drafts, the nearest first, was right; empty unless commits are verified."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Moment:
     tokens: list[int]
     """Committed ids so far."""
     committed: int
-    """How many of them this step committed; 1 but for stable commits."""
+    """How many of them this step committed; 1 unless commits are stable or verified."""
     tail: list[int]
     """Nearest tokens of the slots behind those just committed, front first."""
     entropy: list[float]
@@ -52,12 +54,16 @@ class Moment:
     """‖Δz̃‖/R of all K slots."""
     maturity: list[float]
     """α of all K slots."""
+    drafts: list[int] = field(default_factory=list)
+    """Tokens that this step checked, −1 for none; the first `committed` − 1 of them were right. Empty unless commits
+    are verified."""
 
 
 def samples_of(tokenizer: Tokenizer, rows: Sequence[Row], steps: DecodeStep) -> list[Sample]:
     """The sample of each of `rows`, which lead the batch [N, B, …] of `steps` in NumPy."""
     measured = (steps.committed, steps.tokens, steps.entropy, steps.movement)
-    return [_sample(tokenizer, row, *(np.asarray(part)[:, index] for part in measured))
+    num_drafts = steps.drafts.shape[-1]
+    return [_sample(tokenizer, row, num_drafts, *(np.asarray(part)[:, index] for part in measured))
             for index, row in enumerate(rows)]
 
 
@@ -66,24 +72,26 @@ def sample_of_moments(tokenizer: Tokenizer, prompt: str, number: int, moments: S
     tokens = [[*one.tokens[len(one.tokens) - one.committed:], *one.tail] for one in moments]
     measured = (np.array([one.committed for one in moments]), np.array(tokens),
                 np.array([one.entropy for one in moments]), np.array([one.movement for one in moments]))
-    return dataclasses.replace(_sample(tokenizer, Row(prompt, [], number), *measured), text=moments[-1].text)
+    return dataclasses.replace(_sample(tokenizer, Row(prompt, [], number), len(moments[0].drafts), *measured),
+                               text=moments[-1].text)
 
 
 def sample_of_trajectory(tokenizer: Tokenizer, prompt: str, number: int, trajectory: Trajectory) -> Sample:
     """The sample whose tail went through `trajectory`."""
-    return _sample(tokenizer, Row(prompt, trajectory.prompt.tolist(), number), trajectory.committed, trajectory.tokens,
-                   trajectory.entropy, trajectory.movement)
+    return _sample(tokenizer, Row(prompt, trajectory.prompt.tolist(), number), trajectory.drafts.shape[-1],
+                   trajectory.committed, trajectory.tokens, trajectory.entropy, trajectory.movement)
 
 
 def _sample(
-    tokenizer: Tokenizer, row: Row, committed: np.ndarray, tokens: np.ndarray, entropy: np.ndarray,
+    tokenizer: Tokenizer, row: Row, num_drafts: int, committed: np.ndarray, tokens: np.ndarray, entropy: np.ndarray,
     movement: np.ndarray,
 ) -> Sample:
-    """The sample of what N steps committed [N] of their R slots [N, R]."""
+    """The sample of what N steps, which checked `num_drafts` M each, committed [N] of their R slots [N, R]."""
     taken = np.arange(tokens.shape[1])[None, :] < committed[:, None]
     ids = tokens[taken].tolist()
     return Sample(row.prompt, row.number, tokenizer.split(row.ids, ids)[1], ids, entropy[taken].tolist(),
-                  movement[taken].tolist(), ids[-1] == tokenizer.end_of_text, int(np.sum(committed > 0)))
+                  movement[taken].tolist(), ids[-1] == tokenizer.end_of_text, int(np.sum(committed > 0)),
+                  [int(np.sum(committed > place)) for place in range(1, num_drafts + 1)])
 
 
 def moment_of(
@@ -93,7 +101,8 @@ def moment_of(
     slots, count = np.asarray(step.tokens[0, 0]).tolist(), int(step.committed[0, 0])
     tokens = [*before, *slots[:count]]
     return Moment(tokenizer.split(prompt, tokens)[1], tokens, count, slots[count:],
-                  np.asarray(step.entropy[0, 0]).tolist(), np.asarray(step.movement[0, 0]).tolist(), maturity.tolist())
+                  np.asarray(step.entropy[0, 0]).tolist(), np.asarray(step.movement[0, 0]).tolist(), maturity.tolist(),
+                  np.asarray(step.drafts[0, 0]).tolist())
 
 
 def trajectory_of(prompt: Sequence[int], maturity: np.ndarray, steps: DecodeStep) -> Trajectory:

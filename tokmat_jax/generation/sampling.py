@@ -17,6 +17,7 @@ from flax import struct
 
 from tokmat_jax.generation import cache
 from tokmat_jax.method.table import Vocabulary, look_up, scores, unit
+from tokmat_jax.method.verification import look_up_drafts
 from tokmat_jax.model.backbone import Forward, KVCache, Params
 
 
@@ -64,6 +65,8 @@ class SamplingState:
     """[B] bool: the row has written end-of-text or spent its budget and changes no more."""
     history: KVCache
     """Keys and values, a LayerCache per layer; like those of `context`, entries from n on are not read."""
+    text: jax.Array
+    """Tokens [B, S] of the n committed positions."""
 
 
 @struct.dataclass
@@ -71,11 +74,11 @@ class SampledStep:
     """What one step did."""
 
     emitted: jax.Array
-    """[B] bool: the row was alive, so that its token counts."""
+    """[B, R] bool: the token counts, because the row was alive and, after the first one, because a draft was right."""
     tokens: jax.Array
-    """[B]."""
+    """[B, R]; R = 1 unless drafts are checked."""
     log_probs: jax.Array
-    """[B], nats, of the model as it is: temperature 1, no penalty, all of V."""
+    """[B, R], nats, of the model as it is: temperature 1, no penalty, all of V."""
 
 
 StepFunction = Callable[[SamplingState], tuple[SamplingState, SampledStep]]
@@ -140,6 +143,7 @@ def start_sampling(
         budget=lengths + max_new_tokens,
         done=max_new_tokens <= 0,
         history=history,
+        text=jnp.pad(ids, ((0, 0), (0, capacity - width))),
     )
 
 
@@ -148,10 +152,63 @@ def sampling_step(
 ) -> tuple[SamplingState, SampledStep]:
     """One token per row: penalty, temperature, nucleus, draw, as `transformers` orders them."""
     logits = _logits(model, state.prediction)
-    key = jax.vmap(jax.random.fold_in)(state.key, state.num_committed)
-    token = choose(key, penalise(logits, state.seen, sampling.repetition_penalty), sampling)[:, None]
+    token = _draw(state, logits, state.seen, state.num_committed, sampling)[:, None]
     prediction, live = _read(model, forward, state, token)
     return _commit(state, logits, token, prediction, live, jnp.zeros_like(state.num_committed), end_of_text)
+
+
+def _draw(
+    state: SamplingState, logits: jax.Array, seen: jax.Array, position: jax.Array, sampling: Sampling
+) -> jax.Array:
+    """The tokens [B] that the rows' keys draw at `position` [B]: these decide the draw, not how it was reached."""
+    key = jax.vmap(jax.random.fold_in)(state.key, position)
+    return choose(key, penalise(logits, seen, sampling.repetition_penalty), sampling)
+
+
+def checked_sampling_step(
+    state: SamplingState, model: LanguageModel, forward: Forward, sampling: Sampling, num_drafts: int, end_of_text: int
+) -> tuple[SamplingState, SampledStep]:
+    """As `sampling_step`, with the M = `num_drafts` tokens that followed when the last ones occurred before (prompt
+    lookup) checked in the same pass: a draft is right if it is what is drawn at its position, and is committed too.
+
+    Token for token the ordinary sample, 1 to M + 1 of them a pass (`method/verification.py` does the same for a tail).
+    """
+    n, rows = state.num_committed, jnp.arange(state.num_committed.shape[0])
+    logits = [_logits(model, state.prediction)]
+    first = _draw(state, logits[0], state.seen, n, sampling)
+    text = state.text.at[rows, n].set(first, mode="drop")
+    drafts = look_up_drafts(text, n + 1, num_drafts)
+    tokens = jnp.concatenate([first[:, None], jnp.maximum(drafts, 0)], axis=1)
+    place = n[:, None] + jnp.arange(num_drafts + 1)[None, :]
+    capacity = state.history[0].capacity
+    prediction, live = forward(
+        model.backbone, look_up(model.vocabulary.table, tokens), jnp.ones(tokens.shape), jnp.zeros_like(n),
+        jnp.minimum(place, capacity - 1), history=state.history,
+        visible=jnp.arange(capacity)[None, :] < n[:, None])
+    emitted, seen = [~state.done], _mark(state.seen, first[:, None], ~state.done[:, None])
+    for index in range(num_drafts):
+        logits.append(_logits(model, prediction[:, index]))
+        drawn = _draw(state, logits[-1], seen, n + 1 + index, sampling)
+        right = emitted[-1] & (tokens[:, index] != end_of_text) & (n + 1 + index < state.budget)
+        emitted.append(right & (drawn == drafts[:, index]))
+        seen = _mark(seen, drawn[:, None], emitted[-1][:, None])
+    is_new = jnp.stack(emitted, axis=1)
+    count = jnp.sum(is_new, axis=1)
+    log_probs = jnp.stack([jnp.take_along_axis(jax.nn.log_softmax(one, axis=-1), tokens[:, [index]], axis=1)[:, 0]
+                           for index, one in enumerate(logits)], axis=1)
+    ahead = jnp.take_along_axis(prediction, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    after = SamplingState(
+        num_committed=n + count,
+        prediction=jnp.where(state.done[:, None], state.prediction, ahead),
+        seen=seen,
+        context=state.context.at[rows[:, None], place].set(unit(prediction), mode="drop"),
+        key=state.key,
+        budget=state.budget,
+        done=state.done | jnp.any(is_new & (tokens == end_of_text), axis=1) | (n + count >= state.budget),
+        history=cache.append(state.history, live, place),
+        text=state.text.at[rows[:, None], place].set(tokens, mode="drop"),
+    )
+    return after, SampledStep(is_new, tokens, log_probs)
 
 
 def contrastive_step(
@@ -215,7 +272,7 @@ def _commit(
     token = jnp.take_along_axis(tokens, pick[:, None], axis=1)
     ahead = jnp.take_along_axis(prediction, pick[:, None, None], axis=1)[:, 0]
     chosen = jax.tree.map(lambda x: jnp.take_along_axis(x, pick[:, None, None, None], axis=2), live)
-    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token, axis=1)[:, 0]
+    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token, axis=1)
     num_committed = state.num_committed + alive.astype(jnp.int32)
     after = SamplingState(
         num_committed=num_committed,
@@ -226,5 +283,6 @@ def _commit(
         budget=state.budget,
         done=state.done | (token[:, 0] == end_of_text) | (num_committed >= state.budget),
         history=cache.append(state.history, chosen, state.num_committed[:, None]),
+        text=state.text.at[jnp.arange(pick.shape[0]), state.num_committed].set(token[:, 0], mode="drop"),
     )
-    return after, SampledStep(alive, token[:, 0], log_prob)
+    return after, SampledStep(alive[:, None], token, log_prob)

@@ -22,7 +22,8 @@ class Trajectory:
     maturity: np.ndarray
     """α [K] of the slots."""
     committed: np.ndarray
-    """Tokens [N] that each step committed: from the front on, those of this many slots; 1 but for stable commits."""
+    """Tokens [N] that each step committed: from the front on, those of this many slots; 1 unless commits are stable or
+    verified."""
     tokens: np.ndarray
     """Nearest tokens [N, K] after contraction, before the step's commit."""
     entropy: np.ndarray
@@ -35,6 +36,9 @@ class Trajectory:
     """Their cosines with z̃ [N, K, C]."""
     vectors: np.ndarray
     """z̃ [N, K, d] after contraction; d = 0 where vectors were not asked for."""
+    drafts: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.int32))
+    """Tokens [N, M] that each step checked, −1 for none; the first `committed` − 1 of them were right. M = 0 unless
+    commits are verified."""
 
     @property
     def text(self) -> np.ndarray:
@@ -60,12 +64,14 @@ class Trajectory:
 
 def load_trajectory(path: str | Path) -> Trajectory:
     """What `save` wrote; raises UserError where the file is missing or damaged."""
-    found = Trajectory(**read_npz(path, [field.name for field in dataclasses.fields(Trajectory)], "trajectory"))
+    names = [field.name for field in dataclasses.fields(Trajectory)]
+    found = Trajectory(**read_npz(path, names, "trajectory", optional=("drafts",)))
     shapes = {field.name: getattr(found, field.name).shape for field in dataclasses.fields(Trajectory)}
     steps, slots = (*shapes["tokens"], 0, 0)[:2]
     wanted = {"maturity": (slots,), "committed": (steps,), "tokens": (steps, slots), "entropy": (steps, slots),
               "movement": (steps, slots), "cosines": shapes["candidates"]}
     if any(shapes[name] != shape for name, shape in wanted.items()) or len(shapes["prompt"]) != 1 or any(
-            len(shapes[name]) != 3 or shapes[name][:2] != (steps, slots) for name in ("candidates", "vectors")):
+            len(shapes[name]) != 3 or shapes[name][:2] != (steps, slots) for name in ("candidates", "vectors")) or (
+                len(shapes["drafts"]) != 2 or (shapes["drafts"] != (0, 0) and shapes["drafts"][0] != steps)):
         raise UserError(f"{path} is no trajectory: its arrays do not fit together, {shapes}")
     return found

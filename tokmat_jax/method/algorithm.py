@@ -25,8 +25,9 @@ from tokmat_jax.method.history import committed_vectors
 from tokmat_jax.method.noise import embryos, fresh
 from tokmat_jax.method.stability import Settling, settle, settled_run, unborn, up_to_end
 from tokmat_jax.method.steering import steer
-from tokmat_jax.method.table import Vocabulary, candidates, look_up, read
+from tokmat_jax.method.table import Vocabulary, candidates, look_up, nearest_entropy, read
 from tokmat_jax.method.tail import Tail
+from tokmat_jax.method.verification import Drafts, choose_drafts, num_accepted
 
 
 @struct.dataclass
@@ -42,8 +43,6 @@ class DecodeState:
     """z̃ [B, K, d], front first; slot j will take position n + j."""
     num_born: jax.Array
     """Embryos that each row has had [B]; numbers the next one's noise."""
-    num_steps: jax.Array
-    """Steps [] since the prompt; numbers the fresh noise."""
     key: jax.Array
     """One key per row [B]: nothing else decides a row's noise."""
     budget: jax.Array
@@ -56,6 +55,12 @@ class DecodeState:
     """How long the slots have said what they say now; None where the front alone is committed."""
     pinned: jax.Array | None = None
     """Token [B, K] that a slot is held at until it is committed, −1 where it is free; None where no slot is held."""
+    nearest: jax.Array | None = None
+    """Nearest token [B, K] of each slot, −1 for an embryo; None unless commits are verified."""
+    text: jax.Array | None = None
+    """Tokens [B, S] of the n committed positions; None unless drafts are looked up in them."""
+    drafts: Drafts | None = None
+    """What this pass checks; there only while `predict` is called, and only if commits are verified."""
 
     @property
     def last(self) -> jax.Array:
@@ -81,6 +86,8 @@ class DecodeStep:
     """Their cosines with z̃ [B, R, C]."""
     vectors: jax.Array
     """z̃ [B, R, d] after contraction; d = 0 unless they are asked for."""
+    drafts: jax.Array
+    """Tokens [B, M] that the pass checked, −1 for none; M = 0 unless commits are verified."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,19 +103,20 @@ class Record:
 
 
 Predict = Callable[[DecodeState], tuple[jax.Array, Any]]
-"""DecodeState → (ẑ [B, ≥ K, d], memory). The last K predictions are the tail's; those before them are of the newest
-committed positions."""
+"""DecodeState → (ẑ, memory). Without drafts ẑ is [B, ≥ K, d]: the last K predictions are the tail's, those before them
+are of the newest committed positions. With M drafts it is [B, 1 + M + K − 1, d]: of the front's position, of the M
+positions after it if the drafts before them are right, and of the slots behind the front."""
 
 
 def start_decoding(
     key: jax.Array, recent: jax.Array, num_committed: jax.Array, max_new_tokens: jax.Array, memory: Any, tail: Tail,
-    radius: float,
+    radius: float, text: jax.Array | None = None,
 ) -> DecodeState:
     """A state behind a prompt: K embryos and nothing refined.
 
     `key` [B] one per row, `recent` [B, M, d] the prompt's last vectors, as many as a step may commit,
     `num_committed` [B] its length, `max_new_tokens` [B] how many tokens each row may commit (0 = a row that is finished
-    from the start).
+    from the start), `text` [B, S] the prompts' tokens with room for new ones, if drafts are looked up.
     """
     (batch, _, size), tail_length = recent.shape, tail.maturity.shape[0]
     born = jnp.zeros_like(num_committed)
@@ -117,12 +125,13 @@ def start_decoding(
         recent=recent,
         tail=embryos(key, born, tail_length, size, tail.noise, radius),
         num_born=born + tail_length,
-        num_steps=jnp.int32(0),
         key=key,
         budget=num_committed + max_new_tokens,
         done=max_new_tokens <= 0,
         memory=memory,
         settling=None if tail.stability is None else unborn(batch, tail_length),
+        nearest=None if tail.verification is None else jnp.full((batch, tail_length), -1, jnp.int32),
+        text=text,
     )
 
 
@@ -135,7 +144,9 @@ def refine(state: DecodeState, prediction: jax.Array, vocabulary: Vocabulary, ta
         prediction = steer(prediction, remaining, tail.steering, vocabulary.radius)
     refined = maturation.contract(state.tail, prediction, tail.rate)
     if tail.fresh_noise is not None:
-        refined = refined + fresh(state.key, state.num_steps, tail.maturity, tail.fresh_noise, refined.shape[-1],
+        slot = jnp.arange(refined.shape[1])
+        committed = jnp.broadcast_to(state.num_committed[:, None], refined.shape[:2])
+        refined = refined + fresh(state.key, committed, slot, tail.maturity, tail.fresh_noise, refined.shape[-1],
                                   vocabulary.radius)
     if state.pinned is not None:
         held = look_up(vocabulary.table, jnp.maximum(state.pinned, 0))
@@ -168,7 +179,6 @@ def commit(
         recent=maturation.shift(state.recent, entering, count),
         tail=jnp.where(alive[:, None, None], maturation.shift(refined, born, count), state.tail),
         num_born=state.num_born + count,
-        num_steps=state.num_steps + 1,
         key=state.key,
         budget=state.budget,
         done=state.done | ended | (num_committed >= state.budget),
@@ -176,7 +186,16 @@ def commit(
         settling=None if state.settling is None else Settling(
             shifted(state.settling.nearest, -1), shifted(state.settling.unchanged, 0)),
         pinned=None if state.pinned is None else shifted(state.pinned, -1),
+        nearest=None if state.nearest is None else shifted(state.nearest, -1),
+        text=None if state.text is None else _written(state.text, state.num_committed, tokens),
     )
+
+
+def _written(text: jax.Array, first: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`text` [B, S] with `tokens` [B, M] at the positions from `first` [B] on; those that are not committed are
+    overwritten before they are read."""
+    rows = jnp.arange(text.shape[0])[:, None]
+    return text.at[rows, first[:, None] + jnp.arange(tokens.shape[1])[None, :]].set(tokens, mode="drop")
 
 
 def liquid_step(
@@ -185,15 +204,17 @@ def liquid_step(
 ) -> tuple[DecodeState, DecodeStep]:
     """One step of Algorithm 1: every slot is refined, the front is committed, an embryo is born.
 
-    With `Tail.stability` as much as has settled is committed, up to the M of `DecodeState.recent`.
+    With `Tail.stability` as much as has settled is committed, up to the M of `DecodeState.recent`; with
+    `Tail.verification` what `verified_step` does.
     """
+    if tail.verification is not None:
+        return verified_step(state, predict, vocabulary, tail, end_of_text, record)
     length, max_commit = tail.maturity.shape[0], state.recent.shape[1]
     prediction, memory = predict(state)
     refined = refine(state, prediction[:, -length:], vocabulary, tail)
     shown = slice(None) if record.read_tail or tail.stability is not None else slice(0, 1)
-    tokens, entropy = read(refined[:, shown], vocabulary, tail.temperature)
-    if state.pinned is not None:
-        tokens = jnp.where(state.pinned[:, shown] >= 0, state.pinned[:, shown], tokens)
+    tokens, entropy = _said(refined[:, shown], vocabulary, tail)
+    tokens = _with_pins(state, tokens)
     moved = maturation.movement(state.tail[:, shown], refined[:, shown], vocabulary.radius)
     count = jnp.ones_like(state.num_committed)
     if tail.stability is not None and state.settling is not None:
@@ -205,8 +226,79 @@ def liquid_step(
     count = jnp.where(state.done, 0, count)
     step = DecodeStep(count, tokens, entropy, moved,
                       *candidates(refined[:, shown], vocabulary, record.num_candidates),
-                      refined[:, shown, : None if record.keep_vectors else 0])
+                      refined[:, shown, : None if record.keep_vectors else 0],
+                      jnp.zeros((len(refined), 0), jnp.int32))
     return commit(state, refined, memory, tokens[:, :max_commit], count, vocabulary, tail, end_of_text), step
+
+
+def verified_step(
+    state: DecodeState, predict: Predict, vocabulary: Vocabulary, tail: Tail, end_of_text: int,
+    record: Record = Record(),
+) -> tuple[DecodeState, DecodeStep]:
+    """One pass that commits x_n and as many drafts after it as are right, and refines every slot.
+
+    The committed tokens are those of immediate projection, each at its own position with its own noise, steering and
+    pin. The step returned reads all K slots; those that were committed show what was committed.
+    """
+    assert tail.verification is not None
+    num_checked = tail.verification.num_drafts + 1
+    tokens = choose_drafts(tail.verification, _with_pins(state, state.nearest), state.text, state.num_committed)
+    entering = committed_vectors(look_up(vocabulary.table, jnp.maximum(tokens, 0)), state.last, state.key,
+                                 state.num_committed, tail.entry, vocabulary.radius)
+    prediction, memory = predict(dataclasses.replace(state, drafts=Drafts(tokens, entering)))
+    of_slots = jnp.concatenate([prediction[:, :1], prediction[:, num_checked:]], axis=1)
+    refined = refine(state, of_slots, vocabulary, tail)
+    fronts = _fronts(state, prediction[:, :num_checked], vocabulary, tail)
+    said, entropy = _said(jnp.concatenate([fronts, refined], axis=1), vocabulary, tail)
+    committed = _with_pins(state, said[:, :num_checked])
+    nearest = _with_pins(state, said[:, num_checked:])
+    run = jnp.minimum(1 + num_accepted(tokens, committed), up_to_end(committed, end_of_text))
+    count = jnp.where(state.done, 0, jnp.minimum(run, state.budget - state.num_committed))
+
+    def shown(of_fronts, of_slots):
+        """What was committed, and behind it what the slots are."""
+        padded = jnp.concatenate([of_fronts, of_slots[:, num_checked:]], axis=1)
+        is_new = jnp.arange(of_slots.shape[1])[None, :] < count[:, None]
+        return jnp.where(jnp.reshape(is_new, is_new.shape + (1,) * (of_slots.ndim - 2)), padded, of_slots)
+
+    vectors = shown(fronts, refined)
+    step = DecodeStep(
+        count, shown(committed, nearest), shown(entropy[:, :num_checked], entropy[:, num_checked:]),
+        maturation.movement(state.tail, vectors, vocabulary.radius),
+        *candidates(vectors, vocabulary, record.num_candidates), vectors[..., : None if record.keep_vectors else 0],
+        tokens)
+    state = dataclasses.replace(state, nearest=nearest)
+    return commit(state, refined, memory, committed, count, vocabulary, tail, end_of_text), step
+
+
+def _fronts(state: DecodeState, prediction: jax.Array, vocabulary: Vocabulary, tail: Tail) -> jax.Array:
+    """What is projected [B, 1 + M, d] at n and the M positions after it: the `prediction` for each, steered and
+    disturbed as a front with η = 1 is there."""
+    place = state.num_committed[:, None] + jnp.arange(prediction.shape[1])[None, :]
+    if tail.steering is not None:
+        front = dataclasses.replace(tail.steering, strength=tail.steering.strength[:1])
+        prediction = steer(prediction, (state.budget[:, None] - place).astype(jnp.float32), front, vocabulary.radius)
+    if tail.fresh_noise is not None:
+        front = jnp.zeros(prediction.shape[1], jnp.int32)
+        prediction = prediction + fresh(state.key, place, front, tail.maturity[front], tail.fresh_noise,
+                                        prediction.shape[-1], vocabulary.radius)
+    return prediction
+
+
+def _said(z: jax.Array, vocabulary: Vocabulary, tail: Tail) -> tuple[jax.Array, jax.Array]:
+    """Nearest token and entropy [B, R] of slots `z` [B, R, d], as `tail` reports it."""
+    tokens, entropy = read(z, vocabulary, tail.temperature)
+    if tail.entropy_candidates is not None:
+        entropy = nearest_entropy(z, vocabulary, tail.entropy_candidates, tail.temperature)
+    return tokens, entropy
+
+
+def _with_pins(state: DecodeState, tokens: Any) -> Any:
+    """`tokens` [B, R ≤ K] of the first R slots, with those at which slots are held."""
+    if state.pinned is None or tokens is None:
+        return tokens
+    pinned = state.pinned[:, : tokens.shape[1]]
+    return jnp.where(pinned >= 0, pinned, tokens)
 
 
 def decode(

@@ -48,7 +48,7 @@ def committed_vectors(
             vector = vector + history_noise(key, first + index, vector.shape[-1], entry.noise, radius)
         entered.append(vector)
         before = vector
-    return jnp.stack(entered, axis=1)
+    return jnp.stack(entered, axis=1) if entered else clean
 
 
 def history_noise(key: jax.Array, position: jax.Array, embed_dim: int, noise: jax.Array, radius: float) -> jax.Array:

@@ -40,12 +40,15 @@ def embryos(key: jax.Array, first: jax.Array, count: int, embed_dim: int, noise:
 
 
 def fresh(
-    key: jax.Array, step: jax.Array, maturity: jax.Array, noise: FreshNoise, embed_dim: int, radius: float
+    key: jax.Array, num_committed: jax.Array, slot: jax.Array, maturity: jax.Array, noise: FreshNoise, embed_dim: int,
+    radius: float,
 ) -> jax.Array:
-    """(1 − α_j) σ_f R ε/√d [B, K, d] of step number `step` [] for rows with `key` [B] and slots of `maturity` [K]."""
+    """(1 − α) σ_f R ε/√d [B, N, d] for slots number `slot` [N] of `maturity` [N] when `num_committed` [B, N] positions
+    are committed, in rows with `key` [B]. These three decide it, so that it is another one at every commit."""
 
-    def row(key):
-        key = jax.random.fold_in(jax.random.fold_in(key, _FRESH), step)
-        return noise_vector(key, (maturity.shape[0], embed_dim), noise.norm, radius)
+    def one(key, num_committed, slot):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, _FRESH), num_committed), slot)
+        return noise_vector(key, (embed_dim,), noise.norm, radius)
 
-    return (1.0 - maturity)[None, :, None] * jax.vmap(row)(key)
+    drawn = jax.vmap(jax.vmap(one, (None, 0, 0)), (0, 0, None))(key, num_committed, slot)
+    return (1.0 - maturity)[None, :, None] * drawn

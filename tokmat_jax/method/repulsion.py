@@ -69,32 +69,40 @@ def begin_trace(prediction: jax.Array, vectors: jax.Array, capacity: int) -> Tra
 
 
 def push(prediction: jax.Array, trace: Trace, num_committed: jax.Array, repulsion: Repulsion) -> jax.Array:
-    """`prediction` [B, K, d] pushed away from the committed vectors of rows with `num_committed` n [B]."""
+    """`prediction` [B, K, d] pushed away from committed vectors, of which each slot counts the first `num_committed`
+    [B, K]."""
     # Rounding takes the cosine of equal vectors beyond 1, which a large b would blow up.
     cosine = jnp.minimum(jnp.einsum("bkd,bsd->bks", unit(prediction), trace.predicted), 1.0)
     position = jnp.arange(trace.predicted.shape[1])[None, :]
-    valid = (position >= 1) & (position < num_committed[:, None])
-    weight = jnp.where(valid[:, None], jnp.exp(repulsion.sharpness * (cosine - 1.0)), 0.0)
+    valid = (position >= 1)[:, None] & (position[:, None] < num_committed[..., None])
+    weight = jnp.where(valid, jnp.exp(repulsion.sharpness * (cosine - 1.0)), 0.0)
     total = jnp.sum(weight, axis=-1, keepdims=True)
     away = jnp.einsum("bks,bsd->bkd", weight, trace.committed) / jnp.maximum(total, 1.0)
     return prediction - repulsion.strength * jnp.linalg.norm(prediction, axis=-1, keepdims=True) * away
 
 
-def repel(predict, tail_length: int, repulsion: Repulsion):
-    """`predict` of a decoder with the predictions of its `tail_length` slots pushed; its memory is a `Remembering`.
+def repel(predict, repulsion: Repulsion):
+    """`predict` of a decoder with its predictions pushed; its memory is a `Remembering`.
 
-    The newest committed vectors enter the trace here, as many as a step may commit, and so does what stands for them
-    and for the front, ẑ as it was predicted from committed positions.
+    The newest committed vectors enter the trace here, as many as a step may commit, and drafts after them; so does what
+    stands for them and for the front, ẑ as it was predicted from committed positions. A checked position counts the
+    drafts before it. What is not committed is overwritten before it counts.
     """
 
     def repelled(state):
         old: Remembering = state.memory
         prediction, memory = predict(state.replace(memory=old.memory))
-        n, max_commit = state.num_committed, state.recent.shape[1]
-        newest = n[:, None] - max_commit + jnp.arange(max_commit)[None, :]
-        trace = Trace(_write(old.trace.predicted, newest + 1, unit(prediction[:, :max_commit])),
-                      _write(old.trace.committed, newest, unit(state.recent)))
-        return push(prediction[:, -tail_length:], trace, n, repulsion), Remembering(memory, trace)
+        n, newest = state.num_committed, state.recent.shape[1]
+        drafts = 0 if state.drafts is None else state.drafts.vectors.shape[1]
+        read = state.recent if state.drafts is None else jnp.concatenate([state.recent, state.drafts.vectors], axis=1)
+        place = n[:, None] - newest + jnp.arange(newest + drafts)[None, :]
+        trace = Trace(_write(old.trace.predicted, place + 1, unit(prediction[:, : newest + drafts])),
+                      _write(old.trace.committed, place, unit(read)))
+        prediction = prediction[:, newest - 1 :]
+        index = jnp.arange(prediction.shape[1])[None, :]
+        counted = n[:, None] + jnp.where(index <= drafts, index, 0) if drafts else jnp.broadcast_to(
+            n[:, None], prediction.shape[:2])
+        return push(prediction, trace, counted, repulsion), Remembering(memory, trace)
 
     return repelled
 

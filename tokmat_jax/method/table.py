@@ -170,6 +170,13 @@ def candidates(z: jax.Array, vocabulary: Vocabulary, count: int) -> tuple[jax.Ar
     return ids, inner / (length * look_up(vocabulary.norm, ids))
 
 
+def nearest_entropy(z: jax.Array, vocabulary: Vocabulary, count: int, temperature: jax.Array | float) -> jax.Array:
+    """Entropy [...] in nats of softmax(cos/τ) over the `count` nearest tokens (at most V) of vectors `z` [..., d]."""
+    _, cosine = candidates(z, vocabulary, min(count, vocabulary.table.shape[0]))
+    log_p = jax.nn.log_softmax(cosine / temperature, axis=-1)
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
 def entropy_of(
     inner: jax.Array, z: jax.Array, vocabulary: Vocabulary, temperature: jax.Array | float = 1.0
 ) -> jax.Array:

@@ -15,6 +15,7 @@ from tokmat_jax.method.noise import FreshNoise, make_fresh_noise
 from tokmat_jax.method.repulsion import Repulsion, make_repulsion
 from tokmat_jax.method.stability import Stability, make_stability
 from tokmat_jax.method.steering import Steering, make_steering
+from tokmat_jax.method.verification import Verification, make_verification
 
 
 @struct.dataclass
@@ -29,6 +30,10 @@ class Tail:
     """σ [], norm of the embryos in units of R."""
     temperature: jax.Array
     """τ [] of the entropy that is reported."""
+    entropy_candidates: int | None = struct.field(pytree_node=False)
+    """Nearest tokens over which it is taken; None for all of V."""
+    model_tail_length: jax.Array
+    """The K [] that the model is told at committed positions; slots are told their own."""
     guidance: Guidance | None
     repulsion: Repulsion | None
     steering: Steering | None
@@ -36,23 +41,29 @@ class Tail:
     entry: Entry
     """What happens to a committed vector when it enters the history."""
     stability: Stability | None
-    """When slots have settled; None commits the front alone."""
+    """When slots have settled; None does not ask."""
+    verification: Verification | None
+    """What is checked in the pass that commits; with neither, the front alone is committed."""
 
 
 def make_tail(settings: GenerationConfig, direction: jax.Array | None = None) -> Tail:
     """The Tail of `settings`; steering, if it is on, draws to `direction` [d]."""
     front = settings.max_maturity if settings.rate is None else settings.rate
+    told = settings.tail_length if settings.model_tail_length is None else settings.model_tail_length
     return Tail(
         maturity=_along(settings, settings.max_maturity),
         rate=jnp.array(front, jnp.float32) if isinstance(front, tuple) else _along(settings, front),
         noise=jnp.float32(settings.tail_noise),
         temperature=jnp.float32(settings.entropy_temperature),
+        entropy_candidates=settings.entropy_candidates,
+        model_tail_length=jnp.int32(told),
         guidance=make_guidance(settings),
         repulsion=make_repulsion(settings),
         steering=make_steering(settings, direction),
         fresh_noise=make_fresh_noise(settings),
         entry=make_entry(settings),
         stability=make_stability(settings),
+        verification=make_verification(settings),
     )
 
 

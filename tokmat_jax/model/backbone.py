@@ -62,7 +62,8 @@ class TailLengthFilm(nn.Module):
         size = self.config.embed_dim
         embed = nn.Embed(self.max_tail_length + 1, 2 * size, dtype=self.config.dtype,
                          embedding_init=nn.initializers.zeros, name="embed")
-        film = embed(jnp.minimum(tail_length, self.max_tail_length))[:, None, :]
+        film = embed(jnp.minimum(tail_length, self.max_tail_length))
+        film = film if tail_length.ndim == 2 else film[:, None, :]
         return (1.0 + film[..., :size]) * h + film[..., size:]
 
 
@@ -144,7 +145,7 @@ class Backbone(nn.Module):
         Args:
           z: vectors [B, T, d] on the scale of R.
           maturity: α [B, T] in [0, 1], 1 = committed.
-          tail_length: K [B]; 0 = no tail.
+          tail_length: K [B], or per position [B, T]; 0 = no tail.
           positions: absolute positions [B, T], below `max_positions`.
           mask: which of the T positions the last Q see, [B or 1, Q, T] bool; the others are causal, all with None.
           history: keys and values of earlier positions, one LayerCache per layer; for blocks that stand apart.

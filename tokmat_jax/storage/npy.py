@@ -47,14 +47,18 @@ def open_npy(path: str | Path) -> np.ndarray:
     return found
 
 
-def read_npz(path: str | Path, names: Sequence[str], what: str) -> dict[str, np.ndarray]:
-    """The arrays of numbers called `names` in an `.npz` file.
+def read_npz(
+    path: str | Path, names: Sequence[str], what: str, optional: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """The arrays of numbers called `names` in an `.npz` file, of which those that are `optional` may be missing.
 
     Raises UserError, which says that it is no `what`, where the file is missing or damaged, or claims to unpack to far
     more than its own size.
     """
     try:
         with zipfile.ZipFile(path) as archive, _quiet():
+            stored = set(archive.namelist())
+            names = [name for name in names if name not in optional or f"{name}.npy" in stored]
             members = [archive.getinfo(f"{name}.npy") for name in names]
             most = max(_UNPACKED, _RATIO * Path(path).stat().st_size)
             if (size := sum(member.file_size for member in members)) > most:

@@ -89,7 +89,8 @@ def _texts(trajectory: Trajectory, tokenizer: Tokenizer) -> tuple[str, str]:
 def _data(runs: Sequence[Run], tokenizer: Tokenizer) -> dict[str, Any]:
     """What the script reads. Tokens are places in `pieces`, where each of them is spelt once."""
     ids = np.unique(np.concatenate([
-        part.ravel() for run in runs for part in (run.trajectory.tokens, run.trajectory.candidates)])).astype(int)
+        part.ravel() for run in runs for part in (run.trajectory.tokens, run.trajectory.candidates,
+                                                  run.trajectory.drafts[run.trajectory.drafts >= 0])])).astype(int)
     return {
         "pieces": [visible(tokenizer.piece(token)) or f"⟨{token}⟩" for token in ids.tolist()],
         "end": ids.tolist().index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else None,
@@ -114,6 +115,7 @@ def _run_data(run: Run, ids: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]
         "movement": _whole(trajectory.movement, _SCALE),
         "candidates": np.searchsorted(ids, trajectory.candidates.ravel()).tolist(),
         "cosines": _whole(trajectory.cosines, _SCALE),
+        "drafts": np.where(trajectory.drafts < 0, -1, np.searchsorted(ids, trajectory.drafts)).ravel().tolist(),
     }
 
 

@@ -32,7 +32,8 @@ def _commands(c: str) -> bool:
 def tail_text(prompt: str, moment: Moment, tokenizer: Tokenizer) -> Text:
     """Prompt in bold, committed text, and the tail between bars: `In the beginning was│ the│ Lord│`.
 
-    What the step committed is underlined; a slot's colour fades with its maturity.
+    What the step committed is underlined; a slot's colour fades with its maturity. The first draft that the step
+    checked and rejected stands at the end, after a cross.
     """
     text = Text()
     text.append(visible(prompt), "bold")
@@ -45,6 +46,9 @@ def tail_text(prompt: str, moment: Moment, tokenizer: Tokenizer) -> Text:
         text.append("│", _QUIET)
         text.append(visible(tokenizer.piece(token)).replace("\n", "⏎"), _tint(maturity))
     text.append("│" if moment.tail else "", _QUIET)
+    wrong = [token for token in moment.drafts[moment.committed - 1 : moment.committed] if token >= 0]
+    if wrong and moment.tokens[-1] != tokenizer.end_of_text:
+        text.append(" ✗" + visible(tokenizer.piece(wrong[0])).replace("\n", "⏎"), _QUIET)
     return text
 
 

@@ -36,6 +36,7 @@ class Run {
     this.numSteps = this.committed.length;
     this.numSlots = this.maturity.length;
     this.numCandidates = this.candidates.length / this.tokens.length;
+    this.numDrafts = this.drafts.length / this.numSteps;
     let sum = 0;
     this.before = this.committed.map((count) => (sum += count) - count);
     this.commitStep = this.committed.flatMap((count, step) => Array(count).fill(step));
@@ -226,6 +227,7 @@ class View {
     const place = this.place();
     this.drawText(place);
     this.drawTail(place);
+    this.drawDrafts();
     this.drawAbout(place);
     this.drawCandidates(place);
     this.drawLife(place);
@@ -263,6 +265,16 @@ class View {
       chip.setAttribute('aria-label', `${slotName(slot)}: ${piece.trim() || 'white space'}`);
       chip.tabIndex = isChosen ? 0 : -1;
     });
+  }
+
+  /** What a step checked: the drafts that were right, and after the first that was not, those that no longer counted. */
+  drawDrafts() {
+    const {numDrafts, drafts, committed} = this.run;
+    const step = this.now();
+    const tokens = drafts.slice(step * numDrafts, (step + 1) * numDrafts).filter((token) => token >= 0);
+    this.find('.drafts').hidden = numDrafts === 0;
+    this.find('.drafts').replaceChildren(tokens.length ? 'checked ' : 'nothing to check', ...tokens.flatMap((token, place) => [
+      make('span', place < committed[step] - 1 ? 'word fate' : 'word rejected', ...spell(data.pieces[token])), ' ']));
   }
 
   drawAbout({token, slot}) {

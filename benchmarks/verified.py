@@ -1,0 +1,149 @@
+"""Verified commits: tokens a pass, acceptance and speed over M and K; and the same text as the reference.
+
+    python benchmarks/verified.py --workdir runs/quickstart                      # the table
+    python benchmarks/verified.py --workdir runs/quickstart --compare 10000      # differences from the reference
+
+The reference is immediate projection (K = 1, η = 1) that is told the same K. Each continuation that differs is looked
+at where it first does: how far apart the two nearest tokens are in the reference, as cosines. Another shape of query
+rounds differently, so that near ties may fall either way; those closer than --bound are counted apart.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tokmat_jax.commands.flags import parse, run_script
+from tokmat_jax.config import GenerationConfig
+from tokmat_jax.data.corpus import corpus_of_run
+from tokmat_jax.errors import UserError
+from tokmat_jax.generation.generator import Generator
+
+
+@dataclass(frozen=True)
+class Args:
+    """Measure verified commits of one run."""
+
+    workdir: str
+    """Folder of a maturation run."""
+    tail_lengths: tuple[int, ...] = (4, 8)
+    """K of the table."""
+    num_drafts: tuple[int, ...] = (1, 2, 3)
+    """M of the table; those below each K are tried."""
+    repulsions: tuple[float, ...] = (0.0, 0.4)
+    """ρ of the table."""
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """Rows that write together."""
+    num_prompts: int = 32
+    """Held-out beginnings of the table."""
+    prompt_tokens: int = 32
+    """Tokens of each."""
+    max_new_tokens: int = 64
+    """Tokens that follow each."""
+    compare: int = 0
+    """Continuations that are compared with the reference, instead of the table."""
+    bound: float = 1e-5
+    """Cosines of the two nearest tokens that lie closer than this are a tie."""
+    guidance_scale: float = 1.0
+    """s in --compare."""
+
+
+def beginnings(run: Generator, flags: Args, count: int) -> list[list[int]]:
+    """`count` stretches of held-out text, evenly spread over it."""
+    windows = corpus_of_run(run.config, Path(flags.workdir)).windows("validation")
+    stream = np.concatenate([windows[index]["tokens"] for index in range(len(windows))])
+    starts = np.linspace(0, len(stream) - flags.prompt_tokens, count).astype(int)
+    return [stream[start : start + flags.prompt_tokens].tolist() for start in starts]
+
+
+def reference_of(settings: GenerationConfig) -> GenerationConfig:
+    """Immediate projection, told the K of `settings`."""
+    return dataclasses.replace(settings, tail_length=1, rate=1.0, commit="front",
+                               model_tail_length=settings.tail_length)
+
+
+def timed(run: Generator, prompts: list[list[int]], settings: GenerationConfig, batch_size: int) -> dict[str, Any]:
+    """Tokens a pass, the share of passes that accept each draft, and speed; compiled before it is timed."""
+    run.generate(prompts[:batch_size], settings, batch_size=batch_size)
+    begin = time.perf_counter()
+    samples = run.generate(prompts, settings, batch_size=batch_size)
+    seconds = time.perf_counter() - begin
+    tokens, passes = sum(len(one.tokens) for one in samples), sum(one.passes for one in samples)
+    accepted = (np.sum([one.accepted for one in samples], axis=0) / passes).tolist()
+    return {"tokens_per_pass": tokens / passes, "accepted": accepted, "tokens_per_second": tokens / seconds,
+            "passes_per_second": passes / seconds, "seconds": seconds}
+
+
+def line_of(found: dict[str, Any], plain: float) -> str:
+    """One row; `plain` is the reference's tokens per second."""
+    accepted = " ".join(f"{100 * share:.0f}" for share in found["accepted"])
+    return (f"{found['tokens_per_pass']:6.3f} tokens/pass{found['tokens_per_second']:9.0f} tokens/s "
+            f"({found['tokens_per_second'] / plain:.2f} x){found['passes_per_second']:8.0f} passes/s"
+            + f"   accepted {accepted} %" * bool(accepted))
+
+
+def table(run: Generator, flags: Args) -> list[dict[str, Any]]:
+    """Every setting beside the reference, printed on the way."""
+    prompts, rows = beginnings(run, flags, flags.num_prompts), []
+    for repulsion in flags.repulsions:
+        base = dataclasses.replace(run.settings, repulsion=repulsion, max_new_tokens=flags.max_new_tokens,
+                                   commit="verified", rate=None)
+        for length in flags.tail_lengths:
+            cases = [("reference", reference_of(dataclasses.replace(base, tail_length=length)))]
+            cases += [(f"{draft}, M {count}", dataclasses.replace(
+                base, tail_length=length, max_commit=count + 1, draft=draft))
+                for draft in ("tail", "lookup", "both") for count in flags.num_drafts if count < length]
+            for batch_size in flags.batch_sizes:
+                print(f"repulsion {repulsion:g}, K {length}, batch {batch_size}")
+                plain = None
+                for name, settings in cases:
+                    found = timed(run, prompts, settings, batch_size)
+                    plain = plain or found["tokens_per_second"]
+                    print(f"  {name:14}{line_of(found, plain)}", flush=True)
+                    rows.append({"repulsion": repulsion, "tail_length": length, "batch_size": batch_size, "name": name,
+                                 **found})
+    return rows
+
+
+def compare(run: Generator, flags: Args) -> dict[str, Any]:
+    """How many continuations differ from the reference, and by how much the reference decided where they first do."""
+    prompts = beginnings(run, flags, flags.compare)
+    settings = dataclasses.replace(run.settings, commit="verified", max_commit=4, rate=None,
+                                   max_new_tokens=flags.max_new_tokens, guidance_scale=flags.guidance_scale)
+    plain = reference_of(settings)
+    ours, theirs = (run.generate(prompts, one, batch_size=64) for one in (settings, plain))
+    margins = []
+    for prompt, one, other in zip(prompts, ours, theirs, strict=True):
+        if one.tokens != other.tokens:
+            place = next(index for index, pair in enumerate(zip(one.tokens, other.tokens, strict=False))
+                         if pair[0] != pair[1])
+            cosines = run.record(prompt, plain, num_candidates=2).cosines[place, 0]
+            margins.append(float(cosines[0] - cosines[1]))
+    large = [margin for margin in margins if margin > flags.bound]
+    tokens, passes = sum(len(one.tokens) for one in ours), sum(one.passes for one in ours)
+    print(f"{len(prompts):,} continuations, {tokens:,} tokens, {tokens / passes:.3f} a pass, {run.config.model.dtype}: "
+          f"{len(large)} differ where the two nearest tokens are further apart than {flags.bound:g}; "
+          f"{len(margins) - len(large)} at closer ties (the widest {max(margins, default=0.0):.2g})")
+    return {"continuations": len(prompts), "tokens": tokens, "tokens_per_pass": tokens / passes,
+            "differences": len(large), "ties": len(margins) - len(large), "margins": margins}
+
+
+def main(args: Sequence[str]) -> None:
+    """Prints a table or a comparison, and a line of JSON."""
+    flags = parse(Args, args)
+    run = Generator.from_workdir(flags.workdir)
+    if run.is_autoregressive:
+        raise UserError(f"--workdir: {flags.workdir} is an autoregressive baseline, it has no tail")
+    found = compare(run, flags) if flags.compare else table(run, flags)
+    print(json.dumps({"found": found, "settings": dataclasses.asdict(flags),
+                      "device": jax.devices()[0].device_kind}))
+
+
+if __name__ == "__main__":
+    run_script(main)
