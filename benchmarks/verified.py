@@ -10,7 +10,6 @@ rounds differently, so that near ties may fall either way; those closer than --b
 
 import dataclasses
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,9 @@ import jax
 import numpy as np
 
 from tokmat_jax.commands.flags import parse, run_script
-from tokmat_jax.config import GenerationConfig
 from tokmat_jax.data.corpus import corpus_of_run
 from tokmat_jax.errors import UserError
+from tokmat_jax.evaluation.passes import reference_of, timed, verified_cases
 from tokmat_jax.generation.generator import Generator
 
 
@@ -62,24 +61,6 @@ def beginnings(run: Generator, flags: Args, count: int) -> list[list[int]]:
     return [stream[start : start + flags.prompt_tokens].tolist() for start in starts]
 
 
-def reference_of(settings: GenerationConfig) -> GenerationConfig:
-    """Immediate projection, told the K of `settings`."""
-    return dataclasses.replace(settings, tail_length=1, rate=1.0, commit="front",
-                               model_tail_length=settings.tail_length)
-
-
-def timed(run: Generator, prompts: list[list[int]], settings: GenerationConfig, batch_size: int) -> dict[str, Any]:
-    """Tokens a pass, the share of passes that accept each draft, and speed; compiled before it is timed."""
-    run.generate(prompts[:batch_size], settings, batch_size=batch_size)
-    begin = time.perf_counter()
-    samples = run.generate(prompts, settings, batch_size=batch_size)
-    seconds = time.perf_counter() - begin
-    tokens, passes = sum(len(one.tokens) for one in samples), sum(one.passes for one in samples)
-    accepted = (np.sum([one.accepted for one in samples], axis=0) / passes).tolist()
-    return {"tokens_per_pass": tokens / passes, "accepted": accepted, "tokens_per_second": tokens / seconds,
-            "passes_per_second": passes / seconds, "seconds": seconds}
-
-
 def line_of(found: dict[str, Any], plain: float) -> str:
     """One row; `plain` is the reference's tokens per second."""
     accepted = " ".join(f"{100 * share:.0f}" for share in found["accepted"])
@@ -92,17 +73,13 @@ def table(run: Generator, flags: Args) -> list[dict[str, Any]]:
     """Every setting beside the reference, printed on the way."""
     prompts, rows = beginnings(run, flags, flags.num_prompts), []
     for repulsion in flags.repulsions:
-        base = dataclasses.replace(run.settings, repulsion=repulsion, max_new_tokens=flags.max_new_tokens,
-                                   commit="verified", rate=None)
         for length in flags.tail_lengths:
-            cases = [("reference", reference_of(dataclasses.replace(base, tail_length=length)))]
-            cases += [(f"{draft}, M {count}", dataclasses.replace(
-                base, tail_length=length, max_commit=count + 1, draft=draft))
-                for draft in ("tail", "lookup", "both") for count in flags.num_drafts if count < length]
+            base = dataclasses.replace(run.settings.with_tail_length(length), repulsion=repulsion,
+                                       max_new_tokens=flags.max_new_tokens)
             for batch_size in flags.batch_sizes:
                 print(f"repulsion {repulsion:g}, K {length}, batch {batch_size}")
                 plain = None
-                for name, settings in cases:
+                for name, settings in verified_cases(base, flags.num_drafts).items():
                     found = timed(run, prompts, settings, batch_size)
                     plain = plain or found["tokens_per_second"]
                     print(f"  {name:14}{line_of(found, plain)}", flush=True)
@@ -114,7 +91,7 @@ def table(run: Generator, flags: Args) -> list[dict[str, Any]]:
 def compare(run: Generator, flags: Args) -> dict[str, Any]:
     """How many continuations differ from the reference, and by how much the reference decided where they first do."""
     prompts = beginnings(run, flags, flags.compare)
-    settings = dataclasses.replace(run.settings, commit="verified", max_commit=4, rate=None,
+    settings = dataclasses.replace(run.settings, commit="verified", max_commit=4,
                                    max_new_tokens=flags.max_new_tokens, guidance_scale=flags.guidance_scale)
     plain = reference_of(settings)
     ours, theirs = (run.generate(prompts, one, batch_size=64) for one in (settings, plain))

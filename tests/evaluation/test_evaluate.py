@@ -127,6 +127,8 @@ def test_an_interrupted_report_goes_on_and_is_the_same(reported, runs_dir, tmp_p
     one, two = read(reported), read(tmp_path)
     for data in (one, two):
         del data["seconds"], data["command"]
+        for point in data["verified"]:  # what a clock says
+            del point["tokens_per_second"], point["passes_per_second"]
     assert one == two
 
 

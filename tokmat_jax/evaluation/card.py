@@ -26,6 +26,7 @@ from tokmat_jax.evaluation.methods import (
     table_methods,
 )
 from tokmat_jax.evaluation.pair import Prompts
+from tokmat_jax.evaluation.passes import timed, verified_cases
 from tokmat_jax.evaluation.store import Store
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.keys import seed_key
@@ -35,6 +36,8 @@ from tokmat_jax.storage.npy import open_npy
 _BRIER = {"contexts": 4, "ahead": 4, "samples": 4}
 """Beginnings per prompt, tokens behind each, and independent samples of them."""
 _SCALES = (1.0, 2.0)
+_BATCHES = (1, 8)
+"""Rows that write together if speed is measured."""
 _SHORT_ROWS = ("human", "greedy", "nucleus 0.95", "plain, guidance 2", "plain, repulsion 0.4")
 _SHORT_CURVES = ("temperature", "nucleus", "penalty", "repulsion of the baseline", "repulsion", "guidance",
                  "σ 1, K 1, by α_max")
@@ -84,7 +87,7 @@ class Card:
 
     def num_parts(self) -> int:
         """How many parts there are."""
-        return 2 * len(self.table) + len(self.curves) + len(self.stable) + 9
+        return 2 * len(self.table) + len(self.curves) + len(self.stable) + len(self._verified_cases()) + 9
 
     def data(self, told: Callable[[int, str], None]) -> dict[str, Any]:
         """All parts of the report; what an interrupted evaluation of the same left is taken from the store.
@@ -97,7 +100,8 @@ class Card:
         return {
             "rows": rows, "calibration": self._part("calibration", "calibration", None,
                                                                   self._calibration),
-            "frontier": self._frontier(self.curves), "passes": self._passes(), "figures": figure,
+            "frontier": self._frontier(self.curves), "passes": self._passes(),
+            "verified": self._verified(), "figures": figure,
             "gap": self._part("gap", "gap", None, self._gap),
             "judge": {"is_baseline": self.judge.generator is self.baseline,
                       "num_parameters": num_parameters(self.judge.generator)},
@@ -227,6 +231,27 @@ class Card:
                 "perplexity": float(np.exp(nats.sum() / judge_tokens.sum())) if judge_tokens.sum() else float("nan"),
                 "rep_3": scores.nan_mean(measured["rep_3"]),
                 "periodic_loop": scores.nan_mean(measured["periodic_loop"])})
+        return found
+
+    def _verified_cases(self) -> list[tuple[str, int, GenerationConfig]]:
+        """(name, batch size, settings) of what verified commits are measured in."""
+        if not self.stable:  # there is no room for a tail
+            return []
+        base = dataclasses.replace(GenerationConfig(), max_new_tokens=self.options.max_new_tokens)
+        return [(f"{name}{', repulsion 0.4' * (repulsion > 0)}", batch_size, settings) for repulsion in (0.0, 0.4)
+                for batch_size in _BATCHES
+                for name, settings in verified_cases(dataclasses.replace(base, repulsion=repulsion), (3,)).items()]
+
+    def _verified(self) -> list[dict[str, Any]]:
+        """Tokens a pass and speed of verified commits, on a few of the prompts."""
+        found = []
+        for name, batch_size, settings in self._verified_cases():
+            prompts = self.prompts.ids[: 2 * batch_size]
+            made = self._part(f"verified: {name}, batch {batch_size}", "verified",
+                              [dataclasses.asdict(settings), batch_size],
+                              lambda prompts=prompts, settings=settings, batch_size=batch_size: timed(
+                                  self.run, prompts, settings, batch_size))
+            found.append({"label": name, "batch_size": batch_size, **made})
         return found
 
     # Repetition against perplexity

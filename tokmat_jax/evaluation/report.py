@@ -98,7 +98,19 @@ def _passes(data: Data) -> list[Block]:
         sentences.append(f"{curve}: at most {number(best['tokens_per_pass'])} tokens a pass within 5 % of the judge "
                          f"perplexity of one token a step ({best['label'].removeprefix(curve + ': ')}).")
     table = Table(["", "tokens per pass", "judge perplexity", "Rep-3", "Loop% (periodic)"], rows)
-    return [Heading("Tokens per pass"), Plot("passes"), *map(Paragraph, sentences), table]
+    return [Heading("Tokens per pass"), Plot("passes"), *map(Paragraph, sentences), table, *_verified(data)]
+
+
+def _verified(data: Data) -> list[Block]:
+    """What verified commits gain."""
+    rows = [[point["label"], str(point["batch_size"]), number(point["tokens_per_pass"]),
+             " ".join(number(share, True) for share in point["accepted"]), f"{point['tokens_per_second']:,.0f}",
+             f"{point['passes_per_second']:,.0f}"] for point in data["verified"]]
+    header = ["", "batch", "tokens per pass", "drafts that were right, nearest first", "tokens/s", "passes/s"]
+    return [Heading("Verified commits", 3), Paragraph(
+        "Drafts are checked in the pass that commits the token before them, so that the text is that of the reference, "
+        "immediate projection, whatever the drafts are: the nearest tokens of the slots (tail), what followed when the "
+        "last tokens occurred before (lookup), or both."), Table(header, rows)]
 
 
 def area_interval(area: Data) -> str:
