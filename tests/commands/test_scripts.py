@@ -273,6 +273,16 @@ def test_stable_commits_say_how_many_tokens_a_pass_they_made(runs_dir, tmp_path,
     assert all(row["passes"] == -(-len(row["tokens"]) // 3) for row in written)
 
 
+def test_verified_commits_say_how_often_each_draft_was_right(runs_dir, tmp_path, capsys):
+    shown = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "the cat the cat the", "--commit", "verified",
+                      "--draft", "both", "--max-commit", 3, "--output", tmp_path / "o.jsonl")
+    [row] = rows(tmp_path / "o.jsonl")
+    shares = ", ".join(f"{count / row['passes']:.0%}" for count in row["accepted"])
+    assert f"{len(row['tokens'])} tokens in {row['passes']} passes" in shown.err
+    assert f"drafts that were right, the nearest first: {shares}" in shown.err
+    assert row["passes"] + sum(row["accepted"]) == len(row["tokens"])
+
+
 def test_a_steering_vector_from_a_file_is_the_words(runs_dir, tmp_path, capsys):
     direction = Generator.from_workdir(runs_dir / "run").direction(["sea"])
     np.save(tmp_path / "v.npy", direction.astype(np.float64))
@@ -333,6 +343,11 @@ def test_a_prompt_holds_whatever_does_not_end_its_line(name, write, end, tmp_pat
     (["--prompt", "x", "--steering-slots", "4"], "steering_slots must lie in 0..3 (K = 4), found (4,)"),
     (["--prompt", "x", "--commit", "stable", "--max-commit", "0"], "max_commit must be positive, found 0"),
     (["--prompt", "x", "--commit", "stable", "--tolerance", "0"], "tolerance must be positive, found 0.0"),
+    (["--prompt", "x", "--draft", "lookup"], "--draft says how --commit verified commits: give that too"),
+    (["--prompt", "x", "--max-commit", "2"], "--max-commit says how --commit stable or verified commits"),
+    (["--prompt", "x", "--commit", "verified", "--patience", "2"], "--patience says how --commit stable commits"),
+    (["--prompt", "x", "--commit", "verified", "--model-tail-length", "-1"], "must not be negative, found -1"),
+    (["--prompt", "x", "--entropy-candidates", "0"], "entropy_candidates must be at least 1, found 0"),
     (["--prompt", "x", "--commit", "stable", "--patience", "-1"], "patience must not be negative, found -1"),
     (["--prompt", "x", "--compare", "guidance-scale=2"], "add --show-tail or --html FILE"),
     (["--prompt", "x", "--show-tail", "--compare", "guidance-scale"], "--compare takes NAME=VALUE"),

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from tokmat_jax.config import GenerationConfig
+from tokmat_jax.config import GenerationConfig, TokenizerConfig
+from tokmat_jax.data.tokenizer import make_tokenizer
 from tokmat_jax.generation import cache
+from tokmat_jax.generation.generator import Generator
 from tokmat_jax.generation.reference import generate_by_reference
 from tokmat_jax.method.algorithm import Record, liquid_step, start_decoding
 from tokmat_jax.method.table import look_up
@@ -209,3 +211,67 @@ def test_looked_up_drafts_by_hand():
     ])
     got = look_up_drafts(text, jnp.array([8, 6, 8, 8, 1]), 3)
     np.testing.assert_array_equal(got, [[4, 9, 1], [7, 8, 7], [2, 5, 6], [-1, -1, -1], [-1, -1, -1]])
+
+
+@functools.cache
+def generator():
+    tokenizer = make_tokenizer(TokenizerConfig(kind="bytes"), [])
+    return Generator(tiny.CONFIG, tiny.shaken_params(vocab_size=tokenizer.vocab_size), tokenizer)
+
+
+SETTINGS = GenerationConfig(tail_length=4, commit="verified", max_commit=3, draft="both", repulsion=0.2,
+                            max_new_tokens=10)
+PROMPTS = ["a b a b a b", [5, 6, 5, 6, 5, 6, 5], "the cat", ""]
+
+
+def test_a_generator_writes_the_references_text_and_tells_how():
+    samples = generator().generate(PROMPTS, SETTINGS, num_samples=2)
+    plain = generator().generate(PROMPTS, immediate(SETTINGS), num_samples=2)
+    for one, other in zip(samples, plain, strict=True):
+        assert (one.tokens, one.text, one.finished) == (other.tokens, other.text, other.finished)
+        assert len(one.accepted) == 2
+        assert one.passes + sum(one.accepted) == len(one.tokens)
+        assert other.accepted == []
+    assert sum(one.passes for one in samples) < sum(one.passes for one in plain)
+
+
+def test_streamed_and_recorded_samples_say_what_was_checked():
+    prompt, made = PROMPTS[1], generator()
+    [sample] = made.generate([prompt], SETTINGS)
+    moments = list(made.stream(prompt, SETTINGS))
+    trajectory = made.record(prompt, SETTINGS, num_candidates=2)
+    assert moments[-1].tokens == trajectory.text.tolist() == sample.tokens
+    assert [one.committed for one in moments] == trajectory.committed.tolist()
+    np.testing.assert_array_equal([one.drafts for one in moments], trajectory.drafts)
+    for one in moments:
+        right = one.drafts[: one.committed - 1]
+        assert one.tokens[len(one.tokens) - one.committed :][: len(right)] == right
+        assert len(one.tail) == 4 - one.committed
+
+
+def test_edits_of_the_tail_change_drafts_and_a_pin_the_text():
+    made, prompt = generator(), PROMPTS[2]
+    settings = dataclasses.replace(SETTINGS, draft="tail")
+    text = made.generate([prompt], settings)[0].tokens
+    # The text itself in the slots: the first pass accepts all that it checks.
+    helped = made.replace(made.begin(prompt, settings), 0, text[:3])
+    helped, moment = made.step(helped)
+    assert moment.committed == 3
+    assert moment.tokens == text[:3]
+    other = 7 if text[1] != 7 else 8
+    pinned = made.pin(made.begin(prompt, settings), 1, [other])
+    tokens = []
+    while not pinned.done:
+        pinned, moment = made.step(pinned)
+        tokens = moment.tokens
+    assert tokens[:2] == [text[0], other]
+
+
+def test_another_value_compiles_nothing_and_another_number_of_drafts_does():
+    made = generator()
+    made.generate(PROMPTS[:1], SETTINGS)
+    before = made.compilations()
+    made.generate(PROMPTS[:1], dataclasses.replace(SETTINGS, repulsion=0.3, rate=0.5, tail_noise=0.9))
+    assert made.compilations() == before
+    made.generate(PROMPTS[:1], dataclasses.replace(SETTINGS, max_commit=2))
+    assert made.compilations() > before
