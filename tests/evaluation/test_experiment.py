@@ -121,8 +121,8 @@ def test_stages_count_together_and_the_second_starts_from_the_first(place, monke
 
 
 @pytest.mark.parametrize(("name", "says"), [
-    ("greedy_with_tokens", r"greedy_with_tokens is no fair comparison: train.num_steps is 7, the baseline has 6"),
-    ("wider", r"wider is no fair comparison: model.num_heads is 4, the baseline has 2; .* 'shared'"),
+    ("greedy_with_tokens", r"greedy_with_tokens is not a fair comparison: train.num_steps is 7, the baseline has 6"),
+    ("wider", r"wider is not a fair comparison: model.num_heads is 4, the baseline has 2; .* 'shared'"),
     ("nothing", r"has no experiment 'nothing'; it has plain, noisy"),
 ])
 def test_an_unfair_or_unknown_experiment_is_refused(place, monkeypatch, name, says):
@@ -207,7 +207,7 @@ def test_a_logs_text_may_hold_what_unicode_calls_a_line_separator(tmp_path):
 
 def test_a_log_that_is_none_is_refused_before_anything_is_trained(place, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"experiment": "a", "seed": 0}\n')
-    with pytest.raises(UserError, match="line 1 is no row of an experiment"):
+    with pytest.raises(UserError, match="line 1 is not a row of an experiment"):
         experiment.main(["noisy", "--file", str(place / "all.toml"), "--folder", str(tmp_path), "--log",
                          str(tmp_path / "log.jsonl")])
 
