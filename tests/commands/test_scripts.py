@@ -314,7 +314,7 @@ def test_a_prompt_holds_whatever_does_not_end_its_line(name, write, end, tmp_pat
     (["--prompt", "x", "--steering", "1", "--steering-words", ""], "steering_words must not be blank, found ('',)"),
     (["--prompt", "x", "--steering", "1", "--steering-words", "\udcff"], "is no word"),
     (["--prompt", "x", "--steering", "1e39", "--steering-words", "sea"], "must lie within ±1,000,000, found 1e+39"),
-    (["--prompt", "x", "--steering", "1", "--steering-words", "a", "--steering-vector", "x.npy"], "both set the direction"),
+    (["--prompt", "x", "--steering", "1", "--steering-words", "a", "--steering-vector", "x.npy"], "both set"),
     (["--prompt", "x", "--steering-slots", "1"], "--steering-slots does nothing by itself"),
     (["--prompt", "x", "--patience", "2"], "--patience has no effect without --commit stable: add it"),
     (["--prompt", "x", "--commit", "stable", "--patience", "99999999999"], "must lie within ±1,000,000"),
