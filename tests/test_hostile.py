@@ -309,7 +309,7 @@ def test_a_trajectorys_members_that_say_less_than_they_hold_are_cut(tmp_path):
     size = len(npy_header((3, 2, 4))) + 192
     for claimed in (0, size - 8, size + 8, 2**31):
         (tmp_path / "t.npz").write_bytes(whole.replace(struct.pack("<I", size), struct.pack("<I", claimed)))
-        refused(load_trajectory, tmp_path / "t.npz", says="t.npz is not a trajectory")
+        refused(load_trajectory, tmp_path / "t.npz", says="t.npz is no trajectory")
 
 
 def test_a_tokenizer_has_no_id_of_any_size(tmp_path):

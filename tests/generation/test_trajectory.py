@@ -77,7 +77,7 @@ def test_saved_and_read_again_it_is_the_same_and_damage_is_named(tmp_path):
     np.save(tmp_path / "array.npy", np.zeros(3))
     dataclasses.replace(made_by_hand(), entropy=np.zeros((4, 2))).save(tmp_path / "other.npz")
     for name in ("half.npz", "none.npz", "empty.npz", "array.npy", "other.npz"):
-        with pytest.raises(UserError, match="is not a trajectory"):
+        with pytest.raises(UserError, match="is no trajectory"):
             load_trajectory(tmp_path / name)
     rng = np.random.default_rng(0)
     for _ in range(300):

@@ -73,5 +73,5 @@ def load_trajectory(path: str | Path) -> Trajectory:
     if any(shapes[name] != shape for name, shape in wanted.items()) or len(shapes["prompt"]) != 1 or any(
             len(shapes[name]) != 3 or shapes[name][:2] != (steps, slots) for name in ("candidates", "vectors")) or (
                 len(shapes["drafts"]) != 2 or (shapes["drafts"] != (0, 0) and shapes["drafts"][0] != steps)):
-        raise UserError(f"{path} is not a trajectory: the shapes of its arrays do not match, {shapes}")
+        raise UserError(f"{path} is no trajectory: the shapes of its arrays do not match, {shapes}")
     return found
