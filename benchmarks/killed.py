@@ -174,7 +174,7 @@ def main(words: Sequence[str]) -> None:
             finish(folder, run, args)
             wrong = differing(expected, last_state(folder / run))
             wrong += [f"half-written {path.name}" for path in half_written(folder / run)]
-            wrong += [f"process {index} did not go on from the newest" for index, one in enumerate(kills, 1)
+            wrong += [f"process {index} did not resume from the newest" for index, one in enumerate(kills, 1)
                       if not one["went_on"]]
             print(f"run {number:2}: killed at step " + " and ".join(
                 f"{(one['steps'] or [0])[-1]:3} while {'saving' if one['saving'] else kind}"

@@ -129,7 +129,7 @@ def compare(run: Generator, flags: Args) -> dict[str, Any]:
     large = [margin for margin in margins if margin > flags.bound]
     tokens, passes = sum(len(one.tokens) for one in ours), sum(one.passes for one in ours)
     print(f"{len(prompts):,} continuations, {tokens:,} tokens, {tokens / passes:.3f} a pass, {run.config.model.dtype}: "
-          f"{len(large)} differ where the two nearest tokens are further apart than {flags.bound:g}; "
+          f"{len(large)} differ although the two nearest tokens are further apart than {flags.bound:g}; "
           f"{len(margins) - len(large)} at closer ties (the widest {max(margins, default=0.0):.2g})")
     return {"continuations": len(prompts), "tokens": tokens, "tokens_per_pass": tokens / passes,
             "differences": len(large), "ties": len(margins) - len(large), "margins": margins}

@@ -154,7 +154,7 @@ class Stage:
         if self.is_done():
             return
         if run_command([sys.executable, "-m", "tokmat_jax", "train", *self.flags]) != 0:
-            raise UserError(f"training {self.workdir} failed, see above; the same command goes on from there")
+            raise UserError(f"training {self.workdir} failed, see above; run the same command again to continue")
 
 
 def run_command(words: Sequence[str]) -> int:

@@ -18,9 +18,9 @@ class Point:
 
     label: str
     repetition: float
-    """In [0, 1]; lower is better."""
+    """Repetition in [0, 1]; lower is better."""
     perplexity: float
-    """Under a judge, > 0; lower is better."""
+    """Perplexity under a judge, > 0; lower is better."""
 
 
 @dataclass(frozen=True)

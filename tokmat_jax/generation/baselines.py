@@ -36,7 +36,7 @@ class Continuation:
     """The continuation of one prompt."""
 
     text: str
-    """What the tokens add to the text of the prompt's ids (`Tokenizer.split`), without end-of-text."""
+    """Text that the tokens add to that of the prompt's ids (`Tokenizer.split`), without end-of-text."""
     tokens: list[int]
     """Ids, at least one; the last one is end-of-text if `finished`."""
     log_probs: list[float]
@@ -67,7 +67,7 @@ class Baselines:
             self._trace_contrast, static_argnames=("top_k", "num_steps"), donate_argnames="state")
 
     def compilations(self) -> int:
-        """How many shapes have been compiled so far."""
+        """Number of shapes compiled so far."""
         return self._compilations
 
     def sample(

@@ -87,7 +87,7 @@ class Generator:
         return settings_of(self.config)
 
     def compilations(self) -> int:
-        """How many shapes have been compiled so far."""
+        """Number of shapes compiled so far."""
         return self.programs.traced.total()
 
     def generate(

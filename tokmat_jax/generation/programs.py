@@ -25,7 +25,7 @@ class Programs:
     config: Config
     end_of_text: int
     traced: Counter[str] = field(default_factory=Counter, init=False)
-    """How often each program has been compiled."""
+    """Number of compilations of each program."""
 
     @functools.cached_property
     def prefill(self):

@@ -21,7 +21,7 @@ class Sample:
     number: int
     """Index of the sample among those of its prompt, from 0."""
     text: str
-    """What the new tokens add to the text of the prompt's ids (`Tokenizer.split`), without end-of-text."""
+    """Text that the new tokens add to that of the prompt's ids (`Tokenizer.split`), without end-of-text."""
     tokens: list[int]
     """Committed ids; the last one is end-of-text if `finished`."""
     entropy: list[float]
