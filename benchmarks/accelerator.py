@@ -1,28 +1,28 @@
-"""A GPU or a TPU: training as a share of what the device multiplies, decoding against a roofline, cuDNN's attention.
+"""A GPU or a TPU: training as a share of the measured peak, decoding against a roofline, cuDNN's attention.
 
     python benchmarks/accelerator.py
 
-What the device can do is measured in the same call: operations per second of large square bfloat16 products, and bytes
-per second of an array that is read and written. Nothing that is timed includes a compilation.
+The peak of the device is measured in the same call: operations per second of large square bfloat16 products, and bytes
+per second when an array is read and written. Timings never include a compilation.
 
 Training (350M class, bfloat16, uniform negatives) counts, per token,
 
     6 · weights + 12 · L · T · d
 
-operations, where `weights` are those of the matrices that a token passes (blocks, conditioning, head) and the rows of
-sampled negatives that it is compared with; the rest of the table is looked up, not multiplied. That is the usual
-count, in which attention sees all T positions. A causal one sees (T + 1) / 2 of them on average: `causal` counts those,
-as `train.py` does (tokmat_jax/throughput.py). What is computed again in the backward pass is in neither.
+operations. `weights` counts the matrices that a token passes (blocks, conditioning, head) and the rows of sampled
+negatives that it is compared with; the rest of the table is looked up, not multiplied. This is the usual count, in
+which attention sees all T positions. Causal attention sees (T + 1) / 2 of them on average: `causal` counts those, as
+`train.py` does (tokmat_jax/throughput.py). Neither counts recomputation in the backward pass.
 
 A step of decoding takes at least the larger of
 
-    (weights + table + keys and values that are seen) in bytes / bytes per second
+    (weights + table + visible keys and values) in bytes / bytes per second
     (2 · weights · B · K + 2 · V · d · B + 4 · L · H · D · K · (S + K) · B) / operations per second
 
-with weights, keys and values of 2 bytes (bfloat16) and a table of 4, since tokens are read in float32. S is the history
-in the middle of the round. The last column is how many times that a step takes.
+with 2 bytes (bfloat16) per weight, key and value and 4 per number of the table, since tokens are read in float32. S is
+the history in the middle of the round. The last column is the measured time of a step divided by this bound.
 
-On NVIDIA GPUs, training with cuDNN's attention and with XLA's take turns. A line of JSON follows the card.
+On NVIDIA GPUs, training alternates between cuDNN's attention and XLA's. A line of JSON follows the card.
 """
 
 import dataclasses
@@ -76,11 +76,11 @@ class Args:
     steps: int = 8
     """Training steps of a round."""
     history: int = 256
-    """S, committed positions in front of a round of decoding."""
+    """S, committed positions before a round of decoding."""
     new_tokens: int = 16
     """Tokens of a round of decoding."""
     rounds: int = 7
-    """Rounds of everything."""
+    """Rounds of every measurement."""
 
 
 def config_of(flags: Args) -> Config:
@@ -95,12 +95,12 @@ def config_of(flags: Args) -> Config:
 
 
 def with_attention(config: Config, kernel: AttentionKernel) -> Config:
-    """`config` with another kernel."""
+    """`config` with `kernel` for attention."""
     return dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention=kernel))
 
 
 def repeated(work: Callable[[], Any], count: int) -> Callable[[], None]:
-    """`work` many times, which the device is told without waiting in between."""
+    """`work` repeated `count` times, dispatched to the device without waiting in between."""
     def run() -> None:
         last = None
         for _ in range(count):
@@ -111,7 +111,7 @@ def repeated(work: Callable[[], Any], count: int) -> Callable[[], None]:
 
 
 def matmul_peak(sizes: Sequence[int], rounds: int, count: int = 20) -> dict[str, Any]:
-    """`flops`, the most operations per second of square bfloat16 products, and those of each of `sizes`."""
+    """`flops`, the highest operations per second of square bfloat16 products, and the figure for each of `sizes`."""
     multiply = jax.jit(jnp.matmul)
     works = {}
     for size in sizes:
@@ -123,9 +123,9 @@ def matmul_peak(sizes: Sequence[int], rounds: int, count: int = 20) -> dict[str,
 
 
 def copy_bandwidth(size: int, rounds: int, count: int = 20) -> float:
-    """Bytes per second of an array of `size` bytes that is read once and written once."""
+    """Bytes per second for an array of `size` bytes that is read once and written once."""
     array = jnp.zeros(size // 4, jnp.float32)
-    # A plain copy may be left out or aliased.
+    # XLA may remove or alias a plain copy.
     add = jax.jit(lambda x: x + 1.0)
     found = take_turns({"copy": repeated(lambda: add(array), count)}, rounds)
     return 2.0 * array.nbytes * count / median(found, "copy")
@@ -133,7 +133,7 @@ def copy_bandwidth(size: int, rounds: int, count: int = 20) -> float:
 
 def training_flops(config: Config, vocab_size: int) -> dict[str, float]:
     """Operations of a training step per token: `weights`, `negatives` and `attention` of the formula above, their
-    `total`, and `causal`, the total when attention counts what it sees."""
+    `total`, and `causal`, the total if attention counts only visible positions."""
     model = config.model
     rows = 6.0 * config.objective.num_negatives * model.embed_dim
     weights = 6.0 * matrix_weights(config, vocab_size) - rows
@@ -143,7 +143,7 @@ def training_flops(config: Config, vocab_size: int) -> dict[str, float]:
 
 
 def training(config: Config, vocab_size: int, steps: int) -> Callable[[], None]:
-    """`steps` training steps on one batch that lies on the devices already."""
+    """`steps` training steps on one batch that is already on the devices."""
     mesh = make_mesh(config.mesh)
     rows, shape = slice(0, config.train.batch_size), (config.train.batch_size, config.data.seq_len)
     ids = np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.int32)
@@ -179,21 +179,21 @@ def measure_training(
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least that a step of decoding takes."""
+    """Lower bound for a step of decoding."""
 
     bytes: float
-    """What must be read."""
+    """Bytes that must be read."""
     flops: float
-    """What must be computed."""
+    """Operations that must be computed."""
     seconds: float
-    """The longer of the two."""
+    """The longer of the two resulting times."""
 
 
 def roofline(
     model: ModelConfig, vocab_size: int, batch_size: int, tail_length: int, history: float, bandwidth: float,
     peak: float,
 ) -> Roofline:
-    """The formula above, for `batch_size` rows behind `history` positions each."""
+    """The formula above, for `batch_size` rows with a history of `history` positions each."""
     operations = step_flops(model, vocab_size, tail_length, history)
     seen = 2.0 * batch_size * history * model.num_layers * model.kv_heads * model.head_size
     moved = 2.0 * step_weights(model) + 4.0 * vocab_size * model.embed_dim + 2.0 * seen
@@ -205,7 +205,7 @@ def measure_decoding(
     config: Config, vocab_size: int, batch_size: int, tail_length: int, history: int, new_tokens: int, rounds: int,
     bandwidth: float, peak: float,
 ) -> dict[str, Any]:
-    """Seconds of a step, its roofline, written down before it is timed, and the one over the other."""
+    """Seconds of a step, its roofline, which is computed before the timing, and their ratio."""
     least = roofline(config.model, vocab_size, batch_size, tail_length, history + (new_tokens - 1) / 2, bandwidth, peak)
     settings = GenerationConfig(tail_length=tail_length, max_new_tokens=new_tokens)
     generator = make_generator(config, vocab_size)
@@ -217,7 +217,7 @@ def measure_decoding(
 
 
 def print_training(measured: dict[str, Any]) -> None:
-    """The card's part on training."""
+    """Prints the card's part on training."""
     flops = measured["flops_per_token"]
     print(f"  {flops['total'] / 1e9:.3f} GFLOP per token: weights {flops['weights'] / 1e9:.3f}, negatives "
           f"{flops['negatives'] / 1e9:.3f}, attention {flops['attention'] / 1e9:.3f}; causal "
@@ -230,7 +230,7 @@ def print_training(measured: dict[str, Any]) -> None:
 
 
 def print_decoding(row: dict[str, Any]) -> None:
-    """A line of the card's part on decoding."""
+    """Prints a line of the card's part on decoding."""
     least = row["roofline"]
     print(f"  {row['batch_size']:5}{row['tail_length']:5}{least['bytes'] / 1e9:10.2f} GB"
           f"{least['flops'] / 1e12:12.4f} TFLOP{1e3 * least['seconds']:9.3f} ms{1e3 * row['seconds']:11.3f} ms"
@@ -238,7 +238,7 @@ def print_decoding(row: dict[str, Any]) -> None:
 
 
 def main(args: Sequence[str]) -> None:
-    """Prints the card; raises UserError where there is no accelerator."""
+    """Prints the card; raises UserError if there is no accelerator."""
     flags = parse(Args, args)
     if jax.default_backend() == "cpu":
         raise UserError("needs an accelerator, found cpu")

@@ -1,10 +1,10 @@
-"""Reading batches against training on them: how much faster the loader delivers tokens than a step consumes them.
+"""Reading against training: how much faster the loader delivers tokens than a training step consumes them.
 
     pip install -e '.[quickstart]' && python benchmarks/data_reading.py
 
-Rounds of batches from the prepared corpus and rounds of training steps of the same config take turns in one process.
-The loader reads ahead, 32 batches at most, also while steps are timed: a round of batches is long beside that. A card
-is followed by a line of JSON.
+One process alternates between rounds of batches from the prepared corpus and rounds of training steps of the same
+config. The loader reads up to 32 batches ahead, also while steps are timed; a round of batches is much longer than
+that. A line of JSON follows the card.
 """
 
 import json
@@ -32,17 +32,17 @@ class Args:
     """Time reading against training."""
 
     config: str = "configs/quickstart.py"
-    """Config whose corpus is read and whose step is timed."""
+    """Config that gives the corpus to read and the step to time."""
     batches: int = 1024
-    """Batches of a round."""
+    """Batches per round."""
     steps: int = 8
-    """Training steps of a round."""
+    """Training steps per round."""
     rounds: int = 7
-    """Rounds of each."""
+    """Rounds of reading and of training."""
 
 
 def reading(config: Config, corpus: Corpus, count: int) -> Callable[[], None]:
-    """`count` batches of one process, as `train.py` asks for them."""
+    """`count` batches of one process, requested as in `train.py`."""
     rows = process_rows(make_mesh(config.mesh), config.train.batch_size)
     batches = train_batches(corpus.windows("train"), config.train.batch_size, config.train.seed, rows)
 
@@ -54,7 +54,7 @@ def reading(config: Config, corpus: Corpus, count: int) -> Callable[[], None]:
 
 
 def training(config: Config, corpus: Corpus, count: int) -> Callable[[], None]:
-    """`count` steps on one batch that lies on the devices already."""
+    """`count` steps on one batch that is already on the devices."""
     mesh = make_mesh(config.mesh)
     rows = process_rows(mesh, config.train.batch_size)
     ids = next(train_batches(corpus.windows("train"), config.train.batch_size, config.train.seed, rows))
@@ -74,7 +74,7 @@ def training(config: Config, corpus: Corpus, count: int) -> Callable[[], None]:
 
 
 def measure(config: Config, flags: Args) -> dict[str, Any]:
-    """Tokens per second of both, and their ratio round by round."""
+    """Tokens per second of both, and their ratio in each round."""
     corpus = prepare(config)
     found = take_turns({"reading": reading(config, corpus, flags.batches),
                         "training": training(config, corpus, flags.steps)}, flags.rounds)

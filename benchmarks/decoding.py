@@ -1,17 +1,17 @@
-"""Decoding: cached against naive, ours against `transformers` in torch, and what a tail and guidance cost.
+"""Decoding: cached against naive, ours against `transformers` in torch, and the cost of a tail and of guidance.
 
     pip install -e '.[parity]' && python benchmarks/decoding.py
 
-The same shape (GPT-2 small unless told otherwise, with random weights), tokens and machine, in float32. The contestants
-of a comparison take turns, each in a process of its own; a card is followed by a line of JSON.
+All contestants use the same shape (by default GPT-2 small with random weights), tokens and machine, in float32. They
+take turns, each in its own process; a line of JSON follows the card.
 
-Cached and naive both go on behind a history that stands: the prompt's pass, which one of them never makes alone, is in
-neither time. The naive decoder (tokmat_jax/generation/reference.py) is given a jitted forward that fills its sequences
-up to one length, so that it compiles once and not at every step. It also reads all K slots against the vocabulary where
-only the front is needed; `whole` leaves that out, too: one compiled step that runs the whole sequence again and reads
-the front.
+Cached and naive both continue from an existing history: the pass over the prompt, which the naive decoder never makes
+separately, is in neither time. The naive decoder (tokmat_jax/generation/reference.py) gets a jitted forward that pads
+its sequences to one length, so that it compiles once and not at every step. It also compares all K slots to the
+vocabulary although only the front is needed. `whole` avoids that, too: one compiled step that runs the whole sequence
+again and reads only the front.
 
-The other comparisons are of whole generations, prompt included, with as many tokens on either side.
+The other comparisons are of whole generations, prompt included, with the same number of tokens on both sides.
 """
 
 import functools
@@ -56,23 +56,23 @@ class Args:
     tail_length: int = 16
     """K."""
     history: int = 256
-    """S, committed positions in front of cached and naive."""
+    """S, committed positions before a round of cached and naive."""
     naive_tokens: int = 16
-    """Tokens of a round of cached and naive."""
+    """Tokens per round of cached and naive."""
     prompt_tokens: int = 16
-    """Ids in front of the others."""
+    """Ids in the prompt of the others."""
     new_tokens: int = 48
-    """Tokens of a round of the others."""
+    """Tokens per round of the others."""
     rounds: int = 5
-    """Rounds of each."""
+    """Rounds per contestant."""
     torch: bool = True
-    """Whether `transformers` takes part."""
+    """Include `transformers`."""
     contestant: str | None = None
-    """Used between the processes of a benchmark."""
+    """Internal: passed from the benchmark to its processes."""
 
 
 class Numbers:
-    """A tokenizer for models that speak in numbers; nothing ends a sample before its budget."""
+    """A tokenizer whose tokens are numbers; no token ends a sample before its budget."""
 
     end_of_text = -1
     prefix = ()
@@ -88,7 +88,7 @@ class Numbers:
 
 
 def make_generator(config: Config, vocab_size: int) -> Generator:
-    """A Generator with random weights, whose blocks stand apart as those of a run do."""
+    """A Generator with random weights, with one parameter tree per block, as after loading a run."""
     params = jax.jit(lambda key: init_params(key, config, vocab_size))(seed_key(0))
     params["backbone"] = jax.jit(unstack_blocks)(params["backbone"])
     return Generator(config, params, Numbers(vocab_size))  # pyright: ignore[reportArgumentType]
@@ -100,7 +100,7 @@ def prompts_of(vocab_size: int, batch_size: int, length: int) -> list[list[int]]
 
 
 class Stepping:
-    """The steps of `Generator.generate` behind prompts that have been read: `self()` makes them all, in one scan."""
+    """The steps of `Generator.generate` after prompts that were already read: `self()` runs them all in one scan."""
 
     def __init__(self, generator: Generator, prompts: list[list[int]], settings: GenerationConfig):
         self._generator, self._count = generator, settings.max_new_tokens
@@ -108,12 +108,12 @@ class Stepping:
 
     @property
     def capacity(self) -> int:
-        """Positions of the history, those that are not filled included."""
+        """Positions of the history, including unused ones."""
         return self._state.memory[0].capacity
 
     def __call__(self) -> np.ndarray:
         """Tokens [steps, B]."""
-        # `step`, since `advance` would consume the state that every round begins from.
+        # `step`, since `advance` would donate the state from which every round starts.
         ours = self._generator
         _, step = ours.programs.step(ours.backbone, ours.vocabulary, self._state, self._tail, num_steps=self._count,
                                      record=Record())
@@ -127,14 +127,14 @@ def config_of(flags: Args) -> Config:
 
 
 def behind_history(flags: Args) -> tuple[Generator, list[int], GenerationConfig]:
-    """What cached, naive and whole go on from."""
+    """The state from which cached, naive and whole continue: generator, ids of the history, and settings."""
     prompt = prompts_of(flags.vocab_size, 1, flags.history)[0]
     settings = GenerationConfig(tail_length=flags.tail_length, max_new_tokens=flags.naive_tokens)
     return make_generator(config_of(flags), flags.vocab_size), prompt, settings
 
 
 def cached(flags: Args) -> Callable[[], list[int]]:
-    """The library's steps."""
+    """The library's cached steps."""
     generator, prompt, settings = behind_history(flags)
     steps = Stepping(generator, [prompt], settings)
 
@@ -145,7 +145,7 @@ def cached(flags: Args) -> Callable[[], list[int]]:
 
 
 def padded(forward: Forward, size: int) -> Forward:
-    """`forward` over sequences filled up to `size`: attention is causal and what fills up comes last."""
+    """`forward` over sequences padded to `size`. Padding comes last and attention is causal, so it has no effect."""
     compiled = jax.jit(forward)
 
     def fill(params: Params, z, maturity, tail_length, positions, mask):
@@ -166,7 +166,7 @@ def most_positions(flags: Args) -> int:
 
 
 def naive(flags: Args) -> Callable[[], list[int]]:
-    """Algorithm 1 as it reads, with the same noise."""
+    """The naive Algorithm 1, with the same noise."""
     generator, prompt, settings = behind_history(flags)
     tail, key = generator._tail(settings, None), key_of(generator, prompt, settings)
     forward = padded(make_forward(generator.config), most_positions(flags))
@@ -179,15 +179,15 @@ def naive(flags: Args) -> Callable[[], list[int]]:
 
 
 def key_of(generator: Generator, prompt: list[int], settings: GenerationConfig) -> jax.Array:
-    """What decides the noise of the sample that the library makes of `prompt`."""
+    """The key of the noise in the library's sample of `prompt`."""
     rows = generator.rows([prompt], settings)
     batch = make_batch(rows, settings.max_new_tokens, 0, generator.config.max_positions, 0)
     return sample_key(jnp.asarray(batch.names[0]))
 
 
 def whole(flags: Args) -> Callable[[], list[int]]:
-    """The least that a decoder without a cache does for a token, as often as there are tokens: the whole sequence
-    through the model and the front against the vocabulary. What it says is no text."""
+    """The minimal work per token of a decoder without a cache, repeated for each token: the whole sequence through the
+    model, and the front against the vocabulary. The output is not meaningful text."""
     generator, prompt, settings = behind_history(flags)
     size, forward = most_positions(flags), make_forward(generator.config)
     tail: Tail = generator._tail(settings, None)
@@ -218,7 +218,7 @@ def in_torch(flags: Args, batch_size: int) -> Callable[[], list[list[int]]]:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    # Without an end-of-text that never comes, so that no time goes into ruling it out.
+    # No end-of-text token: it never occurs, and no time is spent on masking it.
     model: Any = GPT2LMHeadModel(GPT2Config(
         vocab_size=flags.vocab_size, n_positions=flags.max_positions, n_embd=flags.embed_dim, n_layer=flags.num_layers,
         n_head=flags.num_heads, bos_token_id=None, eos_token_id=None))
@@ -248,7 +248,7 @@ CONTESTANTS: dict[str, Callable[[Args], Callable[[], Any]]] = {
 
 
 def compare(names: Sequence[str], flags: Args, tokens: int) -> dict[str, dict[str, Any]]:
-    """Lets `names` take turns and prints what a token of a row costs each."""
+    """Lets `names` take turns and prints the time of each per token of a row."""
     found = alternate(__file__, names, words_of(flags), flags.rounds)
     for name in names:
         print(f"  {name:16}{1e3 * median(found, name) / tokens:10.1f} ms/token of each row"
@@ -257,7 +257,7 @@ def compare(names: Sequence[str], flags: Args, tokens: int) -> dict[str, dict[st
 
 
 def main(args: Sequence[str]) -> None:
-    """Prints the card, or is one of those it compares."""
+    """Prints the card, or runs as one of the contestants."""
     flags = parse(Args, args)
     if flags.contestant is not None:
         serve(CONTESTANTS[flags.contestant](flags))
@@ -267,7 +267,7 @@ def main(args: Sequence[str]) -> None:
     found = compare(("cached", "naive", "whole"), flags, flags.naive_tokens)
     ratios = {"cached_to_naive": ratio(found, "cached", "naive"), "cached_to_whole": ratio(found, "cached", "whole")}
     print_ratio("cached against naive", ratios["cached_to_naive"], 8.0)
-    print(f"  cached against the whole sequence through the model, and no more: "
+    print(f"  cached against one pass of the model over the whole sequence: "
           f"{ratios['cached_to_whole']['median']:.2f} ×")
     print(f"  {flags.prompt_tokens} ids in front, {flags.new_tokens} tokens:")
     turn = functools.partial(compare, flags=flags, tokens=flags.new_tokens)

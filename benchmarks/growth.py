@@ -1,14 +1,14 @@
-"""What grows: the time of a token with the history behind it, and a training step over more devices.
+"""Growth: the time per token with the length of the history, and a training step over more devices.
 
     python benchmarks/growth.py
 
-Decoding: K slots behind histories of several lengths, which take turns; only the steps are timed, not the prompt's
-pass. A history is as long as its capacity (a power of two, `buckets.py`), since what is not visible is scored all the
-same; from operations alone a token's time would grow as "by operations" says, and attention's own are the share of them
-that depends on the history.
+Decoding: K slots after histories of several lengths, which take turns; only the steps are timed, not the pass over the
+prompt. A history is as long as its capacity (a power of two, `buckets.py`), since invisible positions are scored as
+well. "by operations" is the growth of the time per token if it were proportional to operations; only the operations of
+attention depend on the history.
 
-Training: the same batches over 1 to 8 devices that one CPU pretends to be. They share its cores, so that no speed is
-expected of them, but the losses are the same and each compiles once. A line of JSON follows the card.
+Training: the same batches over 1 to 8 devices that one CPU simulates. They share its cores, so they are not expected to
+be faster, but the losses must be equal and each must compile once. A line of JSON follows the card.
 """
 
 import json
@@ -50,17 +50,17 @@ class Args:
     tail_length: int = 16
     """K."""
     shortest: int = 64
-    """Shortest history; the others are as long times a power of 4."""
+    """Shortest history; the others are longer by powers of 4."""
     longest: int = 1024
     """Longest history."""
     new_tokens: int = 16
-    """Tokens of a round."""
+    """Tokens per round."""
     rounds: int = 9
-    """Rounds of each history."""
+    """Rounds per history."""
     steps: int = 3
-    """Training steps over each number of devices."""
+    """Training steps for each number of devices."""
     devices: int | None = None
-    """Used between the processes of a benchmark."""
+    """Internal: passed from the benchmark to its processes."""
 
 
 def histories(flags: Args) -> list[int]:
@@ -72,8 +72,7 @@ def histories(flags: Args) -> list[int]:
 
 
 def step_weights(model: ModelConfig) -> int:
-    """Weights of the matrices that a query passes in decoding: of the blocks (with GELU), the conditioning and the
-    head."""
+    """Number of weights in the matrices that a query passes in decoding: blocks (with GELU), conditioning and head."""
     size = model.embed_dim
     block = 2 * size * (model.head_size * (model.num_heads + model.kv_heads) + model.mlp_size)
     return model.num_layers * block + 3 * size * size
@@ -82,8 +81,8 @@ def step_weights(model: ModelConfig) -> int:
 def step_flops(model: ModelConfig, vocab_size: int, tail_length: int, history: float) -> dict[str, float]:
     """Operations of a step of one row: `attention` over `history` and the K slots, and the `rest`.
 
-    Two per weight and query, and two per number of the vocabulary table for the front; attention's products with keys
-    and with values take 4 H D per query and key.
+    Two per weight and query, and two per entry of the vocabulary table for the front. The products of attention with
+    keys and with values take 4 H D per query and key.
     """
     width = model.num_heads * model.head_size
     return {"attention": 4.0 * model.num_layers * width * tail_length * (history + tail_length),
@@ -91,7 +90,7 @@ def step_flops(model: ModelConfig, vocab_size: int, tail_length: int, history: f
 
 
 def over_history(flags: Args) -> dict[str, Any]:
-    """Time of a token behind each history, printed on the way."""
+    """Measures and prints the time per token after each history."""
     model = ModelConfig(embed_dim=flags.embed_dim, num_layers=flags.num_layers, num_heads=flags.num_heads)
     lengths = histories(flags)
     config = Config(data=DataConfig(seq_len=lengths[-1] + flags.new_tokens + flags.tail_length), model=model)
@@ -118,13 +117,13 @@ def over_history(flags: Args) -> dict[str, Any]:
 
 
 def small_config() -> Config:
-    """What is trained over devices."""
+    """The config that is trained over several devices."""
     return Config(data=DataConfig(seq_len=64), model=ModelConfig(embed_dim=64, num_layers=2, num_heads=4),
                   objective=ObjectiveConfig(num_negatives=64), train=TrainConfig(batch_size=8))
 
 
 def train_here(config: Config, vocab_size: int, steps: int) -> dict[str, Any]:
-    """The losses of `steps` updates over all devices of this process, and how often the step was compiled."""
+    """The losses of `steps` updates over all devices of this process, and the number of compilations of the step."""
     mesh = make_mesh(config.mesh)
     rng = np.random.default_rng(0)
     unigram = np.full(vocab_size, 1 / vocab_size, np.float32)
@@ -141,14 +140,14 @@ def train_here(config: Config, vocab_size: int, steps: int) -> dict[str, Any]:
 
 
 def pretended(count: int) -> dict[str, str]:
-    """The environment of a process whose CPU is `count` devices."""
+    """Environment variables of a process in which the CPU simulates `count` devices."""
     flag = "--xla_force_host_platform_device_count"
     others = [word for word in os.environ.get("XLA_FLAGS", "").split() if not word.startswith(flag)]
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join([*others, f"{flag}={count}"])}
 
 
 def train_over(count: int, flags: Args) -> dict[str, Any]:
-    """`train_here` in a process with `count` devices."""
+    """Runs `train_here` in a process with `count` devices."""
     command = [sys.executable, __file__, *words_of(flags), "--devices", str(count)]
     done = subprocess.run(command, env=pretended(count), text=True, stdout=subprocess.PIPE, check=False)
     if done.returncode:
@@ -157,7 +156,7 @@ def train_over(count: int, flags: Args) -> dict[str, Any]:
 
 
 def over_devices(flags: Args) -> list[dict[str, Any]]:
-    """Training over each number of devices, printed on the way."""
+    """Trains over each number of devices and prints the results."""
     print(f"training, {flags.steps} steps of one batch of {small_config().train.batch_size} over pretended devices\n"
           f"   devices   compilations   last loss   from that of one device (aim ≤ {ACCURACY:g})")
     rows: list[dict[str, Any]] = []
@@ -172,7 +171,7 @@ def over_devices(flags: Args) -> list[dict[str, Any]]:
 
 
 def main(args: Sequence[str]) -> None:
-    """Prints the card, or is one of those it compares."""
+    """Prints the card, or runs as one of its processes."""
     flags = parse(Args, args)
     if flags.devices is not None:
         print(json.dumps(train_here(small_config(), 512, flags.steps)))

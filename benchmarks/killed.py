@@ -1,13 +1,13 @@
-"""What a training run loses to a machine that dies: nothing.
+"""Checks that a training run loses nothing if its machine dies.
 
     python benchmarks/killed.py --times 20
 
-A run of `train.py` is made once without disturbance. Then, again and again, the same run is killed (SIGKILL) at a
-random moment, its second process too, and the third one lets it end: in turn while it starts, at a random step, and
-while a checkpoint is being written. Each process must go on from the newest complete checkpoint, no half-written one
-may be listed or left, and the last parameters, the optimiser's state and the position in the data must be those of the
+First, `train.py` runs once without interruption. Then the same run is repeated: its first and second process are killed
+(SIGKILL), and the third one runs to the end. The kills happen in turn during the start, at a random step, and while a
+checkpoint is being written. Each process must continue from the newest complete checkpoint, no half-written checkpoint
+may be listed or left over, and the final parameters, optimiser state and data position must equal those of the
 undisturbed run, bit by bit.
-A line of JSON follows the card; the exit code is 2 where anything was lost.
+A line of JSON follows the card; the exit code is 2 if anything was lost.
 """
 
 import json
@@ -34,25 +34,25 @@ from tokmat_jax.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("starting", "running", "saving")
 PATIENCE = 120.0
-"""Seconds after which a process that neither ends nor saves is stuck."""
+"""Seconds after which a process that neither ends nor saves counts as stuck."""
 
 
 @dataclass(frozen=True)
 class Args:
-    """Kill training runs and see what is lost."""
+    """Kill training runs and check that nothing is lost."""
 
     times: int = 20
-    """Runs that are killed, each of them twice."""
+    """Number of runs; each is killed twice."""
     steps: int = 200
-    """Steps of a run."""
+    """Training steps per run."""
     checkpoint_every: int = 4
-    """Steps between two checkpoints."""
+    """Steps between checkpoints."""
     seed: int = 0
-    """Decides the moments."""
+    """Seed of the moments at which processes are killed."""
 
 
 def flags(folder: Path, name: str, args: Args) -> list[str]:
-    """The command of the run `name`."""
+    """The command of the run `name`: script and flags."""
     given = {"workdir": folder / name, "data.source": f"files:{folder}/text.txt", "data.prepared-dir": folder,
              "data.seq-len": 32, "tokenizer.kind": "bytes", "model.embed-dim": 32, "model.num-layers": 2,
              "model.num-heads": 2, "objective.num-negatives": 16, "train.batch-size": 4, "train.num-steps": args.steps,
@@ -63,39 +63,39 @@ def flags(folder: Path, name: str, args: Args) -> list[str]:
 
 
 def write_text(path: Path) -> None:
-    """Documents without sense, each another one."""
+    """Writes random documents, all different."""
     rng = np.random.default_rng(0)
     words = ["".join(map(chr, rng.integers(97, 123, rng.integers(1, 9)))) for _ in range(500)]
     path.write_text("<|endoftext|>".join(" ".join(rng.choice(words, 100)) for _ in range(200)))
 
 
 def steps_of(workdir: Path) -> list[int]:
-    """The checkpoints that are listed."""
+    """Steps of the listed checkpoints."""
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
 
 
 def newest(workdir: Path) -> int:
-    """The newest checkpoint that is listed, 0 where there is none."""
+    """Step of the newest listed checkpoint, 0 if there is none."""
     return (steps_of(workdir) or [0])[-1]
 
 
 def half_written(workdir: Path) -> list[Path]:
-    """What is being saved, or was when the process died."""
+    """Checkpoints that are being written, or that were when the process died."""
     return list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
 
 def last_state(workdir: Path) -> dict[str, Any]:
-    """The newest checkpoint as arrays, read without a word of ours."""
+    """The newest checkpoint as arrays, read by Orbax alone, without code of this library."""
     step = workdir.resolve() / "checkpoints" / str(steps_of(workdir)[-1])
     reader = ocp.PyTreeCheckpointer()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it takes the shardings of the file, and says so
+        warnings.simplefilter("ignore")  # Orbax warns that it takes the shardings from the file
         arrays = {item: jax.device_get(reader.restore(step / item)) for item in ("params", "optimizer")}
     return arrays | {"data": json.loads((step / "data" / "metadata").read_text())}
 
 
 def start(folder: Path, name: str, args: Args) -> subprocess.Popen[str]:
-    """A process of the run `name`, which prints into a file beside its workdir."""
+    """Starts a process of the run `name`; its output goes to a file next to its workdir."""
     one_device = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     with (folder / f"{name}.txt").open("w") as said:
         return subprocess.Popen([sys.executable, *flags(folder, name, args)], cwd=ROOT, stdout=said, stderr=said,
@@ -103,7 +103,7 @@ def start(folder: Path, name: str, args: Args) -> subprocess.Popen[str]:
 
 
 def wait_for(process: subprocess.Popen[str], workdir: Path, step: int, saving: bool) -> None:
-    """Returns when the checkpoint of `step` is listed and, if `saving`, one is being written; or when it has ended."""
+    """Waits until the checkpoint of `step` is listed and, if `saving`, one is being written, or the process ended."""
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None and not (newest(workdir) >= step and (half_written(workdir) or not saving)):
         if time.monotonic() > deadline:
@@ -112,9 +112,9 @@ def wait_for(process: subprocess.Popen[str], workdir: Path, step: int, saving: b
 
 
 def kill(folder: Path, name: str, args: Args, kind: str, begin: float, rng: np.random.Generator) -> dict[str, Any]:
-    """Starts the run and kills it; what was there then, and what the process had gone on from.
+    """Starts the run and kills it; returns the checkpoints at that time and the step from which the process resumed.
 
-    `begin` is about how many seconds a process takes to its first checkpoint.
+    `begin` is the approximate time in seconds from the start of a process to its first checkpoint.
     """
     workdir = folder / name
     known = newest(workdir)
@@ -134,7 +134,7 @@ def kill(folder: Path, name: str, args: Args, kind: str, begin: float, rng: np.r
 
 
 def finish(folder: Path, name: str, args: Args) -> float:
-    """Lets the run end; returns the seconds until there was a checkpoint."""
+    """Runs to the end; returns the seconds until the first checkpoint."""
     begin = time.monotonic()
     process = start(folder, name, args)
     wait_for(process, folder / name, args.checkpoint_every, False)
@@ -146,7 +146,7 @@ def finish(folder: Path, name: str, args: Args) -> float:
 
 
 def differing(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Names of the leaves that are not equal bit by bit."""
+    """Names of the leaves that differ in any bit."""
     one, two = (jax.tree_util.tree_leaves_with_path(tree) for tree in (expected, found))
     if [path for path, _ in one] != [path for path, _ in two]:
         return ["the names"]
@@ -174,7 +174,7 @@ def main(words: Sequence[str]) -> None:
             finish(folder, run, args)
             wrong = differing(expected, last_state(folder / run))
             wrong += [f"half-written {path.name}" for path in half_written(folder / run)]
-            wrong += [f"process {index} did not go on from the newest" for index, one in enumerate(kills, 1)
+            wrong += [f"process {index} did not resume from the newest" for index, one in enumerate(kills, 1)
                       if not one["went_on"]]
             print(f"run {number:2}: killed at step " + " and ".join(
                 f"{(one['steps'] or [0])[-1]:3} while {'saving' if one['saving'] else kind}"

@@ -1,11 +1,11 @@
-"""What holds after hours: the memory, the compilations and the speed of a process that lives long.
+"""Memory, compilations and speed of a process that runs for a long time.
 
     python benchmarks/reliability.py --what long-life
 
-Requests of mixed shape are answered in one process; once every bucket of shapes has been compiled, nothing more is, and
-resident memory stays where it is. Then `train.py` makes many steps of a tiny model, with all that happens in between
-(rows, validation, samples, checkpoints): its memory is looked at ten times a second, and the time of a step is read off
-its rows. A line of JSON follows the card.
+One process answers requests of mixed shapes. After every bucket of shapes is compiled, there must be no further
+compilations, and resident memory must stay constant. Then `train.py` makes many steps of a tiny model, with rows,
+validation, samples and checkpoints in between: its memory is sampled ten times a second, and the time of a step is
+taken from its rows. A line of JSON follows the card.
 """
 
 import itertools
@@ -31,28 +31,28 @@ from tokmat_jax.generation.generator import Generator
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCHES, PROMPTS, NEW_TOKENS = (1, 2, 4, 8), (16, 32), (4, 8, 16)
-"""The largest request of every bucket that is asked for: rows, ids of a prompt, new tokens."""
+"""Sizes of the largest request in each bucket: rows, ids of a prompt, new tokens."""
 
 KINDS = (
     GenerationConfig(tail_length=4),
     GenerationConfig(tail_length=8, guidance_scale=2.0),
     GenerationConfig(tail_length=4, repulsion=0.4, commit="stable", max_commit=3, patience=0, tolerance=0.9),
 )
-"""Settings that compile programs of their own; the numbers in them do not."""
+"""Settings that need separate compiled programs; changing only their numbers needs no compilation."""
 
 
 @dataclass(frozen=True)
 class Args:
-    """Find out whether a process lasts."""
+    """Check the memory and speed of long-running processes."""
 
     what: Literal["long-life"] = "long-life"
-    """What is tried."""
+    """The check to run."""
     requests: int = 2000
-    """Requests for text, of 1 to 8 prompts each."""
+    """Number of requests for text, of 1 to 8 prompts each."""
     steps: int = 20_000
-    """Training steps."""
+    """Number of training steps."""
     embed_dim: int = 64
-    """Width of the model that writes."""
+    """Width of the model that generates."""
     num_layers: int = 2
     """Its blocks."""
     vocab_size: int = 512
@@ -60,7 +60,7 @@ class Args:
 
 
 def resident_bytes(process: int | str = "self") -> int:
-    """Memory of a process that is in RAM now, 0 where it has ended. Raises UserError on a system that does not tell."""
+    """Current resident memory of a process, 0 if it has ended. Raises UserError if the system does not report it."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -69,9 +69,9 @@ def resident_bytes(process: int | str = "self") -> int:
 
 
 def watch(command: Sequence[str], begun: Path) -> list[int]:
-    """Runs `command`; returns its memory, looked at every tenth of a second from when the file `begun` has a line.
+    """Runs `command`; returns its memory every tenth of a second, starting when the file `begun` has a line.
 
-    Not the peak that a process knows of itself: that of a new process begins with its parent's.
+    The peak that the system reports is not used: for a new process it starts at the value of its parent.
     """
     memory = []
     with subprocess.Popen(command, cwd=ROOT, env=pretended(1), stdout=subprocess.DEVNULL) as process:
@@ -85,12 +85,12 @@ def watch(command: Sequence[str], begun: Path) -> list[int]:
 
 
 def position_bytes(model: ModelConfig) -> int:
-    """Bytes of the keys and values of one position."""
+    """Bytes of keys and values per position."""
     return 2 * 4 * model.num_layers * model.kv_heads * model.head_size
 
 
 def request(rng: np.random.Generator, vocab_size: int) -> tuple[list[list[int]], GenerationConfig]:
-    """Prompts and settings of a request within the buckets."""
+    """Random prompts and settings of a request within the buckets."""
     prompts = [rng.integers(1, vocab_size, rng.integers(1, PROMPTS[-1] + 1)).tolist()
                for _ in range(rng.integers(1, BATCHES[-1] + 1))]
     kind = KINDS[rng.integers(len(KINDS))]
@@ -101,14 +101,14 @@ def request(rng: np.random.Generator, vocab_size: int) -> tuple[list[list[int]],
 
 
 def warm_up(generator: Generator) -> int:
-    """Asks for the largest request of every bucket; returns how much has been compiled then."""
+    """Makes the largest request of every bucket; returns the number of compilations so far."""
     for kind, rows, length, new in itertools.product(KINDS, BATCHES, PROMPTS, NEW_TOKENS):
         generator.generate([[1] * length] * rows, replace(kind, max_new_tokens=new))
     return generator.compilations()
 
 
 def course(values: Sequence[float]) -> dict[str, float]:
-    """A quantity after a tenth, half and all of the way, and its `slope` from the first tenth to the end."""
+    """A quantity after a tenth, half and all of its values, and its `slope` from the first tenth to the end."""
     late = values[len(values) // 10 :]
     return {"tenth": values[len(values) // 10], "half": values[len(values) // 2], "end": values[-1],
             "growth": values[-1] - values[len(values) // 10],
@@ -116,8 +116,8 @@ def course(values: Sequence[float]) -> dict[str, float]:
 
 
 def generation(flags: Args) -> dict[str, Any]:
-    """Answers the requests; `memory` is in bytes, its `slope` in bytes per request, and `kept_state` is what one
-    request would leave behind, on average, if the last state of its decoder were not given back."""
+    """Answers the requests; `memory` is in bytes, its `slope` in bytes per request, and `kept_state` is the mean number
+    of bytes that a request would leak if the last state of its decoder were not freed."""
     model = ModelConfig(embed_dim=flags.embed_dim, num_layers=flags.num_layers, num_heads=2)
     generator = make_generator(Config(data=DataConfig(seq_len=64), model=model), flags.vocab_size)
     warm, rng = warm_up(generator), np.random.default_rng(0)
@@ -132,7 +132,7 @@ def generation(flags: Args) -> dict[str, Any]:
 
 
 def write_text(path: Path) -> None:
-    """About 200 kB of documents without sense."""
+    """Writes about 200 kB of random documents."""
     rng = np.random.default_rng(0)
     words = ["".join(map(chr, rng.integers(97, 123, rng.integers(1, 9)))) for _ in range(500)]
     documents = [" ".join(rng.choice(words, rng.integers(20, 200))) for _ in range(350)]
@@ -140,7 +140,7 @@ def write_text(path: Path) -> None:
 
 
 def training_flags(folder: Path, steps: int) -> list[str]:
-    """The command line of a run with a hundred rows, and twenty times everything that is rarer."""
+    """Flags of a run that writes a hundred rows and does each rarer action twenty times."""
     flags = {"workdir": folder / "run", "data.source": f"files:{folder}/text.txt", "data.prepared-dir": folder,
              "data.seq-len": 32, "tokenizer.kind": "bytes", "model.embed-dim": 16, "model.num-layers": 1,
              "model.num-heads": 2, "objective.num-negatives": 16, "train.batch-size": 4, "train.num-steps": steps,
@@ -151,8 +151,8 @@ def training_flags(folder: Path, steps: int) -> list[str]:
 
 
 def training(flags: Args) -> dict[str, Any]:
-    """Trains in a process of its own; `memory` is in bytes, its `slope` in bytes per tenth of a second, and `slowdown`
-    the time of a step in the last tenth of all rows over that in the second."""
+    """Trains in a separate process; `memory` is in bytes, its `slope` in bytes per tenth of a second, and `slowdown` is
+    the time of a step in the last tenth of all rows divided by that in the second tenth."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder / "text.txt")
@@ -167,14 +167,14 @@ def training(flags: Args) -> dict[str, Any]:
 
 
 def print_memory(found: dict[str, float], unit: str) -> None:
-    """A line of the card."""
+    """Prints a line of the card."""
     tenth, half, end = (found[name] / 1e6 for name in ("tenth", "half", "end"))
     print(f"  memory after 10 %, 50 %, 100 %    {tenth:8.1f} {half:8.1f} {end:8.1f} MB   "
           f"{found['slope'] / 1e3:+.2f} kB {unit}")
 
 
 def long_life(flags: Args) -> dict[str, Any]:
-    """Both, printed on the way."""
+    """Runs generation and training, and prints the results."""
     written = generation(flags)
     print(f"generation, {flags.num_layers} layers of {flags.embed_dim}, {flags.requests:,} requests, "
           f"{written['tokens']:,} tokens")

@@ -1,7 +1,7 @@
-"""Contestants in processes of their own, which take turns on one machine: what disturbs one round disturbs all of them.
+"""Runs contestants in separate processes that take turns on one machine, so that disturbances affect all of them.
 
-A contestant is a script that is called with its name and its settings, prints one line of JSON when it is ready, and
-answers every line on its standard input by a round of work and a line {"seconds": …, "peak_bytes": …}.
+A contestant is a script that is called with its name and settings. It prints one line of JSON when it is ready. For
+every line on standard input it does a round of work and prints a line {"seconds": …, "peak_bytes": …}.
 """
 
 import json
@@ -22,7 +22,7 @@ from tokmat_jax.errors import UserError
 
 
 def serve(work: Callable[[], Any]) -> None:
-    """The contestant's side: `work` once to warm up, and then once per line of input."""
+    """The contestant's side: runs `work` once to warm up, then once per line of input."""
     work()
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
@@ -32,20 +32,20 @@ def serve(work: Callable[[], Any]) -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had (its resident set), compilation included."""
+    """Peak resident memory of this process in bytes, compilation included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @dataclass
 class Contestant:
-    """The benchmark's side of a process."""
+    """The benchmark's side of a contestant process."""
 
     name: str
     process: subprocess.Popen[str]
 
     def answer(self) -> dict[str, Any]:
-        """Its next line of JSON; what a library says besides is passed over."""
+        """Its next line of JSON; other output of libraries is skipped."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):
@@ -53,7 +53,7 @@ class Contestant:
         raise UserError(f"the contestant {self.name!r} has stopped with exit code {self.process.wait()}: see above")
 
     def work(self) -> dict[str, Any]:
-        """One round."""
+        """Lets it work one round; returns its answer."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -61,14 +61,14 @@ class Contestant:
 
 
 def alternate(script: str, names: Sequence[str], settings: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds of every round of each contestant, which take turns, and its peak memory.
+    """Lets the contestants take turns; returns the seconds of every round and the peak memory of each.
 
-    The order within a round alternates too, so that none always follows the same one.
+    The order within a round also alternates, so that no contestant always follows the same one.
     """
     started = []
     try:
         for name in names:
-            # One after the other, so that compilations do not share the machine.
+            # Start one after the other, so that compilations do not compete for the machine.
             process = subprocess.Popen([sys.executable, script, "--contestant", name, *settings], text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             started.append(Contestant(name, process))
@@ -82,14 +82,14 @@ def alternate(script: str, names: Sequence[str], settings: Sequence[str], rounds
         return found
     finally:
         for one in started:
-            with one.process:  # which closes its pipes and waits for it
+            with one.process:  # closes its pipes and waits for it
                 one.process.kill()
 
 
 def take_turns(works: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, Any]]:
-    """As `alternate` for contestants that may share this process; `works` return when they are done.
+    """As `alternate`, for contestants that may share this process; each of `works` must return only when it is done.
 
-    Each is called once before anything is timed, so that no timing includes a compilation.
+    Each is called once before the timing starts, so that no timing includes a compilation.
     """
     for work in works.values():
         work()
@@ -103,29 +103,29 @@ def take_turns(works: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
 
 
 def median(found: dict[str, dict[str, Any]], name: str) -> float:
-    """Seconds of a round of `name`."""
+    """Median seconds per round of `name`."""
     return statistics.median(found[name]["seconds"])
 
 
 def words_of(flags: Any) -> list[str]:
-    """The command line of a dataclass of numbers and texts, for a contestant; switches are its parent's alone."""
+    """The command line for a contestant, from a dataclass of numbers and texts; boolean flags are not passed on."""
     return [word for name, value in asdict(flags).items() if value is not None and not isinstance(value, bool)
             for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def ratio(found: dict[str, dict[str, Any]], fast: str, slow: str) -> dict[str, float]:
-    """How many times as fast `fast` is as `slow`: the median over rounds, and the middle half."""
+    """Speed of `fast` divided by that of `slow`: the median over rounds, and the quartiles."""
     return quartiles(np.array(found[slow]["seconds"]) / np.array(found[fast]["seconds"]))
 
 
 def quartiles(each: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """The median of some ratios, and the middle half."""
+    """The median and the quartiles of the ratios `each`."""
     low, middle, high = np.quantile(each, [0.25, 0.5, 0.75])
     return {"median": float(middle), "low": float(low), "high": float(high)}
 
 
 def machine() -> dict[str, Any]:
-    """What the figures of a card depend on."""
+    """Facts about the machine and the versions, on which the figures of a card depend."""
     import os
 
     import jax
@@ -140,6 +140,6 @@ def machine() -> dict[str, Any]:
 
 
 def print_ratio(label: str, found: dict[str, float], aim: float) -> None:
-    """One line of a card."""
+    """Prints one line of a card."""
     verdict = "reached" if found["median"] >= aim else "not reached"
     print(f"  {label:52}{found['median']:7.2f} ×  ({found['low']:.2f}–{found['high']:.2f})   aim {aim:g} ×: {verdict}")

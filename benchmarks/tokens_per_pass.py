@@ -1,8 +1,8 @@
-"""Stable commits: tokens per forward pass against quality, for one run or several, and how far any rule could get.
+"""Stable commits: tokens per forward pass against quality, for one or more runs, and an estimate of the best rule.
 
     python benchmarks/tokens_per_pass.py --workdirs runs/quickstart runs/other --judge runs/twin
 
-The judge is a language model of another seed than any of the runs'. A line of JSON per run follows its table.
+The judge is a language model with a seed that none of the runs has. A line of JSON per run follows its table.
 """
 
 import dataclasses
@@ -30,22 +30,22 @@ from tokmat_jax.generation.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class Args:
-    """Measure what stable commits gain in tokens per pass, and what they cost."""
+    """Measure the gain of stable commits in tokens per pass, and their cost in quality."""
 
     workdirs: tuple[str, ...]
     """Folders of maturation runs on one corpus."""
     judge: str
-    """Folder of an autoregressive run that judges."""
+    """Folder of the judge, an autoregressive run."""
     num_prompts: int = 64
-    """Beginnings from held-out documents."""
+    """Number of prompts, taken from held-out documents."""
     prompt_tokens: int = 32
-    """Tokens of each."""
+    """Tokens per prompt."""
     max_new_tokens: int = 128
-    """Tokens that follow each."""
+    """New tokens per prompt."""
 
 
 def measure(run: Generator, judge: Judge, method: Method, prompts: Prompts, new_tokens: int) -> dict[str, Any]:
-    """One setting of stable commits: its point on the curve."""
+    """Measures one setting of stable commits; returns its point on the curve."""
     found = run.generate(prompts.ids, GenerationConfig(max_new_tokens=new_tokens, **method.settings), batch_size=64)
     tokens = [one.tokens[:-1] if one.finished else one.tokens for one in found]
     written = Written(tokens, [one.finished for one in found], None, [one.passes for one in found])
@@ -57,11 +57,11 @@ def measure(run: Generator, judge: Judge, method: Method, prompts: Prompts, new_
 
 
 def foreseen(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """How often the slot behind the front says what is committed at the next step, when one token a step is.
+    """How often the slot after the front already has the token that the next step commits, at one token a step.
 
-    A rule that commits only what would have come anyway gets to about 1 / (1 − share) tokens a pass. `after_right` and
-    `after_wrong` split the steps by whether that slot read the right token in the front, which is whether that token
-    had been foreseen itself.
+    A rule that commits only such tokens reaches about 1 / (1 − share) tokens a pass. `after_right` and `after_wrong`
+    split the steps by whether that slot saw the right token in the front, that is, whether that token was itself
+    foreseen.
     """
     hits = [one.tokens[:-1, 1] == one.tokens[1:, 0] for one in trajectories]
     now, before = (np.concatenate([part[side] for part in hits]) for side in (slice(1, None), slice(None, -1)))
@@ -71,7 +71,7 @@ def foreseen(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def card(workdir: str, judge: Judge, flags: Args) -> dict[str, Any]:
-    """All that is measured of one run, printed on the way."""
+    """Measures one run and prints the results."""
     run = Generator.from_workdir(workdir)
     if run.is_autoregressive:
         raise UserError(f"--workdirs: {workdir} is an autoregressive baseline, it has no tail")
@@ -93,7 +93,7 @@ def card(workdir: str, judge: Judge, flags: Args) -> dict[str, Any]:
         told = foreseen([run.record(ids, one_a_step, num_candidates=0) for ids in prompts.ids])
         result["curves"][curve], result["foreseen"][curve] = points, told
         print(f"    within 5 % of the perplexity of one a step: {best['tokens_per_pass']:.3f} ({best['label']})\n"
-              f"    the slot behind the front says what comes next in {100 * told['share']:.0f} % of the steps "
+              f"    the slot after the front has the next token in {100 * told['share']:.0f} % of the steps "
               f"({100 * told['after_right']:.0f} % after it was right, {100 * told['after_wrong']:.0f} % after it was "
               f"wrong): about {told['reachable']:.2f} tokens a pass for a rule that commits nothing else")
     return result

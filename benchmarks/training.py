@@ -2,8 +2,8 @@
 
     pip install -e '.[parity]' && python benchmarks/training.py
 
-The same shape (GPT-2 small unless told otherwise), batch, optimiser (AdamW, clipping) and machine, in float32. The
-three take turns, each in a process of its own; a card is followed by a line of JSON.
+All three use the same shape (by default GPT-2 small), batch, optimiser (AdamW, clipping) and machine, in float32. They
+take turns, each in its own process; a line of JSON follows the card.
 """
 
 import json
@@ -38,13 +38,13 @@ class Args:
     vocab_size: int = 50_257
     """V."""
     rounds: int = 7
-    """Steps of each."""
+    """Rounds, of one step per contestant."""
     contestant: str | None = None
-    """Used between the processes of a benchmark."""
+    """Internal: passed from the benchmark to its processes."""
 
 
 def ours(flags: Args, kind: Any) -> Callable[[], float]:
-    """A step of this library with the objective of `kind`, as `train.py` runs it."""
+    """A step of this library with the objective `kind`, as in `train.py`."""
     import jax
 
     from tokmat_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
@@ -73,7 +73,7 @@ def ours(flags: Args, kind: Any) -> Callable[[], float]:
 
 
 def in_torch(flags: Args) -> Callable[[], float]:
-    """A step of GPT-2 in `transformers`, without dropout, as our model has none."""
+    """A step of GPT-2 in `transformers`, without dropout because our model has none."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -96,12 +96,12 @@ def in_torch(flags: Args) -> Callable[[], float]:
 
 
 def windows(flags: Args) -> np.ndarray:
-    """Ids [B, T]."""
+    """Random ids [B, T]."""
     return np.random.default_rng(0).integers(0, flags.vocab_size, (flags.batch_size, flags.seq_len)).astype(np.int32)
 
 
 def main(args: Sequence[str]) -> None:
-    """Prints the card, or is one of those it compares."""
+    """Prints the card, or runs as one of the contestants."""
     flags = parse(Args, args)
     if flags.contestant is not None:
         serve(in_torch(flags) if flags.contestant == "torch" else ours(flags, flags.contestant))

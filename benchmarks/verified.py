@@ -1,11 +1,12 @@
-"""Verified commits: tokens a pass, acceptance and speed over M and K; and the same text as the reference.
+"""Verified commits: tokens a pass, acceptance and speed over M and K; and a check that the text equals the reference.
 
     python benchmarks/verified.py --workdir runs/quickstart                      # the table
     python benchmarks/verified.py --workdir runs/quickstart --compare 10000      # differences from the reference
 
-The reference is immediate projection (K = 1, η = 1) that is told the same K. Each continuation that differs is looked
-at where it first does: how far apart the two nearest tokens are in the reference, as cosines. Another shape of query
-rounds differently, so that near ties may fall either way; those closer than --bound are counted apart.
+The reference is immediate projection (K = 1, η = 1) with the same K as input of the model. For each continuation that
+differs, the two nearest tokens of the reference at the first difference are compared: how far apart are their cosines?
+Queries of another shape round differently, so near ties may go either way; ties closer than --bound are counted
+separately.
 """
 
 import dataclasses
@@ -32,29 +33,29 @@ class Args:
     workdir: str
     """Folder of a maturation run."""
     tail_lengths: tuple[int, ...] = (4, 8)
-    """K of the table."""
+    """Values of K in the table."""
     num_drafts: tuple[int, ...] = (1, 2, 3)
-    """M of the table; those below each K are tried."""
+    """Values of M in the table; each K uses those below K."""
     repulsions: tuple[float, ...] = (0.0, 0.4)
-    """ρ of the table."""
+    """Values of ρ in the table."""
     batch_sizes: tuple[int, ...] = (1, 8)
-    """Rows that write together."""
+    """Numbers of rows per batch."""
     num_prompts: int = 32
-    """Held-out beginnings of the table."""
+    """Number of held-out prompts for the table."""
     prompt_tokens: int = 32
-    """Tokens of each."""
+    """Tokens per prompt."""
     max_new_tokens: int = 64
-    """Tokens that follow each."""
+    """New tokens per prompt."""
     compare: int = 0
-    """Continuations that are compared with the reference, instead of the table."""
+    """If positive, compare this number of continuations to the reference instead of printing the table."""
     bound: float = 1e-5
-    """Cosines of the two nearest tokens that lie closer than this are a tie."""
+    """The two nearest tokens are a tie if their cosines differ by less than this."""
     guidance_scale: float = 1.0
-    """s in --compare."""
+    """Guidance scale s for --compare."""
 
 
 def beginnings(run: Generator, flags: Args, count: int) -> list[list[int]]:
-    """`count` stretches of held-out text, evenly spread over it."""
+    """`count` prompts, evenly spread over the held-out text."""
     windows = corpus_of_run(run.config, Path(flags.workdir)).windows("validation")
     stream = np.concatenate([windows[index]["tokens"] for index in range(len(windows))])
     starts = np.linspace(0, len(stream) - flags.prompt_tokens, count).astype(int)
@@ -62,7 +63,7 @@ def beginnings(run: Generator, flags: Args, count: int) -> list[list[int]]:
 
 
 def line_of(found: dict[str, Any], plain: float) -> str:
-    """One row; `plain` is the reference's tokens per second."""
+    """One row of the table; `plain` is the reference's tokens per second."""
     accepted = " ".join(f"{100 * share:.0f}" for share in found["accepted"])
     return (f"{found['tokens_per_pass']:6.3f} tokens/pass{found['tokens_per_second']:9.0f} tokens/s "
             f"({found['tokens_per_second'] / plain:.2f} x){found['passes_per_second']:8.0f} passes/s"
@@ -70,7 +71,7 @@ def line_of(found: dict[str, Any], plain: float) -> str:
 
 
 def table(run: Generator, flags: Args) -> list[dict[str, Any]]:
-    """Every setting beside the reference, printed on the way."""
+    """Measures and prints every setting and the reference."""
     prompts, rows = beginnings(run, flags, flags.num_prompts), []
     for repulsion in flags.repulsions:
         for length in flags.tail_lengths:
@@ -89,7 +90,7 @@ def table(run: Generator, flags: Args) -> list[dict[str, Any]]:
 
 
 def compare(run: Generator, flags: Args) -> dict[str, Any]:
-    """How many continuations differ from the reference, and by how much the reference decided where they first do."""
+    """How many continuations differ from the reference, and the reference's margin at the first difference."""
     prompts = beginnings(run, flags, flags.compare)
     settings = dataclasses.replace(run.settings, commit="verified", max_commit=4,
                                    max_new_tokens=flags.max_new_tokens, guidance_scale=flags.guidance_scale)
@@ -105,7 +106,7 @@ def compare(run: Generator, flags: Args) -> dict[str, Any]:
     large = [margin for margin in margins if margin > flags.bound]
     tokens, passes = sum(len(one.tokens) for one in ours), sum(one.passes for one in ours)
     print(f"{len(prompts):,} continuations, {tokens:,} tokens, {tokens / passes:.3f} a pass, {run.config.model.dtype}: "
-          f"{len(large)} differ where the two nearest tokens are further apart than {flags.bound:g}; "
+          f"{len(large)} differ although the two nearest tokens are further apart than {flags.bound:g}; "
           f"{len(margins) - len(large)} at closer ties (the widest {max(margins, default=0.0):.2g})")
     return {"continuations": len(prompts), "tokens": tokens, "tokens_per_pass": tokens / passes,
             "differences": len(large), "ties": len(margins) - len(large), "margins": margins}

@@ -324,9 +324,9 @@ def test_a_prompt_holds_whatever_does_not_end_its_line(name, write, end, tmp_pat
     (["--prompt", "x", "--steering", "1", "--steering-words", ""], "steering_words must not be blank, found ('',)"),
     (["--prompt", "x", "--steering", "1", "--steering-words", "\udcff"], "is no word"),
     (["--prompt", "x", "--steering", "1e39", "--steering-words", "sea"], "must lie within ±1,000,000, found 1e+39"),
-    (["--prompt", "x", "--steering", "1", "--steering-words", "a", "--steering-vector", "x.npy"], "two directions"),
+    (["--prompt", "x", "--steering", "1", "--steering-words", "a", "--steering-vector", "x.npy"], "both set"),
     (["--prompt", "x", "--steering-slots", "1"], "--steering-slots does nothing by itself"),
-    (["--prompt", "x", "--patience", "2"], "--patience says how --commit stable commits: give that too"),
+    (["--prompt", "x", "--patience", "2"], "--patience has no effect without --commit stable: add it"),
     (["--prompt", "x", "--commit", "stable", "--patience", "99999999999"], "must lie within ±1,000,000"),
     (["--prompt", "x", "--show-tail", "--compare", "tail-length="], "--compare takes NAME=VALUE"),
     (["--prompt", "x", "--show-tail", "--compare", "tail-length=2", "tail-length=3"], "each one once"),
@@ -356,7 +356,7 @@ def test_a_prompt_holds_whatever_does_not_end_its_line(name, write, end, tmp_pat
     (["--prompt", "x", "--show-tail", "--compare", "tail-noise=-1"], "tail_noise must not be negative, found -1.0"),
     (["--prompt", "x", "--html", "/nowhere/x.html"], "--html: cannot write /nowhere/x.html: No such file"),
     (["--prompt", "x", "--trajectory", "/nowhere/x.npz"], "--trajectory: cannot write"),
-    (["--prompt", "x", "--keep-vectors"], "give that too"),
+    (["--prompt", "x", "--keep-vectors"], "has no effect without --trajectory FILE"),
 ])
 def test_a_mistake_in_generating_is_one_line(runs_dir, args, says):
     with pytest.raises(UserError) as caught:

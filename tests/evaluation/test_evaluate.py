@@ -152,7 +152,7 @@ def test_another_seed_length_prompt_or_checkpoint_takes_nothing_from_an_earlier_
 
 def test_a_pair_that_does_not_match_is_refused(runs_dir, tmp_path):
     other = runs.run(runs_dir, "short_ar", "--objective.kind", "ar", "--train.num-steps", "3")
-    with pytest.raises(UserError, match=r"short_ar is no fair baseline of .*num_steps is 6.*--allow-mismatch"):
+    with pytest.raises(UserError, match=r"short_ar is not a fair baseline of .*num_steps is 6.*--allow-mismatch"):
         evaluate.main(arguments(runs_dir, tmp_path / "no", baseline=other))
     assert not (tmp_path / "no").exists()
 

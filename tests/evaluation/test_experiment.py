@@ -121,8 +121,8 @@ def test_stages_count_together_and_the_second_starts_from_the_first(place, monke
 
 
 @pytest.mark.parametrize(("name", "says"), [
-    ("greedy_with_tokens", r"greedy_with_tokens is no fair comparison: train.num_steps is 7, the baseline has 6"),
-    ("wider", r"wider is no fair comparison: model.num_heads is 4, the baseline has 2; .* 'shared'"),
+    ("greedy_with_tokens", r"greedy_with_tokens is not a fair comparison: train.num_steps is 7, the baseline has 6"),
+    ("wider", r"wider is not a fair comparison: model.num_heads is 4, the baseline has 2; .* 'shared'"),
     ("nothing", r"has no experiment 'nothing'; it has plain, noisy"),
 ])
 def test_an_unfair_or_unknown_experiment_is_refused(place, monkeypatch, name, says):
@@ -164,10 +164,10 @@ def test_without_a_name_the_experiments_are_listed(place, capsys):
     ("base = 'x'\n[experiments.a]\nhypothesis = 'h'", "experiments.a has no prediction"),
     (f"base = 'x'\n[experiments.a]\n{WORDS}flags = '--x'", r"experiments.a: flags = '--x' is not one of"),
     (f"base = 'x'\n[experiments.a]\n{WORDS}flag = ['--x']", r"flag = \['--x'\] is not one of"),
-    (f"base = 'x'\n[experiments.ar]\n{WORDS}", "'ar' is the baseline's"),
+    (f"base = 'x'\n[experiments.ar]\n{WORDS}", "'ar' is reserved for the baseline"),
     (f"base = 'x'\n[experiments.'../a']\n{WORDS}", "letters, digits and underscores"),
     ("base = 'x'\nexperiments.a = 3", "experiments.a must be a table"),
-    (f"base = 'x'\n[experiments.b_ar]\n{WORDS}", "'ar' is the baseline's"),
+    (f"base = 'x'\n[experiments.b_ar]\n{WORDS}", "'ar' is reserved for the baseline"),
     (f"base = 'x'\n[experiments.a]\n{WORDS}flags = ['--train.seed', '3']", "flags must leave --train.seed to the"),
     (f"base = 'x'\n[experiments.a]\n{WORDS}flags = ['--objective.kind=ar']", "must leave --objective.kind=ar to the"),
     (f"base = 'x'\n[experiments.a]\n{WORDS}first = ['--init-from', 'x']", "first must leave --init-from to the"),
@@ -207,7 +207,7 @@ def test_a_logs_text_may_hold_what_unicode_calls_a_line_separator(tmp_path):
 
 def test_a_log_that_is_none_is_refused_before_anything_is_trained(place, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"experiment": "a", "seed": 0}\n')
-    with pytest.raises(UserError, match="line 1 is no row of an experiment"):
+    with pytest.raises(UserError, match="line 1 is not a row of an experiment"):
         experiment.main(["noisy", "--file", str(place / "all.toml"), "--folder", str(tmp_path), "--log",
                          str(tmp_path / "log.jsonl")])
 

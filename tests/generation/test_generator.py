@@ -413,7 +413,7 @@ def test_a_shorter_tail_keeps_what_still_has_a_slot(generator):
     (lambda g, partial: g.replace(partial, 0, [0.5, 0.5]), "must be a text, or a list of ids, found [0.5, 0.5]"),
     (lambda g, partial: g.replace(partial, 0, np.array(["a"] * 16)), "expected finite vectors of 16 numbers"),
     (lambda g, partial: g.record("the", num_candidates=9999), "num_candidates must lie in 0..290, found 9999"),
-    (lambda g, partial: g.pin(partial, 2, [1, 2]), "3 tokens are left of the budget, slots 2..3 come behind it"),
+    (lambda g, partial: g.pin(partial, 2, [1, 2]), "3 tokens are left of the budget, slots 2..3 lie beyond it"),
     (lambda g, partial: g.replace(partial, 3, np.ones((2, 16))), "found slots 3..4"),
     (lambda g, partial: g.replace(partial, 0, np.ones(15)), "expected finite vectors of 16 numbers"),
     (lambda g, partial: g.replace(partial, 0, np.full(16, np.inf)), "expected finite vectors"),

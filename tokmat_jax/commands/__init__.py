@@ -1,1 +1,1 @@
-"""The command line: one module per command, and the flags that they share."""
+"""The command line: one module per command, and their shared flags."""

@@ -3,13 +3,13 @@
     prepare [--workers N] [--config FILE] [--section.field value …]
 
 tokenises the text of `data.source` in N processes, by default one per CPU, and cuts it into windows. The other flags
-are those of `train.py`, which finds the corpus by the same `data` and `tokenizer` settings. Running the same command
-again goes on where it was stopped.
+are those of `train.py`, which finds the corpus by the same `data` and `tokenizer` settings. If the command was stopped,
+run it again to continue.
 
     batch --workdir DIR --position N
 
-prints the windows of the batch at a position of a run's data, from 0, as text: `spikes.jsonl` names those on which the
-loss stood out, and `train.skip_batches` leaves them out.
+prints the windows of the batch at position N of a run's data, from 0, as text. `spikes.jsonl` lists the batches at
+which the loss spiked, and `train.skip_batches` skips them.
 """
 
 import os
@@ -29,20 +29,20 @@ from tokmat_jax.view.terminal import visible
 
 
 def _cpus() -> int:
-    """How many CPUs this process may use; of all where the system does not tell, as macOS does not."""
+    """Number of CPUs that this process may use; all CPUs if the system does not say, as on macOS."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """What `prepare` takes besides the flags of a config."""
+    """Flags of `prepare` besides those of a config."""
 
     workers: int = field(default_factory=_cpus)
-    """Processes that tokenise and write; 1 does it in this one."""
+    """Number of processes that tokenise and write; with 1, this process does the work."""
 
 
 def run_prepare(args: Sequence[str]) -> None:
-    """Prepares, and says what came of it."""
+    """Prepares the corpus and prints its figures."""
     begin = time.monotonic()
     own, rest = _split(args)
     workers = parse(Prepare, own).workers
@@ -57,7 +57,7 @@ def run_prepare(args: Sequence[str]) -> None:
 
 
 def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words that belong to `--workers`, and all others."""
+    """Splits `args` into the words of `--workers` and all others."""
     own, rest, words = [], [], iter(args)
     for word in words:
         if word == "--workers":
@@ -74,16 +74,16 @@ _MOST = 2**40
 
 @dataclass(frozen=True)
 class Batch:
-    """What `batch` takes."""
+    """Flags of `batch`."""
 
     workdir: str
-    """The run."""
+    """Folder of the run."""
     position: int
-    """How many batches lie before the one that is printed."""
+    """Position of the batch: the number of batches before it."""
 
 
 def run_batch(args: Sequence[str]) -> None:
-    """Prints one batch of a run, a line before each window."""
+    """Prints one batch of a run, with a header line before each window."""
     asked = parse(Batch, args, description="The windows of a batch, as text.", prog="python -m tokmat_jax data batch")
     if not 0 <= asked.position < _MOST:
         raise UserError(f"--position must lie in 0..{_MOST - 1:,}, found {asked.position}")
@@ -98,7 +98,7 @@ def run_batch(args: Sequence[str]) -> None:
 
 
 def main(args: Sequence[str]) -> None:
-    """Runs the command that `args` begin with."""
+    """Runs the command named by the first of `args`."""
     if not args:
         raise UserError("no command given; there are prepare and batch")
     if args[0] in ("-h", "--help"):

@@ -1,6 +1,6 @@
 """The report card: python -m tokmat_jax evaluate --workdir RUN --baseline AR_RUN --output report/
 
-Writes report.md, report.json, report.html and plots/. The same command again goes on where it was interrupted.
+Writes report.md, report.json, report.html and plots/. If it was interrupted, run the same command again to continue.
 """
 
 import hashlib
@@ -41,36 +41,36 @@ class Args:
     output: str = "report"
     """Folder of the report."""
     judge: str | None = None
-    """Workdir, checkpoint folder, .gguf file or hub name of a language model that judges; left out, the baseline."""
+    """Judge: workdir, checkpoint folder, .gguf file or hub name of a language model. Default: the baseline."""
     num_prompts: int = 64
-    """Beginnings from held-out documents."""
+    """Number of prompts, taken from held-out documents."""
     prompt_tokens: int = 32
-    """Tokens of each."""
+    """Tokens per prompt."""
     max_new_tokens: int = 128
-    """L, tokens that each method writes."""
+    """L, number of new tokens per sample."""
     prompt: str = "The meaning of life is"
-    """Beginning of the article's figures."""
+    """Prompt for the article's figures."""
     num_seeds: int = 50
-    """Samples of it for the figures over seeds."""
+    """Number of samples of that prompt, for the figures over seeds."""
     seed: int = 0
-    """Decides noise and draws, 0..2³²−1."""
+    """Seed of all noise and draws, 0..2³²−1."""
     resamples: int = 1000
-    """Bootstrap resamples of each interval."""
+    """Number of bootstrap resamples per interval."""
     batch_size: int = 64
-    """Samples that run together; changes the speed, not the report."""
+    """Samples per batch; changes the speed, not the report."""
     allow_mismatch: bool = False
-    """Compare a pair that does not match; the report's first line then says in what."""
+    """Allow a pair that does not match; the first line of the report then lists the differences."""
 
 
 def check(flags: Args) -> None:
-    """Raises UserError for a number out of its range, or a machine without the plots' library."""
+    """Raises UserError if a number is out of range or the plotting library is missing."""
     check_measurement(flags, num_seeds=2)
     if not 0 <= flags.seed < 2**32:
         raise UserError(f"--seed must lie in 0..2³²−1, found {flags.seed}")
 
 
 def load_pair(flags: Args) -> tuple[Generator, Generator, list[str]]:
-    """Both models, and in what they do not match; raises UserError unless that is allowed."""
+    """Both models and their mismatches; raises UserError if there are any and `allow_mismatch` is off."""
     run, baseline = Generator.from_workdir(flags.workdir), Generator.from_workdir(flags.baseline)
     if run.is_autoregressive:
         raise UserError(f"--workdir: {flags.workdir} is an autoregressive baseline, not a maturation run")
@@ -78,13 +78,13 @@ def load_pair(flags: Args) -> tuple[Generator, Generator, list[str]]:
         raise UserError(f"--baseline: {flags.baseline} is a maturation run; train one with --objective.kind ar")
     found = mismatches(run, baseline, (Path(flags.workdir), Path(flags.baseline)))
     if found and not flags.allow_mismatch:
-        raise UserError(f"{flags.baseline} is no fair baseline of {flags.workdir}: {'; '.join(found)}. Train one that "
-                        f"matches, or give --allow-mismatch")
+        raise UserError(f"{flags.baseline} is not a fair baseline of {flags.workdir}: {'; '.join(found)}. Train a "
+                        f"matching one, or add --allow-mismatch")
     return run, baseline, found
 
 
 def load_judge(flags: Args, baseline: Generator, output: Path) -> tuple[Judge, Path]:
-    """The judge that the flags name and its workdir; a checkpoint is imported once, into the report's folder."""
+    """The judge given by `flags` and its workdir. A checkpoint is imported once, into the report's folder."""
     if flags.judge is None:
         return Judge(baseline), Path(flags.baseline)
     workdir = Path(flags.judge)
@@ -98,7 +98,7 @@ def load_judge(flags: Args, baseline: Generator, output: Path) -> tuple[Judge, P
 
 
 def imported_name(source: str) -> str:
-    """Folder of an imported judge: what it is called, and a fingerprint, so that a changed one is imported anew."""
+    """Folder name of an imported judge: its name and a fingerprint, so that a changed checkpoint is imported again."""
     path = Path(source)
     files = [one for one in (sorted(path.iterdir()) if path.is_dir() else [path]) if one.is_file()]
     state = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in files]
@@ -107,7 +107,7 @@ def imported_name(source: str) -> str:
 
 
 def describe(name: str, generator: Generator, step: int) -> dict[str, Any]:
-    """What the report's head says of a model."""
+    """Facts about a model for the head of the report."""
     return {"name": name, "step": step, "num_parameters": num_parameters(generator)}
 
 
@@ -131,7 +131,7 @@ def draw(data: dict[str, Any]) -> dict[str, str]:
 
 
 def write(data: dict[str, Any], output: Path) -> None:
-    """The report's three forms and its plots."""
+    """Writes the report in its three formats, and its plots."""
     drawn = draw(data)
     (output / "plots").mkdir(exist_ok=True)
     for name, svg in drawn.items():
@@ -143,7 +143,7 @@ def write(data: dict[str, Any], output: Path) -> None:
 
 
 def main(args: Sequence[str]) -> None:
-    """Makes the report that `args` ask for."""
+    """Writes the report that `args` describe."""
     begin = time.monotonic()
     flags = parse(Args, args, prog="python -m tokmat_jax evaluate")
     check(flags)

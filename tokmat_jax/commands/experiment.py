@@ -1,9 +1,9 @@
-"""One named experiment, from training to its row in the log: python -m tokmat_jax experiment NAME --seeds 0 1 2
+"""Runs named experiments, from training to a row in the log: python -m tokmat_jax experiment NAME --seeds 0 1 2
 
     configs/experiments.toml ──► train: baseline, judge, run ──► short report card ──► log ──► summary, plot
 
-A maturation run and its baseline spend the same tokens on the same data with the same backbone and optimiser. The judge
-is the baseline of another seed, so that it favours neither. What is trained or measured already is not done again.
+A maturation run and its baseline train on the same tokens of the same data, with the same backbone and optimiser. The
+judge is the baseline of another seed, so that it favours neither. Finished trainings and measurements are reused.
 """
 
 import json
@@ -35,63 +35,63 @@ from tokmat_jax.progress import bar
 from tokmat_jax.storage.workdir import CHECKPOINTS, CONFIG, load_config, make_workdir
 
 _BY_DESIGN = ("init_from is", "train.num_steps is", "the newest checkpoint is")
-"""Differences of a pair that stages explain; their tokens are counted."""
+"""Allowed differences of a pair if the run has several stages; the total number of tokens is checked instead."""
 _OURS = ("--config", "--workdir", "--init-from", "--train.seed", "--help", "-h")
 """Flags that an experiment cannot set."""
 
 
 @dataclass(frozen=True)
 class Args:
-    """Run named experiments: train what is missing, measure, log. Without a name, those there are are listed."""
+    """Run named experiments: train what is missing, measure, log. Without a name, list the experiments."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Which of the file's experiments."""
+    """Names of experiments in the file."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of training, a row each."""
+    """Training seeds; each gives one row."""
     file: str = "configs/experiments.toml"
-    """TOML file of the experiments."""
+    """TOML file with the experiments."""
     folder: str = "runs/experiments"
-    """Runs, stored parts, summary and plot."""
+    """Folder for runs, stored parts, summary and plot."""
     log: str = "docs/experiments.jsonl"
     """JSONL file to which each row is appended."""
     num_prompts: int = 64
-    """Beginnings from held-out documents."""
+    """Number of prompts, taken from held-out documents."""
     prompt_tokens: int = 32
-    """Tokens of each."""
+    """Tokens per prompt."""
     max_new_tokens: int = 128
-    """L, tokens that each method writes."""
+    """L, number of new tokens per sample."""
     batch_size: int = 64
-    """Samples that run together; changes the speed, not the row."""
+    """Samples per batch; changes the speed, not the row."""
     resamples: int = 1000
-    """Bootstrap resamples of each interval."""
+    """Number of bootstrap resamples per interval."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What one changes, and what it is expected to show."""
+    """What an experiment changes, and what it is expected to show."""
 
     name: str
     base: str
-    """File of the Config that is changed."""
+    """Config file to which the flags are applied."""
     hypothesis: str
     prediction: str
     flags: tuple[str, ...] = ()
-    """Flags of the maturation run alone."""
+    """Flags for the maturation run only."""
     shared: tuple[str, ...] = ()
-    """Flags of it and of its baseline."""
+    """Flags for both the run and its baseline."""
     first: tuple[str, ...] = ()
-    """Flags of a stage from which the run starts; empty where there is none."""
+    """Flags of the first stage, from which the run starts; empty if there is only one stage."""
 
 
 def check(flags: Args) -> None:
-    """Raises UserError for a number out of its range, or a machine without the plot's library."""
+    """Raises UserError if a number is out of range or the plotting library is missing."""
     check_measurement(flags)
     if not flags.seeds or min(flags.seeds) < 0:
         raise UserError(f"--seeds must be one or several numbers from 0 on, found {list(flags.seeds)}")
 
 
 def read_experiments(path: Path) -> dict[str, Experiment]:
-    """The experiments of a TOML file by name; raises UserError where it cannot be read or says something else."""
+    """The experiments of a TOML file by name; raises UserError if the file cannot be read or has another format."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -107,7 +107,7 @@ def read_experiments(path: Path) -> dict[str, Experiment]:
 def _experiment(path: Path, name: str, base: str, found: Any) -> Experiment:
     where = f"--file: {path}: experiments.{name}"
     if name == "ar" or name.endswith("_ar") or not name.replace("_", "").isalnum():
-        raise UserError(f"{where}: a name has letters, digits and underscores, and 'ar' is the baseline's")
+        raise UserError(f"{where}: a name has letters, digits and underscores; 'ar' is reserved for the baseline")
     if not isinstance(found, dict):
         raise UserError(f"{where} must be a table")
     texts, lists = ("hypothesis", "prediction"), ("flags", "shared", "first")
@@ -127,22 +127,22 @@ def _experiment(path: Path, name: str, base: str, found: Any) -> Experiment:
 
 @dataclass(frozen=True)
 class Stage:
-    """One training."""
+    """One training run."""
 
     workdir: Path
     flags: tuple[str, ...]
 
     @property
     def config(self) -> Config:
-        """What `train` makes of the flags."""
+        """The config that `train` builds from the flags."""
         return parse_config(self.flags)
 
     def is_done(self) -> bool:
-        """Whether the very run lies in the workdir, trained to its end."""
+        """Whether the workdir contains exactly this run, trained to its end."""
         if not (self.workdir / CONFIG).is_file():
             return False
         changed = differences(load_config(self.workdir), self.config)
-        # How the run's own samples are written trains nothing, and a baseline has no tail.
+        # Generation settings do not affect training, and a baseline has no tail.
         idle = ("workdir", "generation.", *(("maturation.",) if self.config.objective.kind == "ar" else ()))
         if [name for name in changed if not name.startswith(idle)] or not any(
                 (self.workdir / CHECKPOINTS).glob("[0-9]*")):
@@ -150,15 +150,15 @@ class Stage:
         return checkpoint_state(self.workdir)[0] == self.config.train.num_steps
 
     def train(self) -> None:
-        """Runs `train`, which goes on where it was interrupted; raises UserError if it fails."""
+        """Runs `train`, which resumes an interrupted run; raises UserError if it fails."""
         if self.is_done():
             return
         if run_command([sys.executable, "-m", "tokmat_jax", "train", *self.flags]) != 0:
-            raise UserError(f"training {self.workdir} failed, see above; the same command goes on from there")
+            raise UserError(f"training {self.workdir} failed, see above; run the same command again to continue")
 
 
 def run_command(words: Sequence[str]) -> int:
-    """The exit code of a command that is given the time to save when Ctrl-C reaches it too."""
+    """Runs a command and returns its exit code. After Ctrl-C it waits, so that the command can save."""
     process = subprocess.Popen(words)
     try:
         return process.wait()
@@ -168,18 +168,18 @@ def run_command(words: Sequence[str]) -> int:
 
 
 def judge_seed(seed: int) -> int:
-    """Whose baseline judges the runs of `seed`: another one's."""
+    """Seed of the baseline that judges the runs of `seed`: always another seed."""
     return 1 if seed == 0 else 0
 
 
 def baseline_stage(experiment: Experiment, folder: Path, seed: int) -> Stage:
-    """The baseline of `seed`; experiments that share nothing of their own with it have it in common."""
+    """The baseline of `seed`. Experiments without `shared` flags use the same baseline."""
     home = folder / ("ar" if not experiment.shared else f"{experiment.name}_ar") / f"seed-{seed}"
     return _stage(experiment, home, seed, ("--objective.kind", "ar"))
 
 
 def run_stages(experiment: Experiment, folder: Path, seed: int) -> list[Stage]:
-    """What is trained for the maturation run of `seed`, which comes last."""
+    """The stages of the maturation run of `seed`; the run itself is the last one."""
     home = folder / experiment.name / f"seed-{seed}"
     if not experiment.first:
         return [_stage(experiment, home, seed, experiment.flags)]
@@ -194,26 +194,26 @@ def _stage(experiment: Experiment, workdir: Path, seed: int, flags: Sequence[str
 
 
 def tokens(config: Config) -> int:
-    """Training tokens that a run reads."""
+    """Number of training tokens of a run."""
     return config.train.num_steps * config.train.batch_size * config.data.seq_len
 
 
 def train(experiment: Experiment, folder: Path, seed: int, flags: Args) -> None:
-    """Trains what is missing for `seed`; raises UserError before it trains a stage that would make the pair unfair."""
+    """Trains what is missing for `seed`; raises UserError before training a stage that would make the pair unfair."""
     stages, baseline = run_stages(experiment, folder, seed), baseline_stage(experiment, folder, seed)
     check_room(experiment, baseline.config, flags)
     for number, stage in enumerate(stages):  # only now: the second stage cannot be read before the first is trained
         found = [one for one in config_mismatches(stage.config, baseline.config, same_ids=number > 0)
                  if not (experiment.first and one.startswith(_BY_DESIGN))]
         if found:
-            raise UserError(f"{experiment.name} is no fair comparison: {'; '.join(found)}; what concerns both belongs "
-                            f"into 'shared'")
+            raise UserError(f"{experiment.name} is not a fair comparison: {'; '.join(found)}; put flags that concern "
+                            f"both into 'shared'")
         spent, others = sum(tokens(one.config) for one in stages[: number + 1]), tokens(baseline.config)
         if number + 1 == len(stages) and spent != others:
             raise UserError(f"{experiment.name} reads {spent:,} tokens in all its stages, its baseline {others:,}: "
                             f"give both the same budget")
         if number + 1 == len(stages) and stage.config.objective.kind != "maturation":
-            raise UserError(f"{experiment.name} is no maturation run: its base {experiment.base} has objective.kind "
+            raise UserError(f"{experiment.name} is not a maturation run: its base {experiment.base} has objective.kind "
                             f"{stage.config.objective.kind!r}")
         stage.train()
     baseline.train()
@@ -221,7 +221,7 @@ def train(experiment: Experiment, folder: Path, seed: int, flags: Args) -> None:
 
 
 def check_room(experiment: Experiment, config: Config, flags: Args) -> None:
-    """Raises UserError unless the plain tail has its positions behind the prompts and the text."""
+    """Raises UserError unless prompts, new text and a plain tail fit into the model's positions."""
     needed = flags.prompt_tokens + flags.max_new_tokens + GenerationConfig().tail_length
     if needed > config.max_positions:
         raise UserError(f"{experiment.name}: prompts of {flags.prompt_tokens} tokens, {flags.max_new_tokens} new ones "
@@ -230,7 +230,7 @@ def check_room(experiment: Experiment, config: Config, flags: Args) -> None:
 
 
 def validation(workdir: Path) -> dict[str, float]:
-    """The last validation of a run, names without their prefix."""
+    """The last validation metrics of a run, by name without prefix."""
     lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line]
     last = [row for row in rows if any(name.startswith("validation/") for name in row)][-1]
@@ -238,7 +238,7 @@ def validation(workdir: Path) -> dict[str, float]:
 
 
 def measure(experiment: Experiment, seed: int, flags: Args) -> dict[str, Any]:
-    """The log's row of the trained pair of `seed`."""
+    """Measures the trained pair of `seed`; returns its row for the log."""
     folder = Path(flags.folder)
     stages = run_stages(experiment, folder, seed)
     baseline_at, judge_at = (baseline_stage(experiment, folder, one) for one in (seed, judge_seed(seed)))
@@ -247,7 +247,7 @@ def measure(experiment: Experiment, seed: int, flags: Args) -> dict[str, Any]:
     found = mismatches(run, baseline, (at, baseline_at.workdir))
     found = [one for one in found if not (experiment.first and one.startswith(_BY_DESIGN))]
     if found:
-        raise UserError(f"{experiment.name} is no fair comparison: {'; '.join(found)}")
+        raise UserError(f"{experiment.name} is not a fair comparison: {'; '.join(found)}")
     prompts = prompts_of(corpus_of_run(run.config, at), run.config, flags.num_prompts, flags.prompt_tokens,
                          flags.max_new_tokens)
     states = {"run": checkpoint_state(at), "baseline": checkpoint_state(baseline_at.workdir),
@@ -276,13 +276,14 @@ def measure(experiment: Experiment, seed: int, flags: Args) -> dict[str, Any]:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """What trains in `config` and is not the default, dotted; it says what was run when the base has moved on."""
+    """Training settings of `config` that differ from the defaults, by dotted name. They record what was run even if the
+    base file changes later."""
     changed = differences(Config(), config)
     return {name: own for name, (_, own) in changed.items() if not name.startswith(("workdir", "generation."))}
 
 
 def append(row: dict[str, Any], path: Path) -> None:
-    """Adds `row` to the log at `path`."""
+    """Appends `row` to the log at `path`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
@@ -292,7 +293,7 @@ def append(row: dict[str, Any], path: Path) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The newest row of each experiment and seed in the log at `path`; raises UserError for a line that is no row."""
+    """The newest row of each experiment and seed in the log at `path`; raises UserError if a line is not a row."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
@@ -307,12 +308,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             summary.verdict(row)
             rows[row["experiment"], row["seed"]] = row
         except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-            raise UserError(f"--log: {path} line {number} is no row of an experiment") from None
+            raise UserError(f"--log: {path} line {number} is not a row of an experiment") from None
     return list(rows.values())
 
 
 def write_summary(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """`summary.md` and `frontier.svg` of all `rows`."""
+    """Writes `summary.md` and `frontier.svg` for all `rows`."""
     from tokmat_jax.evaluation import plots
 
     (folder / "summary.md").write_text(summary.table(rows), encoding="utf-8")
@@ -335,7 +336,7 @@ def main(args: Sequence[str]) -> None:
     make_workdir(Path(flags.folder), "--folder")
     read_log(Path(flags.log))
     asked = [(known[name], seed) for name in flags.names for seed in flags.seeds]
-    for one, seed in asked:  # all of them first: an accelerator that measures is not free to train
+    for one, seed in asked:  # train all of them first: while this process measures, it occupies the accelerator
         train(one, Path(flags.folder), seed, flags)
     for one, seed in asked:
         row = measure(one, seed, flags)

@@ -1,7 +1,7 @@
 """Write text with a trained model: python generate.py --workdir runs/quickstart --prompt "In the beginning"
 
-With --show-tail the tail is drawn while it thinks, with --html as a page to replay; --output writes every sample to a
-JSONL file, --trajectory what its tail went through.
+--show-tail draws the tail at every step, --html writes a page that replays it, --output writes every sample to a JSONL
+file, and --trajectory writes the history of its tail.
 """
 
 import contextlib
@@ -35,49 +35,48 @@ from tokmat_jax.view.terminal import show_tails, stream_text, visible
 
 @dataclass(frozen=True)
 class Args:
-    """Continue prompts with a trained model. A flag left out takes the run's own setting."""
+    """Continue prompts with a trained model. Flags you omit are taken from the run's config."""
 
     workdir: str
     """Folder of the run."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Text to continue; may be given several times, and may be empty (starts from end-of-text)."""
+    """Text to continue; repeat the flag for several prompts. An empty text starts from end-of-text."""
     prompts_file: str | None = None
-    """One prompt per line (blank lines are skipped), or JSONL with a field `prompt`, such as an --output of before."""
+    """One prompt per line (blank lines are skipped), or JSONL with a field `prompt`, such as an earlier --output."""
     generation: Annotated[GenerationConfig, WITHOUT_PREFIX] = dataclasses.field(default_factory=GenerationConfig)
-    """How the tail is run: a flag for each of its fields."""
+    """Settings of the tail, one flag per field."""
     steering_vector: str | None = None
-    """A .npy file with the vector [d] that predictions are drawn to."""
+    """.npy file with the vector [d] towards which predictions are pulled."""
     num_samples: int = 1
-    """Samples per prompt; they differ by the noise of their embryos."""
+    """Number of samples per prompt; they differ in the noise of their embryos."""
     seed: int = 0
-    """Decides the noise of the embryos, 0..2³²−1."""
+    """Seed of the embryo noise, 0..2³²−1."""
     batch_size: int = 16
-    """Samples that run together; changes the speed, not the samples."""
+    """Samples per batch; changes the speed, not the samples."""
     output: str | None = None
-    """JSONL file: text, tokens, and entropy and movement per token."""
+    """JSONL file to write: text, tokens, and the entropy and movement of each token."""
     stream: bool = False
-    """Print the text while it is committed."""
+    """Print the text as it is committed."""
     show_tail: bool = False
-    """Draw committed text and tail at every step, with maturity, entropy and movement of the slots."""
+    """Draw the committed text and the tail at every step, with maturity, entropy and movement of the slots."""
     html: str | None = None
-    """A page to write, which replays how a sample came into being; numbered where there are several samples."""
+    """HTML page to write, which replays the generation of a sample; numbered if there are several samples."""
     trajectory: str | None = None
-    """An .npz file to write, with what the tail went through (tokmat_jax/generation/trajectory.py); numbered like
-    --html."""
+    """.npz file to write, with the history of the tail (tokmat_jax/generation/trajectory.py); numbered like --html."""
     keep_vectors: bool = False
-    """Keep the vectors of all slots in --trajectory too."""
+    """Include the vectors of all slots in --trajectory."""
     compare: tuple[str, ...] = ()
-    """NAME=VALUE of other settings, with which the same samples are shown beside these: `guidance-scale=2`."""
+    """NAME=VALUE of changed settings, such as `guidance-scale=2`; the same samples with them are shown side by side."""
 
 
 Variant = tuple[str, GenerationConfig]
-"""A title, and how the tail is run."""
+"""A title, and the settings of the tail."""
 
 
 def parse_for_run(words: Sequence[str]) -> Args:
-    """Flags of the command line's `words`; settings that they leave out are those of the run in --workdir.
+    """Parses the `words` of the command line; omitted settings are taken from the run in --workdir.
 
-    Raises UserError as `parse` does, if the folder holds no run, and for settings of a tail if its model has none.
+    Raises UserError as `parse` does, if the folder is not a run, and for settings of a tail if the model has no tail.
     """
     workdir = value_of([*words], "--workdir")
     if workdir is None:
@@ -85,7 +84,7 @@ def parse_for_run(words: Sequence[str]) -> Args:
     try:
         config = load_config(Path(workdir))
     except UserError:
-        with contextlib.suppress(ConfigError):  # a mistake in the flags goes first, and --help needs no run
+        with contextlib.suppress(ConfigError):  # errors in the flags are reported first, and --help needs no run
             parse(Args, words)
         raise
     if config.objective.kind == "ar" and (of_tail := _flags_of_tail(words)):
@@ -95,7 +94,7 @@ def parse_for_run(words: Sequence[str]) -> Args:
 
 
 def _flags_of_tail(words: Sequence[str]) -> list[str]:
-    """The flags among `words` that mean nothing for a model without a tail."""
+    """The flags among `words` that have no effect for a model without a tail."""
     names = given(GenerationConfig, words)
     of_every_model = _with("every_model", names)
     vector = [name for name in given(Args, words) if name == "steering_vector"]
@@ -103,12 +102,12 @@ def _flags_of_tail(words: Sequence[str]) -> list[str]:
 
 
 def _with(fact: str, names: Sequence[str]) -> list[str]:
-    """Those settings of a generation among `names` that have a `fact`."""
+    """Those of the generation settings `names` that have the given `fact`."""
     return [name for name in names if facts_of(GenerationConfig, fact)[name]]
 
 
 def _shortened(own: GenerationConfig, tail_length: str | None) -> GenerationConfig:
-    """`own` with the `tail_length` of the command line if that is shorter, so that its slots fit what else is given."""
+    """`own` with the `tail_length` of the command line if that is shorter, so that settings per slot stay valid."""
     try:
         asked = int(tail_length or "")
     except ValueError:
@@ -117,7 +116,7 @@ def _shortened(own: GenerationConfig, tail_length: str | None) -> GenerationConf
 
 
 def read_prompts(args: Args) -> list[str]:
-    """All prompts of the command line, in order; raises UserError for a file that cannot be read."""
+    """All prompts of the command line, in order; raises UserError if a file cannot be read."""
     prompts = list(args.prompt)
     if args.prompts_file is not None:
         prompts += _prompts_file(Path(args.prompts_file))
@@ -128,7 +127,7 @@ def read_prompts(args: Args) -> list[str]:
 
 def _prompts_file(path: Path) -> Iterator[str]:
     try:
-        # Of all that Unicode counts as an end of a line, only \n and \r\n end one: others may stand inside a prompt.
+        # Only \n and \r\n end a line: the other line separators of Unicode may be part of a prompt.
         lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except OSError as error:
         raise UserError(f"--prompts-file: cannot read {path}: {error.strerror}") from None
@@ -142,16 +141,16 @@ def _prompts_file(path: Path) -> Iterator[str]:
             continue
         try:
             prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError, RecursionError):  # ValueError: digits without end, too
+        except (ValueError, KeyError, TypeError, RecursionError):  # ValueError: also for a number with too many digits
             prompt = None
         if not isinstance(prompt, str):
-            raise UserError(f"--prompts-file: {path} line {number} is no JSON object with a text field 'prompt'")
+            raise UserError(f"--prompts-file: {path} line {number} is not a JSON object with a text field 'prompt'")
         yield prompt
 
 
 def check_settings(flags: Args, names: Sequence[str], generator: Generator) -> None:
-    """Raises UserError if one of the settings `names`, which are given, has no effect; says on standard error if K is
-    new to the model."""
+    """Raises UserError if one of the given settings `names` has no effect. Prints a note to standard error if K is
+    larger than in training."""
     settings = flags.generation
     vector = ["steering_vector"] if flags.steering_vector is not None else []
     steered = _with("of_steering", names) + vector
@@ -160,9 +159,9 @@ def check_settings(flags: Args, names: Sequence[str], generator: Generator) -> N
     for name in names:
         rules = [rule for rule in ("stable", "verified") if _with(f"of_{rule}", [name])]
         if rules and settings.commit not in rules:
-            raise UserError(f"{flag_of(name)} says how --commit {' or '.join(rules)} commits: give that too")
+            raise UserError(f"{flag_of(name)} has no effect without --commit {' or '.join(rules)}: add it")
     if "steering_words" in names and vector:
-        raise UserError("--steering-words and --steering-vector are two directions: give one of them")
+        raise UserError("--steering-words and --steering-vector both set the direction: give only one of them")
     trained = generator.config.maturation.max_tail_length
     if settings.tail_length > trained and not generator.is_autoregressive:
         print(f"note: a tail of {settings.tail_length} is longer than any in training (K_max {trained})",
@@ -170,8 +169,8 @@ def check_settings(flags: Args, names: Sequence[str], generator: Generator) -> N
 
 
 def make_variants(words: Sequence[str], flags: Args, generator: Generator) -> list[Variant]:
-    """How the tail is run by the `flags` of the command line's `words`, and how it is run in the samples that --compare
-    puts beside; each named by what differs."""
+    """The settings given by the `words` of the command line and their `flags`, and those of the samples that --compare
+    adds. Each title names the settings that differ."""
     check_settings(flags, given(GenerationConfig, words), generator)
     if not flags.compare:
         return [("", flags.generation)]
@@ -184,7 +183,7 @@ def make_variants(words: Sequence[str], flags: Args, generator: Generator) -> li
 
 
 def _compared(pairs: Sequence[str]) -> dict[str, list[str]]:
-    """The words that --compare gives to settings, by name; raises UserError for anything but NAME=VALUE."""
+    """The values that --compare gives, by name of the setting; raises UserError for anything but NAME=VALUE."""
     found: dict[str, list[str]] = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
@@ -201,7 +200,7 @@ def _short(value: Any) -> str:
 
 
 def steering_vector(args: Args) -> np.ndarray | None:
-    """What --steering-vector holds."""
+    """The vector in the file of --steering-vector."""
     if args.steering_vector is None:
         return None
     try:
@@ -211,7 +210,7 @@ def steering_vector(args: Args) -> np.ndarray | None:
 
 
 class Writing:
-    """The samples of one command, as it asks to see them."""
+    """Generates the samples of one command and shows and records them as its flags say."""
 
     def __init__(
         self, generator: Generator, prompts: Sequence[str], variants: Sequence[Variant], flags: Args,
@@ -222,7 +221,7 @@ class Writing:
         self._total = len(prompts) * flags.num_samples
 
     def samples(self) -> Iterator[tuple[Sample, GenerationConfig]]:
-        """Every sample with its settings, shown and recorded on the way."""
+        """Yields every sample with its settings, and shows and records it."""
         flags = self._flags
         if not (flags.stream or flags.show_tail or flags.html is not None or flags.trajectory is not None):
             yield from self._in_batches()
@@ -239,7 +238,7 @@ class Writing:
                         yield sample, settings
 
     def _in_batches(self) -> Iterator[tuple[Sample, GenerationConfig]]:
-        """Prints every sample when its batch is complete."""
+        """Yields every sample, and prints it when its batch is complete."""
         flags, [(_, settings)] = self._flags, self._variants
         at_once = max(1, flags.batch_size // flags.num_samples)
         for begin in range(0, len(self._prompts), at_once):
@@ -254,19 +253,19 @@ class Writing:
         self._check_reader()
 
     def _check_reader(self) -> None:
-        """Ends the command if nobody reads what it prints, unless a file gets the samples too."""
+        """Ends the command if standard output is closed, unless samples are also written to a file."""
         flags = self._flags
         if flags.output is None and flags.html is None and flags.trajectory is None:
             stop_unless_read()
 
     def _read(self, moments: Iterable[Moment]) -> Iterator[Moment]:
-        """`moments`, as long as somebody reads what is printed of them."""
+        """`moments`, until standard output is closed."""
         for moment in moments:
             yield moment
             self._check_reader()
 
     def _watched(self, prompt: str, number: int) -> Iterator[tuple[Sample, GenerationConfig]]:
-        """Shows a sample while it comes into being, beside what it is compared with."""
+        """Shows a sample during generation, side by side with those of --compare."""
         generator, seed = self._generator, self._flags.seed
         runs = [(title, self._read(generator.stream(prompt, settings, number, seed, self._direction)))
                 for title, settings in self._variants]
@@ -278,7 +277,7 @@ class Writing:
             yield sample_of_moments(generator.tokenizer, prompt, number, moments), settings
 
     def _recorded(self, prompt: str, number: int, index: int) -> list[tuple[Sample, GenerationConfig]]:
-        """Writes what the tails of a sample went through."""
+        """Writes the tail history of a sample, with those of --compare."""
         generator, flags, runs, samples = self._generator, self._flags, [], []
         for which, (title, settings) in enumerate(self._variants):
             found = generator.record(prompt, settings, number, flags.seed, keep_vectors=flags.keep_vectors,
@@ -299,7 +298,7 @@ class Writing:
 
 @contextlib.contextmanager
 def opened(output: str | None) -> Iterator[TextIO | None]:
-    """The file of --output, opened before anything is generated for it."""
+    """The file of --output, opened before generation starts."""
     if output is None:
         yield None
         return
@@ -311,18 +310,18 @@ def opened(output: str | None) -> Iterator[TextIO | None]:
 
 
 def check(flags: Args) -> None:
-    """Raises UserError for flags out of their range or without effect."""
+    """Raises UserError if a flag is out of range or has no effect."""
     counts(flags.num_samples, flags.seed, flags.batch_size)
     if flags.compare and not (flags.show_tail or flags.html is not None):
-        raise UserError("--compare shows samples beside each other: add --show-tail or --html FILE")
+        raise UserError("--compare shows samples side by side: add --show-tail or --html FILE")
     if flags.keep_vectors and flags.trajectory is None:
-        raise UserError("--keep-vectors says what goes into --trajectory FILE: give that too")
+        raise UserError("--keep-vectors has no effect without --trajectory FILE: add it")
     if flags.compare and flags.stream:
         raise UserError("--stream shows one run: for --compare take --show-tail or --html FILE")
 
 
 def files_of(flags: Args, num_samples: int, num_variants: int) -> dict[str, list[Path]]:
-    """What the samples will be written to, by flag; raises UserError for a path that ends in no name."""
+    """The files that will be written, by flag; raises UserError if a path has no file name."""
     files = {"--output": [Path(flags.output)] if flags.output is not None else []}
     for flag, path, total in (("--html", flags.html, num_samples),
                               ("--trajectory", flags.trajectory, num_samples * num_variants)):
@@ -333,7 +332,7 @@ def files_of(flags: Args, num_samples: int, num_variants: int) -> dict[str, list
 
 
 def main(args: Sequence[str]) -> None:
-    """Generates what `args` ask for."""
+    """Generates the samples that `args` describe."""
     flags = parse_for_run(args)
     check(flags)
     prompts = read_prompts(flags)
@@ -360,7 +359,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def _of_passes(samples: Sequence[Sample]) -> str:
-    """How many tokens a pass committed, and how often each draft was right."""
+    """A line with the mean number of tokens per pass, and how often each draft was right."""
     tokens, passes = sum(len(one.tokens) for one in samples), sum(one.passes for one in samples)
     right = np.array([one.accepted for one in samples]).sum(axis=0)
     drafts = f"; drafts that were right, the nearest first: {', '.join(f'{one / passes:.0%}' for one in right)}"

@@ -17,7 +17,7 @@ COMMANDS = {
 
 
 def main(args: Sequence[str]) -> None:
-    """Runs the command that `args` begin with; raises UserError for an unknown one."""
+    """Runs the command named by the first of `args`; raises UserError if it is unknown."""
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         print("usage: python -m tokmat_jax COMMAND …\n")
@@ -25,5 +25,5 @@ def main(args: Sequence[str]) -> None:
         sys.exit(0 if args else 2)
     if args[0] not in COMMANDS:
         raise UserError(f"unknown command {args[0]!r}; there are {', '.join(COMMANDS)}")
-    # Each command is imported alone: evaluation's libraries would delay the others.
+    # Import only this command: the libraries of evaluation would delay the others.
     importlib.import_module(f"tokmat_jax.commands.{args[0]}").main(args[1:])

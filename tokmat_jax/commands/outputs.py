@@ -1,4 +1,4 @@
-"""Files that a command writes: whether each can be written is known before anything is computed for it."""
+"""Checks the output files of a command before anything is computed."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from tokmat_jax.errors import UserError
 
 
 def numbered(path: str, index: int, total: int) -> Path:
-    """`path` itself for one of one; else with the number from 1 before its ending: `replay-2.html`."""
+    """`path` itself if `total` is 1; else with a number from 1 before its suffix: `replay-2.html`."""
     whole = Path(path)
     return whole if total == 1 else whole.with_name(f"{whole.stem}-{index + 1}{whole.suffix}")
 
@@ -24,9 +24,9 @@ def writing(flag: str, path: Path) -> Iterator[None]:
 
 
 def check_files(written: Mapping[str, Sequence[Path]], read: Mapping[str, str | None]) -> None:
-    """Raises UserError unless all files can be written, each is another one, and none of them is one that is `read`.
+    """Raises UserError unless all files can be written, all are different, and none of them is also `read`.
 
-    Both name the flag of each file. What is there stays as it is.
+    Both arguments map flags to files. Existing files are not changed.
     """
     sources = {_identity(Path(path)): flag for flag, path in read.items() if path is not None}
     seen: dict[tuple[int, int] | str, str] = {}
@@ -43,21 +43,21 @@ def check_files(written: Mapping[str, Sequence[Path]], read: Mapping[str, str | 
 
 
 def _identity(path: Path) -> tuple[int, int] | str:
-    """The same for all names of a file: other spellings, links and hard links."""
+    """An identity that is equal for all names of a file: other spellings, links and hard links."""
     if path.is_file():
         found = path.stat()
         return found.st_dev, found.st_ino
-    # A terminal is both what is read and what is written: it has the name by which it is asked for.
+    # A terminal may be both read and written: identify it by the name that was given.
     return os.path.realpath(path) if not path.exists() else str(path.absolute())
 
 
 def _try(flag: str, path: Path) -> None:
-    """Raises UserError or OSError unless `path` can be written; no file and no link comes or goes."""
+    """Raises UserError or OSError unless `path` can be written; creates and removes no file and no link."""
     if path.is_dir():
         raise UserError(f"{flag}: {path} is a folder")
     if path.exists() and not path.is_file():
-        return  # a pipe or a device: whoever reads it would see it close
-    # Of a link to a file that is not there yet, the file is tried.
+        return  # a pipe or a device: opening and closing it would end its reader
+    # If the path is a link to a missing file, try the file.
     target = Path(os.path.realpath(path))
     exists = target.exists()
     with target.open("ab"):

@@ -1,4 +1,4 @@
-"""The report card as data: every method behind the same prompts, judged, measured and drawn."""
+"""The report card as data: every method continues the same prompts, and its text is judged and measured."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ from tokmat_jax.model.params import init_params, vocabulary_of
 from tokmat_jax.storage.npy import open_npy
 
 _BRIER = {"contexts": 4, "ahead": 4, "samples": 4}
-"""Beginnings per prompt, tokens behind each, and independent samples of them."""
+"""Contexts per prompt, tokens generated after each context, and independent samples of them."""
 _SCALES = (1.0, 2.0)
 _BATCHES = (1, 8)
 """Rows that write together if speed is measured."""
@@ -45,16 +45,16 @@ _SHORT_CURVES = ("temperature", "nucleus", "penalty", "repulsion of the baseline
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line decides."""
+    """Options from the command line."""
 
     max_new_tokens: int
     seed: int
     resamples: int
     batch_size: int
     prompt: str
-    """Beginning of the article's figures."""
+    """Prompt for the article's figures."""
     num_seeds: int
-    """Samples of it for the figures over seeds."""
+    """Number of samples of that prompt, for the figures over seeds."""
 
 
 def _nobody(done: int, name: str) -> None:
@@ -68,7 +68,7 @@ class Card:
         self, run: Generator, baseline: Generator, judge: Judge, prompts: Prompts, store: Store, options: Options,
         baseline_store: Store | None = None,
     ):
-        """What the baseline wrote is kept in `baseline_store`, which several cards may share; None is `store`."""
+        """The baseline's text is kept in `baseline_store`, which several cards may share; None means `store`."""
         self.run, self.baseline, self.judge = run, baseline, judge
         self.prompts, self.options = prompts, options
         self._store, self._baseline_store = store, baseline_store or store
@@ -90,9 +90,9 @@ class Card:
         return 2 * len(self.table) + len(self.curves) + len(self.stable) + len(self._verified_cases()) + 9
 
     def data(self, told: Callable[[int, str], None]) -> dict[str, Any]:
-        """All parts of the report; what an interrupted evaluation of the same left is taken from the store.
+        """All parts of the report. Parts that an earlier, interrupted evaluation finished are read from the store.
 
-        `told` hears how many parts are done, and the name of the latest.
+        `told` is called after each part with the number of finished parts and the name of the latest.
         """
         self._done, self._told = 0, told
         rows = [self._row(method) for method in self.table]
@@ -110,7 +110,7 @@ class Card:
         }
 
     def num_short_parts(self) -> int:
-        """How many parts `short` has."""
+        """Number of parts of `short`."""
         return len(self._short_rows()) + len(self._short_curves()) + 2
 
     def _short_rows(self) -> list[Method]:
@@ -121,23 +121,23 @@ class Card:
         return [method for method in self.curves if method.curve in _SHORT_CURVES]
 
     def short(self, told: Callable[[int, str], None]) -> dict[str, Any]:
-        """What one experiment is judged by: the scores of a few rows, a few curves of the frontier, the lookahead."""
+        """The short card of an experiment: the scores of a few rows, a few curves of the frontier, the lookahead."""
         self._done, self._told = 0, told
         rows = {method.name: {name: dataclasses.asdict(value) for name, value in
                               self._values(*self._written(method)).items()} for method in self._short_rows()}
         return {"rows": rows, "frontier": self._frontier(self._short_curves()), "lookahead": self._lookahead()}
 
     def _part(self, name: str, kind: str, settings: Any, make: Callable[[], Any], store: Store | None = None) -> Any:
-        """The part of a `kind` under `settings`; `name` is what is shown."""
+        """The part of a `kind` under `settings`; `name` is shown to the user."""
         found = (store or self._store).get(kind, settings, make)
         self._done += 1
         self._told(self._done, name)
         return found
 
-    # What is written and how it is judged
+    # Samples and their scores
 
     def _written(self, method: Method) -> tuple[Written, np.ndarray, np.ndarray]:
-        """The samples, and nats and number of the judge's tokens of each [N]."""
+        """The samples of a method, and for each sample [N] its nats under the judge and its number of judge tokens."""
 
         def make():
             written = self._writer.write(method, self.prompts)
@@ -164,7 +164,7 @@ class Card:
         return self.judge.read_texts(self._texts(tokens))
 
     def _texts(self, tokens: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
-        """Each prompt's text, and what `tokens` add to it."""
+        """The text of each prompt, and the text that `tokens` add to it."""
         return [self.run.tokenizer.split(*pair) for pair in zip(self.prompts.ids, tokens, strict=True)]
 
     def _values(self, written: Written, nats: np.ndarray, judge_tokens: np.ndarray) -> dict[str, scores.Value]:
@@ -207,11 +207,11 @@ class Card:
         return self._endings(self.prompts.human)
 
     def _endings(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
-        """What stands for each text [N, d]: the judge's prediction behind it."""
+        """Vectors [N, d] that represent the texts: the judge's prediction after each."""
         return np.stack([one.ending for one in self._judge_tokens(tokens)])
 
     def _calibration(self) -> dict[str, float]:
-        """The judge's perplexity of the human text, and of the same with its sentences in another order."""
+        """The judge's perplexity of the human text, and of the same text with shuffled sentences."""
         decode = self.run.tokenizer.decode
         pairs = [(decode(p), decode(h)) for p, h in zip(self.prompts.ids, self.prompts.human, strict=True)]
         shuffled = [(p, shuffle_sentences(h, seed)) for seed, (p, h) in enumerate(pairs)]
@@ -221,7 +221,7 @@ class Card:
     # Tokens per pass against quality
 
     def _passes(self) -> list[dict[str, Any]]:
-        """What stable commits gain in tokens per pass, and what that costs."""
+        """Tokens per pass of stable commits, and their cost in quality."""
         found = []
         for method in self.stable:
             written, nats, judge_tokens = self._written(method)
@@ -296,9 +296,9 @@ class Card:
                 name: float(np.exp(frontier.log_perplexity_at(front, human.repetition))) if front else None
                 for name, front in fronts.items()},
             "human": dataclasses.asdict(human),
-            "note": f"A front is what no setting of its family beats; each is chosen from the same prompts on which it "
-                    f"is measured ({len(sampling)} settings of the baseline's sampling, "
-                    f"{len(ours)} of maturation), anew in every resample.",
+            "note": f"A front has the settings that no other setting of its family beats. Each front is chosen on the "
+                    f"prompts on which it is measured ({len(sampling)} settings of the baseline's sampling, "
+                    f"{len(ours)} of maturation), and again in every resample.",
         }
 
     # The article's figures
@@ -314,7 +314,7 @@ class Card:
         plain = dataclasses.replace(plain, tail_length=min(plain.tail_length, room - length))
         tails = [k for k in (1, 2, 4, 8, 16, 32) if k <= room - length]
         trained = run.config.maturation.max_tail_length
-        # Some tokens must go through the whole tail.
+        # The sample must be long enough that some tokens pass through the whole tail.
         whole = dataclasses.replace(plain, tail_length=max(k for k in tails if k <= min(trained, length // 2)))
 
         def record(settings: GenerationConfig, prompt: str | Sequence[int] = options.prompt, temperature: float = 1.0):
@@ -350,7 +350,7 @@ class Card:
         }
 
     def _lookahead(self) -> dict[str, Any]:
-        """What plain tails foresee, with and without guidance."""
+        """How many later tokens plain tails foresee, with and without guidance."""
         plain = self._writer.settings(Method("plain", "maturation"))
         plain = dataclasses.replace(plain, tail_length=min(plain.tail_length, self._room))
 
@@ -380,7 +380,7 @@ class Card:
 
 
 def starting_table(generator: Generator) -> np.ndarray | None:
-    """The table [V, d] that a run began with; None where what it started from is no longer there."""
+    """The table [V, d] that a run started with; None if its source no longer exists or has another shape."""
     config, shape = generator.config, generator.vocabulary.table.shape
     try:
         if config.init_from is not None:
@@ -398,14 +398,14 @@ def starting_table(generator: Generator) -> np.ndarray | None:
 
 
 def num_parameters(generator: Generator) -> int:
-    """Numbers in the model."""
+    """Number of parameters of the model."""
     return sum(int(leaf.size) for leaf in jax.tree.leaves(generator.params))
 
 
 def shuffle_sentences(text: str, seed: int) -> str:
-    """`text` with its sentences in another order; what does not end like one stays with its neighbour.
+    """`text` with its sentences in random order; text without a sentence end stays with the sentence after it.
 
-    The white space between them stays where it is: what follows a prompt follows it as before.
+    White space stays in place, so that the text after a prompt still begins as before.
     """
     inner = text.strip()
     begin, _, end = text.partition(inner) if inner else (text, "", "")
@@ -417,10 +417,10 @@ def shuffle_sentences(text: str, seed: int) -> str:
 
 def _brier_note(count: int, rows: Sequence[dict[str, Any]]) -> str:
     note = (f"Brier-n and BrierLM (CALM, arXiv:2510.27688), {_BRIER['samples']} samples at {_BRIER['contexts']} places "
-            f"of each prompt's text; a decoder that always says the same has a Brier-1 of 2 · accuracy − 1, and no "
-            f"BrierLM where that is not positive.")
+            f"of each prompt's text; a deterministic decoder has a Brier-1 of 2 · accuracy − 1, and no "
+            f"BrierLM if that is not positive.")
     if any(row["mauve"] is not None for row in rows):
         return note + (f" MAUVE of {count} texts, mean ± spread of five k-means seeds, from the judge's own vectors: "
-                       f"with so few texts it only tells large differences.")
+                       f"with so few texts it only shows large differences.")
     why = f"fewer than {scores.FEWEST_FOR_MAUVE} texts" if scores.has_mauve() else "pip install -e '.[mauve]'"
     return f"{note} MAUVE is left out: {why}."

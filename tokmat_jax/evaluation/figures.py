@@ -1,4 +1,4 @@
-"""The article's figures as data: what a tail goes through, what it foresees, what seeds change, how the table moved."""
+"""The article's figures as data: how tails mature, what they foresee, what seeds change, how the table moved."""
 
 import dataclasses
 import itertools
@@ -14,14 +14,14 @@ from tokmat_jax.generation.generator import Generator
 from tokmat_jax.generation.trajectory import Trajectory
 
 _AHEAD = 32
-"""Tokens after a step within which a slot's token counts as foreseen."""
+"""A slot's token counts as foreseen if it is committed within this many tokens after the step."""
 
 
 def maturing(sharp: Trajectory, soft: Trajectory, piece: Callable[[int], str], num_tokens: int = 6) -> dict[str, Any]:
     """Entropy and candidates of tokens from birth to commit.
 
-    `soft` and `sharp` are one sample, read at two temperatures. The tokens shown are those, among all that had the
-    whole tail to mature in, whose nearest token changed most often (the first of equals).
+    `soft` and `sharp` are the same sample, read at two temperatures. Of all tokens that passed through the whole tail,
+    those whose nearest token changed most often are shown (ties go to the first).
     """
     length = soft.tokens.shape[1]
     whole = range(length - 1, len(soft.tokens))
@@ -60,17 +60,17 @@ def _by_step(values: np.ndarray, trajectory: Trajectory, indices: Sequence[int])
 
 def readout(trajectory: Trajectory, decode: Callable[[Sequence[int]], str], piece: Callable[[int], str],
             num_moments: int = 6) -> list[dict[str, Any]]:
-    """What was committed and what the tail would say, at `num_moments` steps spread over the sample."""
+    """The committed text and the nearest tokens of the tail, at `num_moments` steps spread over the sample."""
     steps = np.unique(np.linspace(0, len(trajectory.tokens) - 1, num_moments).astype(int))
     return [{"step": int(step) + 1, "text": decode(trajectory.tokens[: step + 1, 0].tolist()),
              "tail": [piece(int(token)) for token in trajectory.tokens[step, 1:]]} for step in steps]
 
 
 def lookahead(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Share of the tail's tokens that are committed within the next 32, and what that share is by chance.
+    """Share of the tail's tokens that are among the next 32 committed tokens, and the same share by chance.
 
-    Chance: the same tails beside the texts of the next sample in the list, so that frequent words count there too.
-    Steps with fewer than 32 tokens behind them are left out; NaN where that leaves no slot.
+    Chance compares the tails to the text of the next sample in the list, so that frequent words count there too.
+    Steps with fewer than 32 tokens after them are skipped; NaN if no slot is left.
     """
 
     def share(shift: int) -> float:
@@ -89,9 +89,9 @@ def diversity_by_tail(
     generator: Generator, prompt: str, settings: GenerationConfig, lengths: Sequence[int], num_seeds: int,
     seed: int, batch_size: int,
 ) -> list[dict[str, float]]:
-    """For each K of `lengths`: how varied `num_seeds` samples of one prompt are, by themselves and among themselves.
+    """For each K of `lengths`: the diversity of `num_seeds` samples of one prompt, within samples and between them.
 
-    They are the samples of `seed` numbered from 0.
+    The samples have the numbers 0, 1, … of `seed`.
     """
     found = []
     for length in lengths:
@@ -109,7 +109,7 @@ def diversity_by_tail(
 
 
 def attractors(samples: Sequence[Sequence[int]], piece: Callable[[int], str], shown: int = 12) -> dict[str, Any]:
-    """Samples of one prompt aligned with each other: which of their tokens most of them share in place."""
+    """Aligns samples of one prompt and marks the tokens that most of them share in the same column."""
     aligned = templates.align(samples)
     stable = templates.stable_columns(aligned)
     rows = [[[piece(token), token == stable[column]] for column, token in enumerate(row) if token is not None]
@@ -120,7 +120,7 @@ def attractors(samples: Sequence[Sequence[int]], piece: Callable[[int], str], sh
 
 
 def table_geometry(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    """How training moved the table [V, d] and what it made of its geometry."""
+    """How training moved the table [V, d] and changed its geometry."""
     moved = geometry.drift(before, after)
     return {
         "drift_degrees": {"mean": float(moved.mean()), "p10": float(np.quantile(moved, 0.1)),

@@ -1,4 +1,4 @@
-"""Repetition against judge perplexity: the best that a method reaches, and one signed number between two methods."""
+"""Repetition against judge perplexity: the front of a method's settings, and the signed area between two fronts."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from tokmat_jax.evaluation.metrics import bootstrap
 
 SAMPLING, ALL_CURVES = "the baseline's sampling", "the baseline's sampling, penalty and repulsion"
-"""Whose front an area is measured against."""
+"""Names of the fronts that areas are measured against."""
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,19 @@ class Point:
 
     label: str
     repetition: float
-    """In [0, 1]; lower is better."""
+    """Repetition in [0, 1]; lower is better."""
     perplexity: float
-    """Under a judge, > 0; lower is better."""
+    """Perplexity under a judge, > 0; lower is better."""
 
 
 @dataclass(frozen=True)
 class Area:
-    """By how much one front lies below another; every field is NaN where no stretch of repetition has both."""
+    """How far one front lies below another; all fields are NaN if the fronts have no common range of repetition."""
 
     area: float
-    """∫ (log perplexity of the baseline − ours) d repetition, in nats; positive where ours is ahead."""
+    """∫ (log perplexity of the baseline − ours) d repetition, in nats; positive if ours is ahead."""
     mean_gain: float
-    """area / (high − low): by how many nats per token ours is ahead on average at equal repetition."""
+    """area / (high − low): mean lead of ours in nats per token at equal repetition."""
     low: float
     """The lowest repetition that both fronts reach."""
     high: float
@@ -38,10 +38,10 @@ class Area:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one beats, by rising repetition; perplexity falls along them.
+    """The points that no other point beats, sorted by rising repetition; perplexity falls along them.
 
-    A point beats another where neither of its numbers is higher and one is lower. Points with a number that is not
-    finite are left out: nothing was measured there.
+    A point beats another if neither of its numbers is higher and at least one is lower. Points with a number that is
+    not finite are dropped, because nothing was measured there.
     """
     known = [p for p in points if math.isfinite(p.repetition) and math.isfinite(p.perplexity)]
     kept: list[Point] = []
@@ -56,7 +56,7 @@ def log_perplexity_at(front: Sequence[Point], repetition: float) -> float:
     """Log perplexity of a `front` at this `repetition`, interpolated between its settings, in nats.
 
     Linear in (repetition, log perplexity) between neighbouring points of the front, constant to the right of its
-    last one, NaN to the left of its first.
+    last point, NaN to the left of its first point.
     """
     return float(_log_perplexity(front, np.array([repetition]))[0])
 
@@ -64,8 +64,8 @@ def log_perplexity_at(front: Sequence[Point], repetition: float) -> float:
 def signed_area(baseline: Sequence[Point], ours: Sequence[Point]) -> Area:
     """The area between the fronts of two sets of points, over the repetitions that both fronts span.
 
-    Exact: the difference of two piecewise linear functions is integrated between the knots of both. A method with a
-    single point on its front spans nothing.
+    Exact: the difference of two piecewise linear functions is integrated between the knots of both. A front with a
+    single point spans no range.
     """
     fronts = front(baseline), front(ours)
     if not all(fronts):
@@ -83,7 +83,7 @@ def signed_area(baseline: Sequence[Point], ours: Sequence[Point]) -> Area:
 def interval_of_area(
     baseline: "Settings", ours: "Settings", resamples: int, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of `signed_area` over resampled prompts: each time both fronts are found anew."""
+    """95 % interval of `signed_area` over resampled prompts; each resample computes both fronts again."""
     count = baseline.repetition.shape[1]
     return bootstrap(lambda chosen: signed_area(baseline.points(chosen), ours.points(chosen)).area, count, resamples,
                      seed)
@@ -95,14 +95,14 @@ class Settings:
 
     labels: Sequence[str]
     repetition: np.ndarray
-    """Of each setting's sample behind each prompt [M, N]; NaN where it does not count."""
+    """Repetition of each setting's sample for each prompt [M, N]; NaN if the sample does not count."""
     nats: np.ndarray
-    """What each sample cost the judge [M, N]."""
+    """Total nats of each sample under the judge [M, N]."""
     judge_tokens: np.ndarray
-    """In how many of its tokens [M, N]."""
+    """Number of judge tokens of each sample [M, N]."""
 
     def points(self, chosen: np.ndarray | None = None) -> list[Point]:
-        """A Point per setting, over all prompts or those `chosen` [N]."""
+        """A Point per setting, over all prompts or over the indices `chosen` [N]."""
         index = np.arange(self.repetition.shape[1]) if chosen is None else chosen
         drawn, tokens = self.repetition[:, index], self.judge_tokens[:, index].sum(1)
         known = ~np.isnan(drawn)
@@ -112,7 +112,7 @@ class Settings:
         return [Point(*one) for one in zip(self.labels, repetition.tolist(), perplexity.tolist(), strict=True)]
 
     def only(self, indices: Sequence[int]) -> "Settings":
-        """Those settings alone."""
+        """Only the settings at `indices`."""
         chosen = list(indices)
         return Settings([self.labels[index] for index in chosen], self.repetition[chosen], self.nats[chosen],
                         self.judge_tokens[chosen])

@@ -1,7 +1,7 @@
-"""Train–inference gap: the loss on simulated tails against that on the tails that the decoder really has.
+"""Train–inference gap: the loss on simulated tails compared to the loss on real tails of the decoder.
 
-History is the true text on both sides, and a position, a slot, its maturity and its target are the same; only what the
-slots hold differs: α e + (1 − α) noise in training, the model's own refinements of embryos when it writes.
+On both sides the history is the true text, and positions, slots, maturities and targets are the same. Only the content
+of the slots differs: α e + (1 − α) noise in training, the model's own refinements of embryos in decoding.
 """
 
 import functools
@@ -25,27 +25,28 @@ from tokmat_jax.model.params import logit_scale_of, vocabulary_of
 
 @dataclass(frozen=True)
 class Gap:
-    """By slot, front first; arrays [K]."""
+    """Results by slot, front first; arrays [K]."""
 
     maturity: np.ndarray
     simulated_loss: np.ndarray
     """InfoNCE against all of V on simulated tails, nats."""
     real_loss: np.ndarray
-    """The same on real tails."""
+    """InfoNCE against all of V on real tails, nats."""
     simulated_top1: np.ndarray
-    """Share of predictions that are nearest to their target, on simulated tails."""
+    """Share of predictions whose nearest token is the target, on simulated tails."""
     real_top1: np.ndarray
     count: int
-    """Predictions per slot."""
+    """Number of predictions per slot."""
 
 
 def measure_gap(
     params: Params, config: Config, ids: np.ndarray, prompt_tokens: int, tail_length: int, seed: int = 0
 ) -> Gap:
-    """Rolls the tail along the true text of windows `ids` [B, T], from behind `prompt_tokens` ids on.
+    """Moves the tail along the true text of windows `ids` [B, T], starting after `prompt_tokens` ids.
 
     Each step measures the K predictions on both tails and then commits the true token. Maturities, rates and noise are
-    those of training. The first K steps, in which the tail still fills up, do not count. T must leave some behind them.
+    those of training. The first K steps, in which the tail fills up, do not count; T must be long enough for more
+    steps.
     """
     batch, length = ids.shape
     num_steps = length - prompt_tokens - tail_length + 1
@@ -57,7 +58,7 @@ def measure_gap(
 
 
 def _training_tail(config: Config, tail_length: int) -> Tail:
-    """A tail that is run as training simulates it."""
+    """A tail with the maturities, rates and noise that training simulates."""
     settings = config.maturation
     return make_tail(GenerationConfig(tail_length=tail_length, profile=settings.profile,
                                       max_maturity=settings.max_maturity, tail_noise=settings.tail_noise))
@@ -82,7 +83,7 @@ def _sums(params, ids, keys, config: Config, prompt_tokens: int, tail_length: in
         slots = state.num_committed[:, None] + jnp.arange(tail_length)[None, :]
         targets = jnp.take_along_axis(ids, slots, axis=1)
         prediction, memory = predict(state)
-        # Numbers that no embryo of this rollout has.
+        # Numbers that no embryo of this rollout uses.
         noise = embryos(state.key, state.num_born + length, tail_length, vectors.shape[-1], tail.noise, radius)
         told = jnp.broadcast_to(tail.maturity[None, :], targets.shape)
         simulated = state.replace(tail=maturation.corrupt(look_up(vocabulary.table, targets), noise, told))

@@ -1,4 +1,4 @@
-"""How the rows of a vocabulary table lie, and how training moved them. No [V, V] array: it works on blocks of rows.
+"""Geometry of the rows of a vocabulary table, and how training moved them. Works on blocks of rows, never on [V, V].
 
 The cosine with a row of zeros counts as 0.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 _ROWS = 1024
 _ROUNDING = 1e-28
-"""Mean squared distance of unit rows from their mean below which they are the same but for rounding."""
+"""If the mean squared distance of unit rows from their mean is below this, the rows are equal up to rounding."""
 
 
 def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -21,7 +21,7 @@ def drift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 def nearest_changes(before: np.ndarray, after: np.ndarray, k: int = 1) -> float:
     """Share in [0, 1] of each row's `k` nearest other rows by cosine that are new in `after`, mean over the rows.
 
-    `before` and `after` [V, d]; for k = 1 the share of tokens whose nearest neighbour is another one now.
+    `before` and `after` are [V, d]. For k = 1 this is the share of tokens whose nearest neighbour changed.
     """
     old, new = _nearest(before, k), _nearest(after, k)
     kept = np.any(new[:, :, None] == old[:, None, :], axis=-1)
@@ -29,14 +29,14 @@ def nearest_changes(before: np.ndarray, after: np.ndarray, k: int = 1) -> float:
 
 
 def isotropy(table: np.ndarray) -> dict[str, float]:
-    """How evenly the rows of `table` [V, d], V ≥ 2, fill the directions. The scale of the table changes nothing.
+    """How evenly the rows of `table` [V, d], V ≥ 2, fill the directions. Independent of the scale of the table.
 
-    `mean_cosine`, in [−1/(V−1), 1]: mean cosine of two different rows; 0 where no direction is preferred.
+    `mean_cosine`, in [−1/(V−1), 1]: mean cosine of two different rows; 0 if no direction is preferred.
     `partition_ratio`, in (0, 1]: min Z(c) / max Z(c) with Z(c) = Σ_i exp(⟨c, w_i⟩) over the eigenvectors c of WᵀW,
-    each with both signs; 1 is isotropic (Mu & Viswanath 2018, arXiv:1702.01417). Z depends on how long the rows are,
-    so they are scaled here to a mean norm of 1; the paper takes them as they come.
+    each with both signs; 1 is isotropic (Mu & Viswanath 2018, arXiv:1702.01417). Z depends on the norms of the rows,
+    so they are scaled here to a mean norm of 1; the paper does not scale them.
     `effective_dimensions`, in [1, d]: participation ratio (Σλ)² / Σλ² of the eigenvalues λ of the covariance of the
-    rows at norm 1; NaN where all rows point the same way.
+    rows at norm 1; NaN if all rows have the same direction.
     """
     unit = _unit(table)
     total = unit.sum(0)
@@ -50,12 +50,12 @@ def isotropy(table: np.ndarray) -> dict[str, float]:
 
 
 def hubness(table: np.ndarray, k: int = 10) -> dict[str, float]:
-    """How unevenly rows are neighbours (Radovanović et al. 2010, JMLR 11). `table` [V, d], k < V.
+    """Hubs among nearest neighbours (Radovanović et al. 2010, JMLR 11). `table` is [V, d], k < V.
 
-    N_k of a row is how many others have it among their `k` nearest by cosine; its mean is k.
-    `skewness`: third standardised moment of N_k, 0 where every row has the same; high where there are hubs.
+    N_k of a row is the number of other rows that have it among their `k` nearest by cosine; its mean is k.
+    `skewness`: third standardised moment of N_k; 0 if it is equal for all rows, high if there are hubs.
     `largest_hub`, in [1, (V−1)/k]: the largest N_k over k.
-    `antihubs`, in [0, 1): share of the rows that are nobody's neighbour.
+    `antihubs`, in [0, 1): share of rows with N_k = 0.
     """
     occurrences = np.bincount(_nearest(table, k).ravel(), minlength=len(table))
     centred = occurrences - occurrences.mean()
@@ -78,13 +78,13 @@ def _unit(table: np.ndarray) -> np.ndarray:
 
 
 def _angle(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    # arccos(cosine) would lose angles under 10⁻⁶ degrees to rounding, and turn 0 into that.
+    # arccos(cosine) would lose angles below 10⁻⁶ degrees to rounding, and would return such an angle for 0.
     half = np.arctan2(np.linalg.norm(one - other, axis=-1), np.linalg.norm(one + other, axis=-1))
     return np.degrees(2.0 * half)
 
 
 def _nearest(table: np.ndarray, k: int) -> np.ndarray:
-    """Ids [V, k] of each row's `k` nearest other rows by cosine, in no order."""
+    """Ids [V, k] of each row's `k` nearest other rows by cosine, unsorted."""
     if not 1 <= k < len(table):
         raise ValueError(f"k must be from 1 to {len(table) - 1}, the number of other rows, not {k}")
     unit = _unit(table).astype(np.float32)

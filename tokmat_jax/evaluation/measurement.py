@@ -1,4 +1,4 @@
-"""What the report card and an experiment share: the ranges of their flags, and what a measured part was made from."""
+"""Shared by the report card and experiments: checks of flags, and the origin of a measured part."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,12 +9,13 @@ from tokmat_jax.evaluation.pair import Prompts
 from tokmat_jax.generation.generator import Generator
 
 _FORMAT = 3
-"""Of the stored parts; another number whenever what a part holds is computed in another way."""
+"""Format version of the stored parts. Change it whenever the computation of a part changes."""
 
 
 def check_measurement(flags: Any, **more: int) -> None:
-    """Raises UserError where a flag of a measurement is below its least, or one of `more`, or the plots' library is
-    missing. `flags` are those of a command that measures."""
+    """Raises UserError if a flag is below its minimum or the plotting library is missing.
+
+    `flags` are those of a command that measures; `more` gives the minimum of additional flags."""
     least = {"num_prompts": 2, "prompt_tokens": 1, "max_new_tokens": 8, "resamples": 1, "batch_size": 1} | more
     for name, bound in least.items():
         if getattr(flags, name) < bound:
@@ -28,6 +29,7 @@ def check_measurement(flags: Any, **more: int) -> None:
 def origin(
     states: dict[str, tuple[int, int]], models: Sequence[Generator], prompts: Prompts, max_new_tokens: int, seed: int
 ) -> dict[str, Any]:
-    """What every stored part was made from; `states` are the checkpoints of `models`. Other origins share nothing."""
+    """The origin of every stored part; `states` are the checkpoints of `models`. A part is reused only for the same
+    origin."""
     return {"format": _FORMAT, "states": states, "configs": [dataclasses.asdict(one.config) for one in models],
             "prompts": [prompts.ids, prompts.human], "new_tokens": max_new_tokens, "seed": seed}

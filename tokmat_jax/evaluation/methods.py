@@ -1,4 +1,4 @@
-"""The rows of the report: ways to write a continuation, and the settings that each one's curve runs through."""
+"""The rows of the report: methods of generation, and the settings along the curve of each method."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ PLAIN: dict[str, Any] = dataclasses.asdict(GenerationConfig())
 
 @dataclass(frozen=True)
 class Method:
-    """One way to write."""
+    """One method of generation with its settings."""
 
     name: str
     kind: Literal["human", "sampling", "contrastive", "best_of", "repulsion", "maturation"]
@@ -26,37 +26,37 @@ class Method:
     """Arguments of the decoder: those of `Baselines`' methods, or fields of GenerationConfig over its defaults
     (`repulsion` and `maturation`)."""
     curve: str = ""
-    """Which curve of the frontier it lies on; empty for a row of the table alone."""
+    """Name of its curve on the frontier; empty if it is only a row of the table."""
 
     @property
     def identity(self) -> list[Any]:
-        """What it does, whatever it is called: two methods with one identity write the same."""
+        """Kind and settings without the name: two methods with the same identity generate the same text."""
         neutral = {"sampling": {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0}, "maturation": PLAIN}
         return [self.kind, neutral.get(self.kind, {}) | self.settings]
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the autoregressive model writes."""
+        """Whether the autoregressive baseline generates."""
         return self.kind not in ("human", "maturation")
 
     @property
     def is_sampling(self) -> bool:
-        """Whether it is one of the curves of ordinary sampling, which the signed area is measured against."""
+        """Whether it belongs to the curves of ordinary sampling, against which the signed area is measured."""
         return self.curve in ("temperature", "nucleus")
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether every sample of one prompt is the same."""
+        """Whether all samples of a prompt are equal."""
         greedy = self.kind == "sampling" and self.settings.get("temperature", 0.0) == 0.0
         return greedy or self.kind in ("human", "contrastive", "repulsion")
 
 
 HUMAN = Method("human", "human")
 _STRONG = {"tail_noise": 1.0, "max_maturity": 0.5}
-"""Strong embryos and a low rate."""
+"""Settings with strong embryos and a low rate."""
 _REPULSIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 _SETTLED = ((3, 9.0), (2, 9.0), (1, 9.0), (3, 0.4), (2, 0.4), (1, 0.4), (0, 0.2), (0, 0.25), (0, 0.3), (0, 0.4))
-"""Patience and tolerance of stable commits; no slot ever moves by 9 R."""
+"""Pairs of patience and tolerance of stable commits. A tolerance of 9 is off: no slot ever moves by 9 R."""
 
 
 def _maturation(name: str, curve: str = "", **settings: Any) -> Method:
@@ -64,7 +64,7 @@ def _maturation(name: str, curve: str = "", **settings: Any) -> Method:
 
 
 def table_methods(own: GenerationConfig, room: int) -> list[Method]:
-    """The rows of the table; tails longer than `room` positions are left out. `own` is the run's own setting."""
+    """The rows of the table, without tails longer than `room` positions. `own` is the run's own setting."""
     own_settings = {name: value for name, value in dataclasses.asdict(own).items() if PLAIN[name] != value}
     for name in ("max_new_tokens", "entropy_temperature"):
         own_settings.pop(name, None)
@@ -88,7 +88,7 @@ def table_methods(own: GenerationConfig, room: int) -> list[Method]:
 
 
 def curve_methods(room: int) -> list[Method]:
-    """The settings of the frontier's curves; tails longer than `room` positions are left out."""
+    """The settings of the frontier's curves, without tails longer than `room` positions."""
     baseline = [Method(f"temperature {t:g}", "sampling", {"temperature": t}, "temperature")
                 for t in (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
     baseline += [Method(f"nucleus {p:g}", "sampling", {"temperature": 1.0, "top_p": p}, "nucleus")
@@ -120,8 +120,8 @@ STABLE, STABLE_REPELLED = "stable commits", "stable commits, repulsion 0.4"
 
 
 def stable_methods() -> list[Method]:
-    """Stable commits of up to four tokens, by patience and tolerance: of the plain algorithm, and with repulsion. The
-    first of each curve commits one token a step."""
+    """Stable commits of up to four tokens, by patience and tolerance: for the plain algorithm, and with repulsion. The
+    first setting of each curve commits one token a step."""
     found = []
     for curve, base in ((STABLE, {}), (STABLE_REPELLED, {"repulsion": 0.4})):
         found.append(_maturation(f"{curve}: one a step", curve, **base))
@@ -136,26 +136,26 @@ def _tail_length(method: Method) -> int:
 
 @dataclass(frozen=True)
 class Written:
-    """What a method wrote behind N prompts."""
+    """The continuations of N prompts by one method."""
 
     tokens: list[list[int]]
     """Ids of the run's tokenizer, at most L per prompt, without end-of-text."""
     finished: list[bool]
-    """Whether the text ended by itself."""
+    """Whether each text ended with end-of-text."""
     entropy: list[float] | None
-    """Mean entropy at commit in nats, per prompt; None where the decoder has none to tell."""
+    """Mean entropy at commit in nats, per prompt; None if the decoder does not report it."""
     passes: list[int] | None = None
-    """Steps that each text took; None where nobody counts them."""
+    """Number of steps of each text; None if they were not counted."""
 
     @property
     def tokens_per_pass(self) -> float:
-        """Committed tokens, end-of-text included, by the steps they took; 1 where nobody counts them."""
+        """Committed tokens, end-of-text included, per step; 1 if steps were not counted."""
         committed = sum(map(len, self.tokens)) + sum(self.finished)
         return committed / sum(self.passes) if self.passes else 1.0
 
 
 class Writer:
-    """Writes with every method behind the same prompts."""
+    """Continues the same prompts with every method."""
 
     def __init__(self, run: Generator, baseline: Generator, max_new_tokens: int, seed: int, batch_size: int):
         self.run, self.baseline = run, baseline
@@ -164,7 +164,7 @@ class Writer:
         self._new, self._seed, self._batch_size = max_new_tokens, seed, batch_size
 
     def settings(self, method: Method, max_new_tokens: int | None = None) -> GenerationConfig:
-        """How the tail of a maturation `method` is run."""
+        """The generation settings of a maturation `method`."""
         fields: dict[str, Any] = PLAIN | method.settings | {"max_new_tokens": max_new_tokens or self._new}
         return GenerationConfig(**fields)
 
@@ -183,13 +183,13 @@ class Writer:
     def first_tokens(self, method: Method, contexts: Sequence[Sequence[int]], ahead: int, samples: int) -> np.ndarray:
         """The first `ahead` ids of `samples` independent continuations of each context [C, samples, ahead].
 
-        What stands behind end-of-text is −1. A deterministic method writes once and is repeated.
+        Ids after end-of-text are −1. A deterministic method generates once, and its result is repeated.
         """
         once = method.is_deterministic
         if method.kind == "maturation":
             settings = self.settings(method, ahead)
             rows = [one.tokens for one in self.run.generate(contexts, settings, samples, self._seed, self._batch_size)]
-        elif method.kind == "best_of":  # every sample is the best of candidates of its own
+        elif method.kind == "best_of":  # every sample is the best of its own candidates
             several = [self._first(method, contexts, ahead, (self._seed + number) % 2**32, 1)
                        for number in range(samples)]
             rows = [tokens for together in zip(*several, strict=True) for tokens in together]
@@ -204,7 +204,7 @@ class Writer:
     def _first(
         self, method: Method, contexts: Sequence[Sequence[int]], ahead: int, seed: int, samples: int
     ) -> list[list[int]]:
-        """What the baseline writes, with end-of-text where it ends."""
+        """The ids that the baseline generates, with end-of-text if it ended."""
         end = [self.run.tokenizer.end_of_text]
         written = zip(*self._baseline(method, contexts, ahead, seed, samples), strict=True)
         return [[*tokens, *end] if finished else tokens for tokens, finished in written]

@@ -1,4 +1,4 @@
-"""Repetition, diversity, loops, BrierLM, and how sure a mean is: every number from tokens or words (METHOD §5)."""
+"""Repetition, diversity, loops, BrierLM and bootstrap intervals, all from tokens or words (METHOD §5)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ def _ngrams(items: Sequence, n: int) -> list[tuple]:
 def distinct(tokens: Sequence[int], n: int) -> float:
     """Dist-n in (0, 1] of one sample: unique n-grams / n-grams (Li et al. 2016, arXiv:1510.03055, per sample).
 
-    NaN where there are fewer than n tokens. It falls with the length of the sample: compare equal lengths only.
+    NaN if there are fewer than n tokens. It falls with the length of the sample: only compare equal lengths.
     """
     ngrams = _ngrams(tokens, n)
     return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
@@ -25,12 +25,12 @@ def repetition(tokens: Sequence[int], n: int) -> float:
 
 
 def repeats_a_trigram(tokens: Sequence[int]) -> bool:
-    """Whether any trigram occurs twice: the article's loop. So does most human text of 128 tokens (METHOD §5)."""
+    """Whether any trigram occurs twice: the article's loop. True for most human texts of 128 tokens (METHOD §5)."""
     return distinct(tokens, 3) < 1.0
 
 
 def ends_in_a_cycle(tokens: Sequence[int], times: int = 3) -> bool:
-    """Whether the sample's end is one cycle, of any period ≥ 1, `times` times in a row: a periodic loop (METHOD §5)."""
+    """Whether the sample ends with one cycle, of any period ≥ 1, `times` times in a row: periodic loop (METHOD §5)."""
     tokens = list(tokens)
     for period in range(1, len(tokens) // times + 1):
         end = tokens[len(tokens) - period * times :]
@@ -40,7 +40,7 @@ def ends_in_a_cycle(tokens: Sequence[int], times: int = 3) -> bool:
 
 
 def pooled_counts(texts: Sequence[str], n: int) -> np.ndarray:
-    """Unique and total n-grams of words parted by white space, of each text by itself [N, 2]."""
+    """Number of unique and of all n-grams in each text [N, 2]; words are separated by white space."""
     ngrams = [_ngrams(text.split(), n) for text in texts]
     return np.array([(len(set(of_text)), len(of_text)) for of_text in ngrams], np.int64).reshape(-1, 2)
 
@@ -49,8 +49,8 @@ def pooled_repetition(counts: np.ndarray) -> float:
     """SimCTG's rep-n in [0, 1) over texts: 1 − Σ unique / Σ total (Su et al. 2022, arXiv:2202.06417).
 
     `counts` [N, 2] are their `pooled_counts`: n-grams are unique within their own text, and the sums go over the texts,
-    so that long ones count for more. The paper prints it in percent. Its authors' script leaves out the last n-gram of
-    each text; this follows the paper's equation, which does not. NaN where no text has n words.
+    so that long texts count more. The paper prints it in percent. The authors' script drops the last n-gram of each
+    text; this follows the paper's equation, which does not. NaN if no text has n words.
     """
     unique, total = counts.sum(0)
     return float(1.0 - unique / total) if total else math.nan
@@ -66,7 +66,7 @@ def brier(samples: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
     `samples` [S, N]: the first N tokens of S ≥ 2 independent continuations; `reference` [N]: the true ones. With
     x_i, y the first n tokens, the mean over all pairs i ≠ j of 1{x_i = y} + 1{x_j = y} − 1{x_i = x_j}. Its expectation
-    is 2 p(y) − Σ p(x)², which is largest, in expectation over y, where p is the true distribution.
+    is 2 p(y) − Σ p(x)², which is largest, in expectation over y, if p is the true distribution.
     """
     count = len(samples)
     if count < 2:
@@ -80,8 +80,8 @@ def brier(samples: np.ndarray, reference: np.ndarray) -> np.ndarray:
 def brier_lm(per_context: np.ndarray) -> float:
     """BrierLM in (0, 100]: 100 · (Π_n mean over contexts of Brier-n)^(1/N), from `brier` of each context [C, N].
 
-    NaN where one of the N means is not positive. A deterministic decoder, whose samples are all the same, ends there
-    unless more than half of its first tokens are right, since its Brier-1 is 2 · (share that is right) − 1.
+    NaN if one of the N means is not positive. That is so for a deterministic decoder unless more than half of its first
+    tokens are right: all its samples are equal, so its Brier-1 is 2 · (share that is right) − 1.
     """
     means = np.mean(per_context, axis=0)
     return 100.0 * float(np.exp(np.mean(np.log(means)))) if np.all(means > 0) else math.nan
@@ -92,8 +92,8 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Percentile interval of a statistic over `count` ≥ 1 prompts (Efron 1979).
 
-    `values_of` computes it from the indices [count] of prompts drawn with replacement. Resamples where it is NaN are
-    left out; (NaN, NaN) where it always is.
+    `values_of` computes it from the indices [count] of prompts drawn with replacement. Resamples with a NaN are
+    dropped; (NaN, NaN) if all are NaN.
     """
     return _interval(np.array([values_of(drawn) for drawn in _draws(count, resamples, seed)]), level)
 
@@ -101,7 +101,7 @@ def bootstrap(
 def bootstrap_mean(
     values: np.ndarray, resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """`bootstrap` of the mean of `values` [count], one per prompt; prompts whose value is NaN have no say in it."""
+    """`bootstrap` of the mean of `values` [count], one per prompt; prompts with a NaN are ignored."""
     drawn = np.asarray(values, np.float64)[_draws(len(values), resamples, seed)]
     known = ~np.isnan(drawn)
     with np.errstate(invalid="ignore"):

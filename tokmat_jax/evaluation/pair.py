@@ -1,4 +1,4 @@
-"""What is compared: a maturation run and its baseline, and held-out text that both continue."""
+"""The inputs of a comparison: a maturation run, its baseline, and held-out text that both continue."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from tokmat_jax.storage.workdir import CHECKPOINTS, CORPUS
 
 
 def mismatches(run: Generator, baseline: Generator, workdirs: tuple[Path, Path]) -> list[str]:
-    """In what the two differ that ought to be the same: tokenizer, data, backbone, optimiser, budget, steps trained."""
+    """Differences in what must be equal for both: tokenizer, data, backbone, optimiser, budget, steps trained."""
     found = []
     same_ids = run.tokenizer.same_ids(baseline.tokenizer)
     if not same_ids:
@@ -36,8 +36,8 @@ def mismatches(run: Generator, baseline: Generator, workdirs: tuple[Path, Path])
 
 
 def _same_corpus(ours: dict[str, Any], theirs: dict[str, Any], same_ids: bool) -> bool:
-    """Whether two runs have learned from the same corpus, by its facts. How a tokenizer with the `same_ids` is named
-    does not matter."""
+    """Whether two runs were trained on the same corpus, by its facts. If the tokenizers have the `same_ids`, their
+    names do not matter."""
     renamed = same_ids and ours.get("tokenizer") != theirs.get("tokenizer")
     named = ("tokenizer", "fingerprint") if renamed else ()
     one, other = ({key: value for key, value in facts.items() if key not in named} for facts in (ours, theirs))
@@ -46,8 +46,8 @@ def _same_corpus(ours: dict[str, Any], theirs: dict[str, Any], same_ids: bool) -
 
 def config_mismatches(run: Config, baseline: Config, same_ids: bool, same_corpus: bool = False) -> list[str]:
     """Fields in which two configs differ although they must agree. If the tokenizers are known to have the `same_ids`,
-    how each is named does not matter, nor where the text of the `same_corpus` lies."""
-    # A run that starts from another one names its tokenizer and its positions; what they are is what counts.
+    their names do not matter; if both have the `same_corpus`, the location of its text does not matter."""
+    # A run that starts from another one names that run's tokenizer and positions; only their values count.
     paired = facts_of(Config, "paired")
     paired |= {name: False for name in paired if (same_ids and name.startswith("tokenizer.")) or (
         same_corpus and name == "data.source") or (
@@ -57,7 +57,7 @@ def config_mismatches(run: Config, baseline: Config, same_ids: bool, same_corpus
 
 
 def checkpoint_state(workdir: Path) -> tuple[int, int]:
-    """The newest step of a workdir, and when it was written (ns): together they tell one state of it from another."""
+    """The newest step of a workdir and the time at which it was written (ns). Together they identify its state."""
     steps = [path for path in (workdir / CHECKPOINTS).glob("*") if path.name.isdigit()]
     if not steps:
         raise UserError(f"{workdir} has no checkpoint yet: train it with train.py --workdir {workdir}")
@@ -67,17 +67,17 @@ def checkpoint_state(workdir: Path) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Beginnings from held-out documents and what a human wrote after them."""
+    """Prompts from held-out documents, with the human text that follows them."""
 
     ids: list[list[int]]
     """N prompts of P ids each."""
     human: list[list[int]]
-    """The L ids that follow each."""
+    """The L ids that follow each prompt."""
     notes: tuple[str, ...]
-    """In what this is less than was asked for."""
+    """Notes if there are fewer or shorter prompts than requested."""
 
     def contexts(self, count: int, ahead: int) -> tuple[list[list[int]], np.ndarray]:
-        """`count` beginnings of P ids along the text of each prompt, and the `ahead` ids behind each [·, ahead]."""
+        """`count` contexts of P ids along the text of each prompt, and the `ahead` ids after each [·, ahead]."""
         prompts, after = [], []
         for prompt, human in zip(self.ids, self.human, strict=True):
             whole = [*prompt, *human]
@@ -94,7 +94,7 @@ def held_out_prompts(
     """`num_prompts` stretches of `prompt_tokens` + `new_tokens` ids of held-out `windows`, each inside one document.
 
     They do not overlap and are spread over the documents: the first stretch of each, then the second of each, … .
-    Raises UserError where no document is long enough.
+    Raises UserError if no document is long enough.
     """
     stream = np.concatenate([windows[index]["tokens"] for index in range(len(windows))])
     length = prompt_tokens + new_tokens
@@ -113,7 +113,7 @@ def held_out_prompts(
 
 
 def prompts_of(corpus: Corpus, config: Config, num_prompts: int, prompt_tokens: int, new_tokens: int) -> Prompts:
-    """Prompts for a run with `config`; shorter ones, with a note, where its positions do not hold those asked for."""
+    """Prompts for a run with `config`. If they do not fit into its positions, they are shorter, with a note."""
     room = config.max_positions - new_tokens - 1
     if room < 1:
         raise UserError(f"--max-new-tokens {new_tokens} leaves no room for a prompt: the model has "

@@ -11,12 +11,12 @@ from tokmat_jax.config import Draft, GenerationConfig
 from tokmat_jax.generation.generator import Generator
 
 ALLOWED = 1.05
-"""Judge perplexity that may be paid, in that of one token a step."""
+"""Highest allowed judge perplexity, relative to that of one token a step."""
 
 
 def best_within(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The point with the most `tokens_per_pass` whose `perplexity` is at most 5 % above that of the first one, which
-    commits one token a step."""
+    """Of the points whose `perplexity` is at most 5 % above that of the first point, which commits one token a step,
+    the one with the most `tokens_per_pass`."""
     bound = ALLOWED * points[0]["perplexity"]
     return max((point for point in points if point is points[0] or point["perplexity"] <= bound),
                key=lambda point: point["tokens_per_pass"])

@@ -1,4 +1,4 @@
-"""The report's plots as SVG text; each takes data of the report and knows nothing else."""
+"""The report's plots as SVG text; each is a function of the report's data only."""
 
 import functools
 import io
@@ -37,7 +37,7 @@ def _svg(figure: Figure) -> str:
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., str]:
-    """`draw` as SVG under the report's style, whatever else the process has set."""
+    """Wraps `draw` to return SVG in the report's style, independent of other matplotlib settings of the process."""
 
     @functools.wraps(draw)
     def wrapped(*args: Any, **kwargs: Any) -> str:
@@ -48,7 +48,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., str]:
 
 
 def plain(piece: str) -> str:
-    """A token as a plot can show it: quoted, ASCII, and no mathematics."""
+    """A token in a form that a plot can show: quoted, ASCII, and not read as mathematics."""
     return repr(piece).encode("ascii", "backslashreplace").decode().replace("$", r"\$")
 
 
@@ -56,7 +56,7 @@ def plain(piece: str) -> str:
 def frontier(curves: dict[str, list[Point]], human: Point, baselines: dict[str, bool]) -> Figure:
     """Rep-3 against judge perplexity: a curve per method, the fronts of sampling and maturation, human as a point.
 
-    `baselines` are the baseline's curves, and whether each is sampling.
+    `baselines` maps the names of the baseline's curves to whether the curve is sampling.
     """
     figure, axes = _figure(11, 5, 2)
     finite = [p for points in curves.values() for p in points if math.isfinite(p.repetition + p.perplexity)]
@@ -88,8 +88,8 @@ def frontier(curves: dict[str, list[Point]], human: Point, baselines: dict[str, 
 
 @styled
 def passes(points: Sequence[dict[str, Any]]) -> Figure:
-    """Tokens per pass against judge perplexity and repetition, a colour per curve; dotted is 5 % above one token a
-    step."""
+    """Tokens per pass against judge perplexity and repetition, a colour per curve. The dotted line is 5 % above the
+    perplexity of one token a step."""
     figure, axes = _figure(10, 4, 2)
     for index, curve in enumerate(dict.fromkeys(point["curve"] for point in points)):
         chosen = [point for point in points if point["curve"] == curve]
@@ -129,7 +129,7 @@ def entropy(data: dict[str, Any], temperatures: tuple[float, float]) -> Figure:
 
 @styled
 def candidates(token: dict[str, Any], shown: int = 5) -> Figure:
-    """The nearest tokens of one slot at each step: what it would say, and how near that is."""
+    """The nearest tokens of one slot at each step, and how near they are."""
     steps = len(token["candidates"])
     figure, [axis] = _figure(max(6.0, 0.75 * steps), 2.6)
     cosines = [row[:shown] for row in token["cosines"]]
@@ -177,8 +177,8 @@ def gap(data: dict[str, Any]) -> Figure:
 
 @styled
 def experiments(rows: Sequence[dict[str, Any]]) -> Figure:
-    """The fronts of experiments: those of their baselines in grey, a colour per experiment, a line per seed. What is
-    far above the human text's perplexity is cut off."""
+    """The fronts of experiments: those of their baselines in grey, a colour per experiment, a line per seed. The plot
+    is cut off far above the human text's perplexity."""
     figure, [axis] = _figure(9, 5.5)
     names = list(dict.fromkeys(row["experiment"] for row in rows))
     colours = [colour for colour in _COLOURS if colour != _GREY]

@@ -1,6 +1,6 @@
-"""A report as blocks, and the two forms they take: Markdown and one self-contained HTML page.
+"""A report as blocks, rendered in two formats: Markdown and one self-contained HTML page.
 
-Everything in a block is text: whatever a model or a user wrote is escaped here, on its way into the page.
+Blocks contain plain text: rendering escapes all text from models and users.
 """
 
 import html
@@ -28,7 +28,7 @@ class Block(Protocol):
 
 @dataclass(frozen=True)
 class Heading:
-    """A section begins."""
+    """The heading of a section."""
 
     text: str
     level: int = 2
@@ -42,7 +42,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Sentences; a warning stands out."""
+    """Sentences; a warning is highlighted."""
 
     text: str
     is_warning: bool = False
@@ -56,7 +56,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of as many cells as the header has; the first one names the row."""
+    """Rows with as many cells as the header; the first cell names the row."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -87,7 +87,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Bullets:
-    """A list."""
+    """A bullet list."""
 
     items: Sequence[str]
 
@@ -100,7 +100,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Quote:
-    """Model text in spans (text, kind): `prompt`, `new`, `tail`, or `mark` for what stands out."""
+    """Model text in spans (text, kind): `prompt`, `new`, `tail`, or `mark` for highlighted text."""
 
     spans: Sequence[tuple[str, str]]
 
@@ -116,7 +116,7 @@ class Quote:
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks behind a title; HTML opens them on demand."""
+    """Blocks under a title; in HTML they are collapsed until they are opened."""
 
     title: str
     blocks: Sequence[Block]
@@ -130,12 +130,12 @@ class Folded:
 
 
 def _shown(text: str) -> str:
-    """`text` as HTML that is read and not obeyed, by a page or by the direction of its lines."""
+    """`text` escaped for HTML: neither its markup nor its characters for writing direction take effect."""
     return html.escape(visible(text))
 
 
 def _code(text: str) -> str:
-    """Text as a code span on one line, whatever back-ticks are in it."""
+    """Text as a code span on one line; it may contain back-ticks."""
     longest = max(map(len, "".join(c if c == "`" else " " for c in text).split()), default=0)
     fence = "`" * (longest + 1)
     return f"{fence} {' '.join(text.split())} {fence}"
@@ -147,8 +147,8 @@ def to_markdown(blocks: Sequence[Block]) -> str:
 
 
 def to_html(title: str, blocks: Sequence[Block], plots: Plots) -> str:
-    """`blocks` as a page that needs nothing else."""
-    # The policy lets a browser fetch and run nothing, whatever stands in the page.
+    """`blocks` as a self-contained page."""
+    # The policy stops the browser from loading or running anything, whatever text is in the page.
     return ("<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta http-equiv=Content-Security-Policy "
             "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
             "<meta name=viewport content='width=device-width, initial-scale=1'><link rel=icon href='data:,'>"

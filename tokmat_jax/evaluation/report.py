@@ -1,4 +1,4 @@
-"""The report: from its data to blocks of text, tables and plots."""
+"""Turns the report's data into blocks of text, tables and plots."""
 
 import json
 import math
@@ -10,11 +10,11 @@ from tokmat_jax.evaluation.render import Block, Bullets, Folded, Heading, Paragr
 from tokmat_jax.evaluation.scores import COLUMNS
 
 Data = dict[str, Any]
-"""What `report.json` holds."""
+"""The contents of `report.json`."""
 
 
 def to_json(data: Data) -> str:
-    """`data` as JSON; a number that is missing becomes null."""
+    """`data` as JSON; missing numbers become null."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -24,12 +24,12 @@ def to_json(data: Data) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     text = json.dumps(clean(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    # Half of a surrogate pair, as in the name of a folder that is not UTF-8, is spelt as JSON spells it.
+    # Half of a surrogate pair, as in a folder name that is not UTF-8, is escaped as in JSON.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def number(value: float | None, percent: bool = False, signed: bool = False) -> str:
-    """Three digits that matter; a dash where there is nothing."""
+    """Three significant digits; a dash if there is no value."""
     if value is None or not math.isfinite(value):
         return "–"
     sign = "+" if signed else ""
@@ -48,7 +48,7 @@ def interval(value: Data, percent: bool = False) -> str:
 
 
 def _scores(data: Data, distance: bool = False) -> Table:
-    """The main table, or the signed distance of each number to the human row's."""
+    """The main table, or with `distance` the signed difference of each number from the human row."""
     human = data["rows"][0]["values"]
     rows = []
     for row in data["rows"][1 if distance else 0 :]:
@@ -86,7 +86,7 @@ def _areas(data: Data) -> Table:
 
 
 def _passes(data: Data) -> list[Block]:
-    """What stable commits gain and cost."""
+    """Gain and cost of stable commits."""
     points = data["passes"]
     if not points:
         return []
@@ -114,23 +114,23 @@ def _verified(data: Data) -> list[Block]:
 
 
 def area_interval(area: Data) -> str:
-    """`+0.106 to +0.177`; a dash where there is no area."""
+    """`+0.106 to +0.177`; a dash if there is no area."""
     low, high = (number(end, signed=True) for end in area["interval"])
     return f"{low} to {high}" if number(area["area"]) != "–" else "–"
 
 
 def verdict(data: Data) -> list[str]:
-    """What the numbers say, in sentences."""
+    """The conclusions from the numbers, in sentences."""
     said = []
     for area in data["frontier"]["areas"][:1]:
         low, high = area["interval"]
         if area["area"] is None or not math.isfinite(area["area"]):
-            said.append("The two fronts share no stretch of repetition, so that no area lies between them.")
+            said.append("The two fronts have no common range of repetition, so there is no area between them.")
             continue
         sure = low > 0 or high < 0
         ahead = "maturation is ahead of" if area["area"] > 0 else "maturation is behind"
         said.append(
-            f"Between the two fronts lies a signed area of {number(area['area'], signed=True)} nats × Rep-3 (95 % "
+            f"The signed area between the two fronts is {number(area['area'], signed=True)} nats × Rep-3 (95 % "
             f"interval {number(low, signed=True)} to {number(high, signed=True)}): {ahead} the baseline's sampling"
             + ("." if sure else ", but chance over prompts can explain it."))
     said += [f"Against {area['against']} together it is "
@@ -149,7 +149,7 @@ def verdict(data: Data) -> list[str]:
 
 
 def _judge_sentences(data: Data) -> str:
-    """Who judges, whom that favours, and what the judge makes of human text and of its sentences shuffled."""
+    """Names the judge, whom it favours, and its perplexity of the human text, in order and with sentences shuffled."""
     judge, calibration = data["judge"], data["calibration"]
     bias = " It is the baseline itself, so it favours the baseline's text." if judge["is_baseline"] else ""
     return (f"Judge: {judge['name']}, {judge['num_parameters']:,} parameters, perplexity per token of its own.{bias} "
@@ -158,7 +158,7 @@ def _judge_sentences(data: Data) -> str:
 
 
 def _facts(data: Data) -> list[str]:
-    """What was compared, on what, and who judged."""
+    """The models, the prompts and the judge."""
     prompts, lines = data["prompts"], []
     lines.append(f"{data['run']['name']} (step {data['run']['step']:,}, {data['run']['num_parameters']:,} parameters) "
                  f"against {data['baseline']['name']} (step {data['baseline']['step']:,}, "
@@ -209,7 +209,7 @@ def _geometry_sentences(data: Data) -> list[str]:
 
 
 def _lookahead_sentence(figures: Data) -> str:
-    """Whether tails foresee, with and without guidance."""
+    """How often tails foresee tokens, with and without guidance."""
     parts = [f"s = {scale}: {number(found['share'], True)} (chance {number(found['chance'], True)})"
              for scale, found in figures["lookahead"].items()]
     return "Tail tokens that are committed within the next 32: " + ", ".join(parts) + "."
@@ -228,13 +228,13 @@ def _entropy_sentence(data: Data) -> str:
 
 
 def _attractor_sentence(found: Data) -> str:
-    return (f"{found['num_samples']} samples of one prompt, aligned; what at least half of them share in place is "
-            f"marked. {number(found['stability'], True)} of all tokens are, {number(found['chance'], True)} when the "
+    return (f"{found['num_samples']} samples of one prompt, aligned; tokens that at least half of them share are "
+            f"marked. {number(found['stability'], True)} of all tokens are, {number(found['chance'], True)} if the "
             f"tokens of each sample are shuffled.")
 
 
 def document(data: Data) -> list[Block]:
-    """The whole report; where the pair does not compare like with like, its first line says so."""
+    """The whole report. If the pair is mismatched, its first line says so."""
     figures = data["figures"]
     blocks: list[Block] = []
     if data["mismatch"]:

@@ -1,4 +1,4 @@
-"""From what a method wrote to the columns of the report, each with its interval over prompts (METHOD §5)."""
+"""Computes the columns of the report from a method's samples, each with its interval over prompts (METHOD §5)."""
 
 import contextlib
 import importlib
@@ -52,7 +52,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Value:
-    """A number and its 95 % percentile interval over resampled prompts; NaN where there is nothing to measure."""
+    """A number and its 95 % percentile interval over resampled prompts; NaN if there is nothing to measure."""
 
     value: float
     low: float
@@ -60,7 +60,7 @@ class Value:
 
 
 def per_prompt(written: Written, new_tokens: int) -> dict[str, np.ndarray]:
-    """Arrays [N] of what is measured on each sample by itself; NaN for repetition where it is shorter than L."""
+    """Arrays [N] of the measures that need only one sample; repetition is NaN if the sample is shorter than L."""
 
     def of_full(measure: Callable[[list[int]], float]) -> np.ndarray:
         return np.array([measure(t) if len(t) == new_tokens else math.nan for t in written.tokens], np.float64)
@@ -78,8 +78,8 @@ def per_prompt(written: Written, new_tokens: int) -> dict[str, np.ndarray]:
 def values(
     written: Written, texts: Sequence[str], nats: np.ndarray, judge_tokens: np.ndarray, new_tokens: int, resamples: int,
 ) -> dict[str, Value]:
-    """Every column of one method. `texts` [N] are its samples as text, `nats` [N] what the judge's tokens in each of
-    them, `judge_tokens` [N] in number, cost it together."""
+    """Every column of one method. `texts` [N] are its samples as text, `nats` [N] the total nats of each under the
+    judge, and `judge_tokens` [N] the number of judge tokens in each."""
     found = {name: Value(nan_mean(array), *metrics.bootstrap_mean(array, resamples))
              for name, array in per_prompt(written, new_tokens).items()}
     count = len(texts)
@@ -101,7 +101,7 @@ def values(
 
 
 def nan_mean(array: np.ndarray) -> float:
-    """Mean of what is known in `array`; NaN where nothing is."""
+    """Mean of the values of `array` that are not NaN; NaN if there are none."""
     known = array[~np.isnan(array)]
     return float(known.mean()) if known.size else math.nan
 
@@ -126,7 +126,7 @@ def brier_values(per_context: np.ndarray, contexts_per_prompt: int, resamples: i
 
 
 FEWEST_FOR_MAUVE = 40
-"""Texts below which nothing is said: MAUVE clusters a tenth of them, and with less than four clusters tells nothing."""
+"""Minimum number of texts for MAUVE: it makes a tenth as many clusters, and fewer than four are meaningless."""
 
 
 def has_mauve() -> bool:
@@ -139,7 +139,7 @@ def mauve(human: np.ndarray, other: np.ndarray, seeds: int = 5) -> tuple[float, 
 
     Needs the package, see `has_mauve`.
     """
-    # Imported by name: a type checker would work for minutes on the libraries behind it.
+    # Imported by name: a type checker would take minutes for the libraries that it imports.
     package = importlib.import_module("mauve")
     with _quiet():
         found = [package.compute_mauve(p_features=human, q_features=other, seed=seed, verbose=False).mauve
@@ -149,7 +149,7 @@ def mauve(human: np.ndarray, other: np.ndarray, seeds: int = 5) -> tuple[float, 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the clustering library writes past Python: it wants 39 texts per cluster, MAUVE gives it ten."""
+    """Hides the warnings that the clustering library prints from C: it wants 39 texts per cluster, MAUVE gives ten."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]

@@ -1,4 +1,4 @@
-"""Setting the table of an imported language model onto the sphere, and what that does to its text."""
+"""Sets the table of an imported language model onto the sphere, and measures how this changes its text."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,21 +23,21 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Change:
-    """What one prompt's greedy continuation has to do with the sphere."""
+    """How the sphere changes the greedy continuation of one prompt."""
 
     prompt: str
     total: int
-    """Tokens of the continuation over the raw table."""
+    """Number of tokens in the continuation by the model with the raw table."""
     changed: int
-    """How many of them the model on the sphere would not have chosen behind the same text."""
+    """Number of these tokens that the model on the sphere would not choose after the same text."""
     agreed: int
-    """How many the model on the sphere writes in the same way before it first departs."""
+    """Number of leading tokens that are equal in the continuation by the model on the sphere."""
 
 
 def on_sphere(config: Config) -> Config:
     """The same model with rows of norm R: inputs and logits keep the scale they had with rows of mean norm R.
 
-    Raises UserError unless `config` is an autoregressive model over a raw table.
+    Raises UserError unless `config` is an autoregressive model with a raw table.
     """
     if config.objective.kind != "ar" or config.table.geometry != "raw":
         raise UserError(f"{config.workdir} has no raw table: only an imported language model has one")
@@ -51,8 +51,8 @@ def on_sphere(config: Config) -> Config:
 def set_on_sphere(workdir: Path, out: Path, prompts: Sequence[str], max_new_tokens: int) -> list[Change]:
     """Makes the workdir `out` from the imported `workdir`: the same parameters, read as directions.
 
-    Returns what that changes in the greedy continuations of `prompts`. Raises UserError, and leaves nothing behind,
-    where `workdir` has no raw table or its positions do not suffice for them.
+    Returns the changes in the greedy continuations of `prompts`. If `workdir` has no raw table or too few positions,
+    raises UserError and leaves no files.
     """
     config = on_sphere(load_config(workdir))
     with appears_whole(out) as unfinished:
@@ -67,7 +67,7 @@ def set_on_sphere(workdir: Path, out: Path, prompts: Sequence[str], max_new_toke
 
 
 def changes(workdir: Path, other: Path, prompts: Sequence[str], max_new_tokens: int) -> list[Change]:
-    """Compares the greedy continuations of `workdir` with what `other` would write."""
+    """Compares the greedy continuations of `workdir` with those of `other`."""
     raw, moved = Generator.from_workdir(workdir), Generator.from_workdir(other)
     settings = dataclasses.replace(raw.settings, max_new_tokens=max_new_tokens)
     found = []

@@ -1,4 +1,4 @@
-"""Finished parts of an evaluation, so that one that was interrupted goes on where it stopped."""
+"""Stores finished parts of an evaluation, so that an interrupted evaluation can continue."""
 
 import hashlib
 import json
@@ -12,19 +12,19 @@ from tokmat_jax.storage.workdir import make_workdir
 
 
 class Store:
-    """A folder of JSON files, each with the fingerprint of what it was made from."""
+    """A folder of JSON files, each with a fingerprint of its origin."""
 
     def __init__(self, folder: Path, made_from: dict[str, Any]):
         make_workdir(folder)
         self._folder, self._made_from = folder, made_from
         self._found = {path.name for path in folder.glob("*.json")}
         self.reused: set[str] = set()
-        """Parts that an earlier evaluation left and this one took."""
+        """Parts that were reused from an earlier evaluation."""
 
     def get(self, kind: str, settings: Any, make: Callable[[], Any]) -> Any:
-        """The part of a `kind` under `settings`: what an evaluation of the same left, or what `make` returns.
+        """The part of a `kind` under `settings`: the stored part of an equal evaluation, or else the result of `make`.
 
-        Both are plain JSON data; `kind` is a word.
+        Parts and `settings` are plain JSON data; `kind` is a word.
         """
         key = hashlib.sha256(json.dumps([self._made_from, kind, settings], sort_keys=True).encode()).hexdigest()[:16]
         path = self._folder / f"{kind}-{key}.json"

@@ -1,4 +1,4 @@
-"""What the log of experiments says: one against the four things a recipe must reach, and all of them in a table."""
+"""Summarises the log of experiments: one experiment against the four targets of a recipe, and a table of all."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ def plain_name(row: Row) -> str:
 
 
 def score(row: Row, method: str, column: str) -> float:
-    """A number of the short report card; NaN where nothing was measured."""
+    """A number of the short report card; NaN if it was not measured."""
     value = row["rows"][method][column]["value"]
     return float("nan") if value is None else value
 
@@ -29,7 +29,7 @@ def area(row: Row, against: str = SAMPLING, curve: str = "all together") -> Row:
 
 
 def verdict(row: Row) -> list[str]:
-    """The targets of a recipe, each with its numbers."""
+    """The targets of a recipe: for each, its numbers and whether they reach it."""
     plain, repelled = plain_name(row), "plain, repulsion 0.4"
     top1, nucleus = row["top1"], score(row, "nucleus 0.95", "judge_perplexity")
     said = [f"top-1 {number(top1['run'])}, the baseline's {number(top1['baseline'])}: "
@@ -57,8 +57,8 @@ def _told(reached: bool) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table, one line per experiment: means over its seeds, with their range [lowest, highest] where there
-    are several; an area of one seed has its interval over prompts in round brackets."""
+    """A Markdown table, one line per experiment: means over its seeds, with their range [lowest, highest] if there are
+    several. If there is one seed, an area has its interval over prompts in round brackets."""
     header = ("experiment", "seeds", "top-1 (baseline)", "plain: loops (greedy)", "plain: judge ppl (nucleus .95)",
               "repulsion .4: loops", "Rep-3 (human)", "judge ppl", "area against sampling",
               "against penalty and repulsion too", "lookahead s = 2 / 1 (chance)")

@@ -1,6 +1,6 @@
-"""What stays and what varies over many samples of one prompt: the article's template attractors.
+"""Finds the tokens that many samples of one prompt share: the article's template attractors.
 
-A star alignment: every sample is aligned with the one in the middle, and the pairs are merged into one table.
+A star alignment: every sample is aligned with the central sample, and the pairs are merged into one table.
 """
 
 import math
@@ -13,13 +13,13 @@ _MATCH, _MISMATCH, _GAP = 1, -1, -1
 
 
 def align(samples: Sequence[Sequence[int]]) -> list[list[int | None]]:
-    """Rows of equal length, one per sample, whose columns are what belongs together; None is a gap.
+    """Aligns samples into rows of equal length, one per sample; tokens in a column correspond, None is a gap.
 
     A row without its gaps is its sample. The centre is the medoid, the sample with the smallest total edit distance
-    to all samples (the first of several). Each sample is aligned with it by Needleman–Wunsch: match 1, mismatch −1,
-    gap −1; of equally good alignments the one that, read from the end, prefers a pair, then a token that the centre
-    lacks. Tokens that the centre lacks between two of its tokens share columns from the left, unaligned among
-    themselves.
+    to all samples (ties go to the first). Needleman–Wunsch aligns each sample with it: match 1, mismatch −1, gap −1. Of
+    equally good alignments it takes the one that, read from the end, prefers a pair, then a token that the centre
+    lacks. Tokens that the centre lacks between two of its tokens share columns from the left and are not aligned with
+    each other.
     """
     if not samples:
         return []
@@ -31,17 +31,17 @@ def align(samples: Sequence[Sequence[int]]) -> list[list[int | None]]:
 
 
 def stable_columns(aligned: Sequence[Sequence[int | None]], share: float = 0.5) -> list[int | None]:
-    """Per column the token that at least `share` of all rows have there, else None; of several the most frequent.
+    """The most frequent token of each column if at least `share` of all rows have it there, else None.
 
-    `aligned`: rows of equal length, from `align`. Of equally frequent tokens it is the smallest.
+    `aligned`: rows of equal length, from `align`. Of equally frequent tokens, the smallest id is taken.
     """
     return [_stable(column, share) for column in zip(*aligned, strict=True)]
 
 
 def stability(aligned: Sequence[Sequence[int | None]]) -> float:
-    """Share in [0, 1] of all samples' tokens that are their column's stable token; NaN where there is no token.
+    """Share in [0, 1] of all samples' tokens that are their column's stable token; NaN if there is no token.
 
-    Aligning alone makes some columns agree, and few samples agree easily (two always by half): read it beside
+    Alignment alone makes some columns agree, and a few samples agree easily (two always by half): compare it to
     `shuffled_stability`.
     """
     stable = stable_columns(aligned)
@@ -50,13 +50,13 @@ def stability(aligned: Sequence[Sequence[int | None]]) -> float:
 
 
 def shuffled_stability(samples: Sequence[Sequence[int]], seed: int) -> float:
-    """`stability` of the aligned samples with the tokens of each in random order: what chance and aligning give."""
+    """`stability` of the aligned samples with shuffled tokens: the value due to chance and alignment alone."""
     rng = np.random.default_rng(seed)
     return stability(align([rng.permutation(np.asarray(sample, np.int64)).tolist() for sample in samples]))
 
 
 def _medoid(samples: Sequence[Sequence[int]]) -> int:
-    # The best score without a reward for matches is the edit distance, negated.
+    # Without a reward for matches, the best score is the negative edit distance.
     lengths = np.array([len(sample) for sample in samples])
     rows = np.arange(len(samples))
     totals = [_scores(sample, samples, match=0)[-1, rows, lengths].sum() for sample in samples]
@@ -66,7 +66,7 @@ def _medoid(samples: Sequence[Sequence[int]]) -> int:
 def _scores(centre: Sequence[int], samples: Sequence[Sequence[int]], match: int) -> np.ndarray:
     """Best scores [L+1, S, M+1] of the centre's first l tokens against each sample's first m tokens.
 
-    M is the longest sample's length; what lies beyond the end of a shorter one means nothing.
+    M is the length of the longest sample; entries beyond the end of a shorter sample have no meaning.
     """
     width = max(map(len, samples))
     tokens = np.zeros((len(samples), width), np.int64)
@@ -80,15 +80,15 @@ def _scores(centre: Sequence[int], samples: Sequence[Sequence[int]], match: int)
         here[:, 0] = above[:, 0] + _GAP
         paired = above[:, :-1] + np.where(tokens == token, match, _MISMATCH)
         here[:, 1:] = np.maximum(paired, above[:, 1:] + _GAP)
-        # Gaps in the centre chain along the row: with their cost taken out, the chain is a running maximum.
+        # Gaps in the centre form a chain along the row: without their cost, the chain is a running maximum.
         here[:] = np.maximum.accumulate(here - gaps, axis=1) + gaps
     return scores
 
 
 def _cells(centre: Sequence[int], sample: Sequence[int], scores: np.ndarray) -> list[list[int | None]]:
-    """For each place 0..L of the centre what the sample has there: tokens that the centre lacks, then its token.
+    """The sample's tokens at each place 0..L of the centre: tokens that the centre lacks, then its own token there.
 
-    `scores` [L+1, M+1] of this pair. The last place is behind the centre and has no token of it.
+    `scores` [L+1, M+1] of this pair. The last place is after the end of the centre and has no token of the centre.
     """
     cells: list[list[int | None]] = [[] for _ in range(len(centre) + 1)]
     place, position = len(centre), len(sample)

@@ -33,25 +33,25 @@ Advance = Callable[[LanguageModel, SamplingState, int], tuple[SamplingState, Sam
 
 @dataclass(frozen=True)
 class Continuation:
-    """What was written behind one prompt."""
+    """The continuation of one prompt."""
 
     text: str
-    """What the tokens add to the text of the prompt's ids (`Tokenizer.split`), without end-of-text."""
+    """Text that the tokens add to that of the prompt's ids (`Tokenizer.split`), without end-of-text."""
     tokens: list[int]
-    """Ids, at least one; the last one is end-of-text where `finished`."""
+    """Ids, at least one; the last one is end-of-text if `finished`."""
     log_probs: list[float]
-    """Per token, nats, under the model as it is: temperature 1, no penalty, all of V."""
+    """Log-probability of each token in nats, under the unmodified model: temperature 1, no penalty, all of V."""
     finished: bool
-    """Whether it ended with end-of-text rather than with its budget."""
+    """True if it ended with end-of-text, False if it ran out of budget."""
     passes: int
-    """Steps that it took, each one forward pass; as many as tokens unless drafts were checked."""
+    """Number of steps, each one forward pass; equal to the number of tokens unless drafts were checked."""
 
 
 class Baselines:
     """The ordinary decoders of one autoregressive model.
 
-    Prompts are texts or ids, as for `Generator.rows`, whose errors these methods raise too. A continuation depends on
-    its prompt, its number, the seed and the settings alone, never on `batch_size`, order or neighbours.
+    Prompts are texts or ids, as for `Generator.rows`, and these methods raise the same errors. A continuation depends
+    only on its prompt, its number, the seed and the settings, never on `batch_size`, order or the other rows.
     """
 
     def __init__(self, generator: Generator):
@@ -67,7 +67,7 @@ class Baselines:
             self._trace_contrast, static_argnames=("top_k", "num_steps"), donate_argnames="state")
 
     def compilations(self) -> int:
-        """How many shapes have been compiled so far."""
+        """Number of shapes compiled so far."""
         return self._compilations
 
     def sample(
@@ -75,11 +75,11 @@ class Baselines:
         top_p: float = 1.0, repetition_penalty: float = 1.0, num_samples: int = 1, seed: int = 0, batch_size: int = 64,
         num_drafts: int = 0,
     ) -> list[Continuation]:
-        """`num_samples` continuations of each prompt: prompts in their order, for each its samples in theirs.
+        """`num_samples` continuations of each prompt, sorted by prompt and then by sample number.
 
-        The defaults are greedy decoding. With `num_drafts` M > 0 each pass also checks the M tokens that followed when
-        the last ones occurred before; that changes how many passes it takes, not what is written. Raises UserError for
-        a value outside the ranges of `Sampling`.
+        The defaults are greedy decoding. If `num_drafts` M > 0, each pass also checks the M tokens that followed an
+        earlier occurrence of the last tokens. This changes the number of passes, not the text. Raises UserError if a
+        value is outside the ranges of `Sampling`.
         """
         _require(is_number(temperature) and temperature >= 0,
                  f"temperature must be a number from 0 (greedy) on, found {temperature}")
@@ -98,7 +98,7 @@ class Baselines:
     ) -> list[Continuation]:
         """One continuation of each prompt by contrastive search (Su et al. 2022), see `contrastive_step`.
 
-        Nothing is drawn. A `top_k` above V means V. Raises UserError for `top_k` < 1 or `alpha` outside [0, 1].
+        Deterministic. A `top_k` above V means V. Raises UserError if `top_k` < 1 or `alpha` is outside [0, 1].
         """
         top_k = whole_number("top_k", top_k, 1)
         _require(is_number(alpha) and 0 <= alpha <= 1, f"alpha must lie in [0, 1], found {alpha}")
@@ -110,10 +110,10 @@ class Baselines:
         self, prompts: Sequence[Prompt], max_new_tokens: int, count: int = 16, temperature: float = 1.0,
         seed: int = 0, batch_size: int = 64,
     ) -> list[Continuation]:
-        """Of `count` samples of each prompt, the one with the highest mean log-probability per token.
+        """Draws `count` samples of each prompt and keeps the one with the highest mean log-probability per token.
 
-        As many query positions per token as a liquid tail of K = `count` slots: the compute-matched reranking
-        baseline (arXiv:2601.04854 v3). Of equal ones the first wins. Raises UserError for `count` < 1.
+        This takes as many query positions per token as a liquid tail of K = `count` slots: the compute-matched
+        reranking baseline (arXiv:2601.04854 v3). Ties go to the first sample. Raises UserError if `count` < 1.
         """
         count = whole_number("count", count, 1)
         samples = self.sample(prompts, max_new_tokens, temperature, num_samples=count, seed=seed,
@@ -136,7 +136,7 @@ class Baselines:
     def _finish(
         self, model: LanguageModel, rows: Sequence[Row], max_new_tokens: int, seed: int, advance: Advance
     ) -> list[Continuation]:
-        """`rows` as one batch, written to their end."""
+        """Generates `rows` to their end as one batch."""
         batch = self.generator.batch(rows, max_new_tokens, seed)
         state = self._start(model, batch.ids, batch.lengths, batch.budgets, batch.names, capacity=batch.capacity)
         at_once = chunk(int(batch.budgets.max()))

@@ -1,6 +1,6 @@
-"""Shapes in powers of two, so that a second prompt of another length compiles nothing.
+"""Pads shapes to powers of two, so that prompts of similar length share one compiled program.
 
-Rows are independent, so that neither buckets nor neighbours change a sample.
+Rows are independent: neither the bucket nor the other rows of a batch change a sample.
 """
 
 import zlib
@@ -19,38 +19,38 @@ _SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 16
 T = TypeVar("T")
 R = TypeVar("R")
 Room = Callable[[int], tuple[int, int]]
-"""Length of the shortest row of a batch → (number of rows, length of the longest row) that fit into it, at most."""
+"""Length of the shortest row of a batch → (most rows, longest row) that fit into the batch."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sample to be made."""
+    """One sample to generate."""
 
     prompt: str
     ids: list[int]
     """Ids of the prompt, at least one."""
     number: int
-    """Which of the prompt's samples it is, from 0."""
+    """Index of the sample among those of its prompt, from 0."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows in their bucket of shapes; rows that only fill it have no budget."""
+    """Rows padded to their bucket of shapes. Padding rows have a budget of 0."""
 
     ids: np.ndarray | jax.Array
-    """Prompts [B, P] int32, filled up behind their end."""
+    """Prompts [B, P] int32, padded after their end."""
     lengths: np.ndarray | jax.Array
-    """[B] int32, ids of each prompt."""
+    """[B] int32, number of ids of each prompt."""
     budgets: np.ndarray | jax.Array
-    """[B] int32, tokens that each row may commit."""
+    """[B] int32, number of tokens that each row may commit."""
     names: np.ndarray | jax.Array
-    """[B, 3] uint32, what `sample_key` makes each row's key of."""
+    """[B, 3] uint32, from which `sample_key` makes the key of each row."""
     capacity: int
     """Positions of the history, the same for every length in the bucket."""
 
 
 def make_batch(rows: Sequence[Row], max_new_tokens: int, seed: int, max_positions: int, fill: int) -> Batch:
-    """`rows` in their bucket: every length in it comes to the same shapes. Ids behind a prompt's end are `fill`."""
+    """Pads `rows` to their bucket: all lengths in a bucket get the same shapes. Ids after a prompt's end are `fill`."""
     size = bucket(len(rows), 1)
     width = min(bucket(max(len(row.ids) for row in rows), SMALLEST_PROMPT), max_positions)
     capacity = min(bucket(width + max_new_tokens, SMALLEST_HISTORY), max_positions)
@@ -65,25 +65,25 @@ def make_batch(rows: Sequence[Row], max_new_tokens: int, seed: int, max_position
 
 
 def sample_key(name: jax.Array) -> jax.Array:
-    """The key of a sample from its `name` [3]: seed, checksum of the prompt's ids, number. No batch can change it."""
+    """The key of a sample from its `name` [3]: seed, checksum of the prompt's ids, number. Independent of the batch."""
     seed, prompt, number = name
     return jax.random.fold_in(jax.random.fold_in(seed_key(seed), prompt), number)
 
 
 def chunk(max_new_tokens: int) -> int:
-    """Steps of one scan: a power of two, so that few budgets compile anew, and none runs far beyond its end."""
+    """Number of steps of one scan: a power of two, so that few budgets need a compilation and few steps are wasted."""
     return min(bucket(max_new_tokens, _SMALLEST_CHUNK), _LARGEST_CHUNK)
 
 
 def bucket(length: int, smallest: int) -> int:
-    """The next power of two from `length` on, at least `smallest`."""
+    """The smallest power of two ≥ `length`, at least `smallest`."""
     return max(smallest, 1 << (length - 1).bit_length())
 
 
 def in_batches(
     rows: Sequence[T], lengths: Sequence[int], room: Room, work: Callable[[list[T]], Sequence[R]]
 ) -> list[R]:
-    """What `work` makes of each of `rows`, in their order. It is given a batch at a time, shortest rows first."""
+    """Results of `work` for each of `rows`, in their order. `work` gets a batch at a time, shortest rows first."""
     done: dict[int, R] = {}
     for batch in _batches(lengths, room):
         done |= zip(batch, work([rows[index] for index in batch]), strict=True)
@@ -91,7 +91,7 @@ def in_batches(
 
 
 def _batches(lengths: Sequence[int], room: Room) -> Iterator[list[int]]:
-    """Indices of all `lengths` in batches, each within its `room`, from the shortest on."""
+    """Indices into `lengths` in batches that fit into `room`, shortest rows first."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     while order:
         count, longest = room(lengths[order[0]])
@@ -102,7 +102,7 @@ def _batches(lengths: Sequence[int], room: Room) -> Iterator[list[int]]:
 
 def until_done(state: Any, advance: Callable[[Any], tuple[Any, Any]]) -> Any:
     """Advances `state` (with its `done` [B], at least one False) until all rows are done; returns the steps of all
-    scans after each other, [steps, B, …] in NumPy. `advance` may consume the state that it is given."""
+    scans, concatenated, [steps, B, …] in NumPy. `advance` may donate the state that it is given."""
     scans = []
     while not bool(np.all(state.done)):
         state, steps = advance(state)

@@ -1,13 +1,13 @@
 """The Transformer as a `predict` for the decoder, with exact caching (METHOD §4).
 
 Committed positions have maturity 1 and K is constant, and attention is causal: their keys and values never change. A
-step asks about positions n .. n+K−1, so it needs the outputs at n−1 .. n+K−2: the token committed last and all slots
-but the hindmost. Only the first of these K queries is new to the history and stays.
+step predicts positions n .. n+K−1, so it needs the outputs at n−1 .. n+K−2: the token committed last and all slots
+but the last. Only the first of these K queries is added to the history.
 
-If a step may commit up to C tokens that have settled, the C newest committed positions are queries, so that shapes stay
-fixed: those of them that were in the history already are written again with what they had. M drafts that are checked
-are queries too, and are written as if they were committed: what is accepted stays, and what is rejected is overwritten
-before it is seen.
+If a step may commit up to C settled tokens, the C newest committed positions are queries, so that shapes stay fixed.
+Those already in the history are written again with the same values. M drafts under verification are queries too, and
+are written as if they were committed: accepted drafts stay, and rejected ones are overwritten before any query reads
+them.
 """
 
 from dataclasses import dataclass
@@ -27,16 +27,16 @@ def prefill(
     model: Model, vectors: jax.Array, tail_length: jax.Array, capacity: int, repelled: bool = False
 ) -> KVCache | Remembering:
     """Keys and values of prompts [B, P, d] of any lengths up to P, in a history of `capacity` ≥ P positions, with the
-    trace of repulsion where the decoder is `repelled`.
+    trace of repulsion if the decoder is `repelled`.
 
-    Rows may be filled up with anything behind their end: what stands there is never read before it is rewritten.
+    The padding after the end of a row may be anything: it is overwritten before it is read.
     """
     prediction, history = read_prompts(model, vectors, tail_length, capacity)
     return Remembering(history, begin_trace(prediction, vectors, capacity)) if repelled else history
 
 
 def read_prompts(model: Model, vectors: jax.Array, tail_length: jax.Array, capacity: int) -> tuple[jax.Array, KVCache]:
-    """As `prefill`, with the predictions [B, P, d] before it."""
+    """As `prefill`, but returns (predictions [B, P, d], history)."""
     batch, length, _ = vectors.shape
     positions = jnp.broadcast_to(jnp.arange(length)[None, :], (batch, length))
     prediction, live = model(vectors, jnp.ones((batch, length)), tail_length, positions)
@@ -46,16 +46,16 @@ def read_prompts(model: Model, vectors: jax.Array, tail_length: jax.Array, capac
 
 @dataclass(frozen=True)
 class _Queries:
-    """What a step asks the model about: the C newest committed positions, M drafts, all slots but the hindmost."""
+    """The queries of a step: the C newest committed positions, M drafts, all slots but the last."""
 
     vectors: jax.Array
     """[B, C + M + K − 1, d]."""
     maturity: jax.Array
-    """α [B, C + M + K − 1]; 1 for what is committed and for drafts."""
+    """α [B, C + M + K − 1]; 1 for committed positions and drafts."""
     tail_length: jax.Array
-    """K that the model is told at each, [B, C + M + K − 1]."""
+    """K that the model is given at each position, [B, C + M + K − 1]."""
     positions: jax.Array
-    """[B, C + M + K − 1]; below 0 in a row with n < C. Drafts and slots share theirs."""
+    """[B, C + M + K − 1]; negative if a row has n < C. Drafts and slots have the same positions."""
 
 
 def _queries(state: DecodeState, tail: Tail, newest: int) -> _Queries:
@@ -72,8 +72,8 @@ def _queries(state: DecodeState, tail: Tail, newest: int) -> _Queries:
 
 
 def _mask(newest: int, drafts: int, slots: int, unconditional: bool = False) -> jax.Array:
-    """[1, Q, Q] bool: which queries of a step see which. Drafts see what is newest and earlier drafts; slots see what
-    is newest and earlier slots, never a draft. In the unconditional pass a draft sees itself alone."""
+    """[1, Q, Q] bool: which queries of a step see which. Drafts see the newest positions and earlier drafts; slots see
+    the newest positions and earlier slots, never a draft. In the unconditional pass a draft sees only itself."""
     committed = newest + drafts
     mask = causal_mask(committed + slots)
     mask = mask.at[:, committed:, newest:committed].set(False)
@@ -83,8 +83,8 @@ def _mask(newest: int, drafts: int, slots: int, unconditional: bool = False) -> 
 
 
 def append(history: KVCache, live: KVCache, positions: jax.Array) -> KVCache:
-    """The history with the keys and values of the first M `live` queries written at `positions` [B, M] of each row;
-    what lies below 0 is left out."""
+    """The history with the keys and values of the first M `live` queries written at `positions` [B, M] of each row.
+    Queries at negative positions are not written."""
     rows, count = jnp.arange(positions.shape[0])[:, None], positions.shape[1]
 
     def write(whole, new):
@@ -95,11 +95,11 @@ def append(history: KVCache, live: KVCache, positions: jax.Array) -> KVCache:
 
 
 def cached_predict(model: Model, tail: Tail) -> Predict:
-    """`predict` of the decoder over a KV cache: C + M + K − 1 query positions a step for the C positions that a step
-    may commit and M drafts (C = 1 if there are any), and M + K more with guidance.
+    """`predict` of the decoder over a KV cache: each step has C + M + K − 1 query positions, for the C positions that a
+    step may commit and M drafts (C = 1 if M > 0), and M + K more with guidance.
 
     The unconditional pass has the last committed position, the same drafts and the same slots, and no history.
-    Repulsion pushes the conditional prediction; its memory is that of `prefill` with `repelled`.
+    Repulsion pushes the conditional prediction; its memory comes from `prefill` with `repelled`.
     """
 
     def conditional(state):

@@ -30,8 +30,8 @@ from tokmat_jax.storage.workdir import TOKENIZER, load_config
 
 
 def settings_of(config: Config) -> GenerationConfig:
-    """How a run writes if nothing else is said: its `generation`. A baseline's plain text is greedy, whatever repulsion
-    the maturation run of the same config has."""
+    """Default generation settings of a run: its `generation`. The default of a baseline is plain greedy decoding: it
+    ignores the repulsion that the maturation run of the same config uses."""
     own = config.generation
     return dataclasses.replace(own, repulsion=0.0) if config.objective.kind == "ar" else own
 
@@ -47,7 +47,7 @@ class Generator:
 
     @classmethod
     def from_workdir(cls, workdir: str | Path) -> "Generator":
-        """The newest checkpoint of a run; raises UserError where there is none."""
+        """A generator from the newest checkpoint of a run; raises UserError if there is none."""
         workdir = Path(workdir)
         config = load_config(workdir)
         tokenizer = load_tokenizer(workdir / TOKENIZER)
@@ -56,9 +56,9 @@ class Generator:
         return cls(config, params | {"backbone": unstack_blocks(params["backbone"])}, tokenizer)
 
     def set_params(self, params: Params) -> None:
-        """Other parameters of the same shapes; what is compiled stays."""
+        """Replaces the parameters by others of the same shapes; compiled programs are kept."""
         self.params = params
-        # Rows are spread over the devices that all hold the parameters.
+        # Every device holds the parameters; the rows are spread over the devices.
         table = params["table"]
         whole = isinstance(table, jax.Array) and table.sharding.is_fully_replicated
         self._devices = sorted(table.sharding.device_set, key=lambda device: device.id) if whole else [None]
@@ -73,21 +73,21 @@ class Generator:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What tokens are when they are read and written."""
+        """The vocabulary table, which reads and writes tokens."""
         return self._vocabulary
 
     @property
     def logit_scale(self) -> jax.Array:
-        """What multiplies ⟨ẑ, e_i⟩ in the logits of a baseline []."""
+        """Factor [] of ⟨ẑ, e_i⟩ in the logits of a baseline."""
         return self._logit_scale
 
     @property
     def settings(self) -> GenerationConfig:
-        """How it writes if nothing else is said, see `settings_of`."""
+        """Default generation settings, see `settings_of`."""
         return settings_of(self.config)
 
     def compilations(self) -> int:
-        """How many shapes have been compiled so far."""
+        """Number of shapes compiled so far."""
         return self.programs.traced.total()
 
     def generate(
@@ -96,10 +96,10 @@ class Generator:
     ) -> list[Sample]:
         """`num_samples` continuations of each of `prompts` (text or ids), in their order.
 
-        A sample depends on its prompt, its number, `seed` and `settings` (None: those of the run), on nothing else.
-        An empty prompt starts from end-of-text. `direction` [d], of any norm, is where `settings.steering` draws to;
-        None takes the mean of `settings.steering_words`. Raises UserError if the positions do not suffice, for steering
-        without a direction, and for any argument that is not of its kind or out of its range.
+        A sample depends only on its prompt, its number, `seed` and `settings` (None: those of the run).
+        An empty prompt starts from end-of-text. `settings.steering` pulls the text towards `direction` [d], of any
+        norm; None takes the mean of `settings.steering_words`. Raises UserError if the model has too few positions, if
+        steering has no direction, and if an argument has the wrong type or is out of range.
         """
         settings = self.settings if settings is None else settings
         num_samples, seed, batch_size = counts(num_samples, seed, batch_size)
@@ -111,7 +111,7 @@ class Generator:
         self, prompt: Prompt, settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
         direction: np.ndarray | None = None,
     ) -> Iterator[Moment]:
-        """The same sample as `generate`, one step at a time, with its tail; `prompt` is text or ids."""
+        """Yields the same sample as `generate`, one step at a time, with its tail; `prompt` is text or ids."""
         partial = self.begin(prompt, settings, number, seed, direction)
         while not partial.done:
             partial, moment = self.step(partial)
@@ -121,8 +121,8 @@ class Generator:
         self, prompt: Prompt, settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
         direction: np.ndarray | None = None,
     ) -> PartialSample:
-        """Sample `number` of a prompt before its first step: K embryos. `step` goes on from it, `pin` and `replace`
-        change its tail first."""
+        """Sample `number` of a prompt before its first step: K embryos. `step` advances it; `pin` and `replace` change
+        its tail."""
         settings = self.settings if settings is None else settings
         number, seed = seed_of(number, "number"), seed_of(seed)
         row = dataclasses.replace(self.rows([prompt], settings)[0], number=number)
@@ -132,7 +132,7 @@ class Generator:
     def step(self, partial: PartialSample) -> tuple[PartialSample, Moment]:
         """`partial` one step later, and what the step did. `partial` never changes: callers may step from it again.
 
-        Raises UserError where the sample is complete.
+        Raises UserError if the sample is complete.
         """
         if partial.done:
             raise UserError("the sample is complete: it has committed end-of-text or spent its budget")
@@ -142,18 +142,18 @@ class Generator:
         return dataclasses.replace(partial, state=state, tokens=tuple(moment.tokens)), moment
 
     def pin(self, partial: PartialSample, slot: int, content: Prompt) -> PartialSample:
-        """`partial` with slots held at a text, or at ids, from `slot` on: they are committed when they reach the front,
-        and until then the slots behind them see them. The front is slot 0. Where end-of-text is committed before, the
-        sample ends without them.
+        """Pins the slots of `partial` from `slot` on (0 is the front) to a text or to ids.
 
-        Raises UserError where the text does not fit into the tail or the budget.
+        Pinned slots are committed when they reach the front; until then, later slots see them. If end-of-text is
+        committed first, the sample ends without them. Raises UserError if the text does not fit into the tail or the
+        budget.
         """
         ids = self._ids(content)
         return held_at(partial, slot, ids, self._vocabulary)
 
     def replace(self, partial: PartialSample, slot: int, content: Prompt | np.ndarray | jax.Array) -> PartialSample:
-        """`partial` with the vectors of slots replaced from `slot` on, by a text, by ids or by vectors [N, d] or [d];
-        they go on to be refined, also where they were pinned. Raises UserError where they do not fit into the tail."""
+        """Replaces the vectors of the slots of `partial` from `slot` on by a text, by ids or by vectors [N, d] or [d].
+        Later steps refine them, even if they were pinned. Raises UserError if they do not fit into the tail."""
         if isinstance(content, np.ndarray | jax.Array):
             vectors = np.atleast_2d(np.asarray(content))
         else:
@@ -176,10 +176,10 @@ class Generator:
         self, prompt: Prompt, settings: GenerationConfig | None = None, number: int = 0, seed: int = 0,
         num_candidates: int = 8, keep_vectors: bool = False, direction: np.ndarray | None = None,
     ) -> Trajectory:
-        """The same sample as `generate` with everything that its tail went through: the `num_candidates` nearest
-        tokens of every slot at every step, and the vectors where they are to be kept.
+        """The same sample as `generate`, with the full history of its tail: the `num_candidates` nearest tokens of
+        every slot at every step, and the vectors if requested.
 
-        Raises UserError as `generate` does, and where there are fewer tokens than candidates.
+        Raises UserError as `generate` does, and if the vocabulary has fewer tokens than candidates.
         """
         num_candidates = whole_number("num_candidates", num_candidates, 0, self.tokenizer.vocab_size)
         partial = self.begin(prompt, settings, number, seed, direction)
@@ -188,8 +188,8 @@ class Generator:
         return trajectory_of(partial.row.ids, np.asarray(partial.tail.maturity), steps)
 
     def direction(self, words: Sequence[str]) -> np.ndarray:
-        """The mean [d] of the embeddings of some words, as they stand behind a space; a word of several tokens is their
-        mean. Raises UserError for a blank one."""
+        """Mean [d] of the embeddings of `words`, each encoded with a leading space; a word of several tokens counts as
+        their mean. Raises UserError if a word is blank."""
         if isinstance(words, str) or not words:
             raise UserError(f"steering_words must be a list of at least one word, found {words!r}")
         vectors = []
@@ -200,10 +200,10 @@ class Generator:
         return np.asarray(direction_of(jnp.stack(vectors)))
 
     def next_tokens(self, ids: Sequence[int]) -> list[int]:
-        """The nearest token to the prediction behind every prefix of `ids` (at least one, at most all positions).
+        """The nearest token to the prediction after every prefix of `ids` (at least one, at most `max_positions`).
 
-        Committed vectors alone are read, as the baseline does; for a run with a tail that is K = 0. Raises UserError
-        for ids that are none, or too few or too many.
+        The model reads only committed vectors, as the baseline does; for a run with a tail this means K = 0. Raises
+        UserError if `ids` is not a list of ids, or is too short or too long.
         """
         ids = ids_of("what is read", ids, self.tokenizer.vocab_size)
         whole_number("the number of ids", len(ids), 1, self.config.max_positions)
@@ -215,7 +215,7 @@ class Generator:
     @property
     def is_autoregressive(self) -> bool:
         """Whether this is the baseline: it has no tail, so K = 1, rate 1, no noise and no guidance. Its predictions
-        are vectors all the same, which repulsion may push."""
+        are vectors too, so repulsion can push them."""
         return self.config.objective.kind == "ar"
 
     def rows(
@@ -251,12 +251,12 @@ class Generator:
     def check(
         self, prompts: Sequence[Prompt], settings: GenerationConfig, direction: np.ndarray | None = None
     ) -> None:
-        """Raises UserError where `generate` would, before anything is computed."""
+        """Raises UserError if `generate` would, before anything is computed."""
         self.rows(prompts, settings)
         self._tail(settings, direction)
 
     def _direction(self, settings: GenerationConfig, direction: np.ndarray | None) -> jax.Array | None:
-        """Where steering draws to [d]; None where it is off."""
+        """Direction [d] of the steering; None if steering is off."""
         if settings.steering == 0.0:
             return None
         if direction is None and not settings.steering_words:
@@ -270,12 +270,13 @@ class Generator:
                 or not towards.any()):
             raise UserError(f"the steering direction must have {size} finite numbers that are not all 0, found "
                             f"{towards.dtype} of the shape {towards.shape}")
-        # Whatever its norm: the largest of its numbers becomes 1 before it meets float32.
+        # Any norm is allowed: scale the largest entry to 1 before the cast to float32.
         towards = towards.astype(np.float64) / np.abs(towards.astype(np.float64)).max()
         return jnp.asarray(towards, jnp.float32)
 
     def batch(self, rows: Sequence[Row], max_new_tokens: int, seed: int) -> Batch:
-        """`rows` in their bucket of shapes, spread over the devices that hold the model, if these divide it."""
+        """Pads `rows` to their bucket and shards them over the devices that hold the model, if these divide the
+        batch."""
         made = make_batch(rows, max_new_tokens, seed, self.config.max_positions, self.tokenizer.end_of_text)
         arrays = {name: getattr(made, name) for name in ("ids", "lengths", "budgets", "names")}
         return dataclasses.replace(made, **spread(arrays, self._devices))
@@ -283,7 +284,7 @@ class Generator:
     def _start(
         self, rows: Sequence[Row], settings: GenerationConfig, seed: int, direction: np.ndarray | None
     ) -> tuple[DecodeState, Tail]:
-        """The state behind the prompts of `rows`, and how its tail is run."""
+        """The state after the prompts of `rows`, and the settings of its tail."""
         batch = self.batch(rows, settings.max_new_tokens, seed)
         tail = jax.tree.map(np.asarray, self._tail(settings, direction))
         most = 1 if tail.stability is None else min(settings.max_commit, settings.tail_length)
@@ -294,12 +295,12 @@ class Generator:
     def _run(
         self, rows: Sequence[Row], settings: GenerationConfig, seed: int, direction: np.ndarray | None
     ) -> list[Sample]:
-        """`rows` as one batch, written to their end."""
+        """Generates `rows` to their end as one batch."""
         state, tail = self._start(rows, settings, seed, direction)
         return samples_of(self.tokenizer, rows, self._finish(state, tail, settings.max_new_tokens, Record()))
 
     def _finish(self, state: DecodeState, tail: Tail, max_new_tokens: int, record: Record) -> DecodeStep:
-        """The steps [N, B, …] until all rows of `state`, which is consumed, are done."""
+        """Steps [N, B, …] until all rows of `state` are done; `state` is donated."""
         return until_done(state, functools.partial(self._advance, tail, chunk(max_new_tokens), record))
 
     def _advance(

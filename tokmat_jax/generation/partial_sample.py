@@ -1,4 +1,4 @@
-"""A sample in the middle of its making, whose tail can be read, changed and gone on from."""
+"""An unfinished sample: callers can read its tail, change it and continue from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,16 +18,16 @@ from tokmat_jax.method.tail import Tail
 class PartialSample:
     """One sample between two steps.
 
-    It never changes: `Generator.step`, `Generator.pin` and `Generator.replace` return another one, so that one can be
-    kept and gone on from in two ways.
+    Immutable: `Generator.step`, `Generator.pin` and `Generator.replace` return a new one, so that callers can continue
+    from the same sample in two ways.
     """
 
     row: Row
     state: DecodeState
-    """Of a batch of one."""
+    """State of a batch of one row."""
     tail: Tail
     tokens: tuple[int, ...] = ()
-    """Ids committed so far, the prompt's left out."""
+    """Ids committed so far, without the prompt."""
 
     @property
     def done(self) -> bool:
@@ -36,24 +36,24 @@ class PartialSample:
 
     @property
     def slots(self) -> np.ndarray:
-        """z̃ [K, d], front first, as the next step will find them."""
+        """z̃ [K, d], front first: the input of the next step."""
         return np.asarray(self.state.tail[0])
 
     @property
     def pins(self) -> list[int | None]:
-        """The token that each of the K slots is held at; None where it is free."""
+        """The token that each of the K slots is pinned to, None if the slot is free."""
         if self.state.pinned is None:
             return [None] * self.state.tail.shape[1]
         return [None if token < 0 else token for token in np.asarray(self.state.pinned[0]).tolist()]
 
 
 def held_at(partial: PartialSample, slot: int, ids: Sequence[int], vocabulary: Vocabulary) -> PartialSample:
-    """`partial` with the slots from `slot` on held at `ids`, whose vectors they have from now on; raises UserError if
-    they do not fit."""
+    """Pins the slots of `partial` from `slot` on to `ids` and sets their vectors. Raises UserError if the ids do not
+    fit."""
     _check(partial, slot, len(ids))
     left = int(partial.state.budget[0] - partial.state.num_committed[0])
     if slot + len(ids) > left:
-        raise UserError(f"{left} tokens are left of the budget, slots {slot}..{slot + len(ids) - 1} come behind it")
+        raise UserError(f"{left} tokens are left of the budget, slots {slot}..{slot + len(ids) - 1} lie beyond it")
     vectors = np.asarray(look_up(vocabulary.table, jnp.array(ids, jnp.int32)))
     partial = with_vectors(partial, slot, vectors, vocabulary)
     pinned = partial.state.pinned
@@ -66,9 +66,9 @@ def held_at(partial: PartialSample, slot: int, ids: Sequence[int], vocabulary: V
 def with_vectors(
     partial: PartialSample, slot: int, vectors: np.ndarray, vocabulary: Vocabulary
 ) -> PartialSample:
-    """`partial` with `vectors` [N, d] in the slots from `slot` on, which are free from then on.
+    """Puts `vectors` [N, d] into the slots of `partial` from `slot` on and unpins these slots.
 
-    Raises UserError if they do not fit."""
+    Raises UserError if the vectors do not fit."""
     size = partial.state.tail.shape[-1]
     if vectors.ndim != 2 or vectors.shape[1] != size or vectors.dtype.kind in "OSUMm" or not np.isfinite(vectors).all():
         raise UserError(f"expected finite vectors of {size} numbers, found the shape {vectors.shape}")
@@ -78,7 +78,7 @@ def with_vectors(
     if pinned is not None:
         pinned = pinned.at[0, slot : slot + len(vectors)].set(-1)
     nearest = partial.state.nearest
-    if nearest is not None:  # what the next pass checks
+    if nearest is not None:  # the drafts of the next pass
         tokens, _ = read(jnp.asarray(vectors, tail.dtype), vocabulary, 1.0)
         nearest = nearest.at[0, slot : slot + len(vectors)].set(tokens)
     return replace(partial, state=replace(partial.state, tail=tail, pinned=pinned, nearest=nearest))

@@ -1,4 +1,4 @@
-"""The compiled programs of a model with a liquid tail: read prompts, go on behind them, read ids."""
+"""The compiled programs of a model with a liquid tail: read prompts, continue them, read ids."""
 
 import dataclasses
 import functools
@@ -17,23 +17,24 @@ from tokmat_jax.method.tail import Tail
 from tokmat_jax.model.backbone import Forward, Params, make_forward, unstack_blocks
 
 
-@dataclass(frozen=True, eq=False)  # equal ones would share what `jax.jit` keeps, and the counts would be wrong
+@dataclass(frozen=True, eq=False)  # equal instances would share a `jax.jit` cache, and the counts would be wrong
 class Programs:
-    """The programs of one config, each compiled once per shape. Parameters are arguments: others compile nothing."""
+    """The programs of one config, each compiled once per shape. Parameters are arguments: new ones need no
+    compilation."""
 
     config: Config
     end_of_text: int
     traced: Counter[str] = field(default_factory=Counter, init=False)
-    """How often each program has been compiled."""
+    """Number of compilations of each program."""
 
     @functools.cached_property
     def prefill(self):
-        """(params, vocabulary, ids, lengths, budgets, names, tail, capacity, max_commit) → the state behind prompts."""
+        """(params, vocabulary, ids, lengths, budgets, names, tail, capacity, max_commit) → state after the prompts."""
         return jax.jit(self._prefill, static_argnames=("capacity", "max_commit"))
 
     @functools.cached_property
     def advance(self):
-        """(params, vocabulary, state, tail, num_steps, record) → (state, DecodeStep); the state given is consumed."""
+        """(params, vocabulary, state, tail, num_steps, record) → (state, DecodeStep); the given state is donated."""
         return jax.jit(self._advance, static_argnames=("num_steps", "record"), donate_argnames="state")
 
     @functools.cached_property
@@ -43,12 +44,12 @@ class Programs:
 
     @functools.cached_property
     def read(self):
-        """(params, vocabulary, ids [B, P]) → [B, P], the nearest token to the prediction behind every prefix."""
+        """(params, vocabulary, ids [B, P]) → [B, P], the nearest token to the prediction after every prefix."""
         return jax.jit(self._read)
 
     @functools.cached_property
     def _forward(self) -> Forward:
-        # Whatever kernel it was trained with, it writes on any machine.
+        # Generation must run on any machine, whichever kernel the model was trained with.
         return make_forward(dataclasses.replace(self.config, compute=ComputeConfig()))
 
     def _prefill(

@@ -1,8 +1,8 @@
-"""Algorithm 1 as it reads, with nothing clever: the whole sequence is run again for every step.
+"""Algorithm 1 written naively: every step runs the model over the whole sequence.
 
-The oracle of `method/algorithm.py` and `cache.py`, and the other side of their benchmark. One row, no cache, Python
-loops over NumPy; it shares with them the model, the vocabulary table, and the noise of embryo number i, of step t and
-of position n.
+The oracle for the tests of `method/algorithm.py` and `cache.py`, and the baseline of their benchmark. One row, no
+cache, Python loops over NumPy. It shares with them the model, the vocabulary table, and the noise of embryo number i,
+of step t and of position n.
 """
 
 from collections.abc import Mapping
@@ -27,13 +27,13 @@ def generate_by_reference(
     model: Model, vocabulary: Vocabulary, prompt: list[int], max_new_tokens: int, key: jax.Array, tail: Tail,
     end_of_text: int, max_commit: int = 1, pins: Mapping[int, int] | None = None,
 ) -> tuple[list[int], np.ndarray]:
-    """Tokens committed behind `prompt` (at least one id), and the tail [steps, K, d] after each contraction.
+    """Tokens committed after `prompt` (at least one id), and the tail [steps, K, d] after each contraction.
 
-    Guidance has the mask that history dropout has in training, and repulsion runs over predictions for the committed
-    positions that are made anew. Stable commits take up to `max_commit` tokens. `pins` holds slots at a token from
-    their birth on, by the number of the new token.
+    Guidance uses the mask of history dropout in training. Repulsion recomputes the predictions for the committed
+    positions. Stable commits take up to `max_commit` tokens. `pins` maps the number of a new token to the token that
+    its slot is held at from the start.
     """
-    # Numbers of the tail in NumPy: a loop over JAX arrays would wait for every single operation.
+    # Keep the tail in NumPy: a loop over JAX arrays would wait for every single operation.
     key, tail, pins, radius = key[None], jax.tree.map(np.asarray, tail), pins or {}, vocabulary.radius
     length, size = tail.maturity.shape[0], vocabulary.table.shape[1]
     table, readout = np.asarray(vocabulary.table), np.asarray(vocabulary.readout)
@@ -43,7 +43,7 @@ def generate_by_reference(
 
     history = [table[token] for token in prompt]
     slots = [embryo(number) for number in range(length)]
-    said = [[] for _ in slots]  # what each slot's nearest token has been, oldest first
+    said = [[] for _ in slots]  # nearest tokens of each slot so far, oldest first
     tokens, trajectory = [], []
     while len(tokens) < max_new_tokens and end_of_text not in tokens:
         z = np.stack(history + slots)[None]
@@ -98,7 +98,7 @@ def generate_by_reference(
 
 
 def settled(said: list[int], before: np.ndarray, after: np.ndarray, tail: Tail, radius: float) -> bool:
-    """Whether a slot that has `said` these nearest tokens and just moved [d] counts as settled (stability.py)."""
+    """Whether a slot is settled (stability.py), given its nearest tokens so far (`said`) and its last move [d]."""
     assert tail.stability is not None
     patience = int(tail.stability.patience)
     moved = float(np.linalg.norm(after - before)) / radius
@@ -106,7 +106,7 @@ def settled(said: list[int], before: np.ndarray, after: np.ndarray, tail: Tail, 
 
 
 def drawn(slot: int, number: int, tail: Tail) -> np.ndarray:
-    """What steering adds [d] to the prediction of `slot`, which will be new token `number`, in units of R."""
+    """Vector [d] that steering adds to the prediction of `slot`, which becomes new token `number`, in units of R."""
     steering = tail.steering
     assert steering is not None
     place = min(number / max(float(steering.budget) - 1.0, 1.0), 1.0)

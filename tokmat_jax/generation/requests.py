@@ -1,4 +1,4 @@
-"""What a caller asks for, checked before anything is computed: a script and the command line are refused the same."""
+"""Checks the arguments of a request before anything is computed. Scripts and the command line share these checks."""
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,17 +33,17 @@ def is_number(value: Any) -> bool:
 
 
 def counts(num_samples: Any, seed: Any, batch_size: Any) -> tuple[int, int, int]:
-    """The three as ints; raises UserError for one that is none or out of its range."""
+    """All three as ints; raises UserError if one is not a whole number or is out of range."""
     return (whole_number("num_samples", num_samples, 1), seed_of(seed), whole_number("batch_size", batch_size, 1))
 
 
 def seed_of(seed: Any, name: str = "seed") -> int:
-    """A number that JAX's keys are made of; raises UserError unless it fits 32 bits."""
+    """A seed for a JAX key; raises UserError unless it fits into 32 bits."""
     return whole_number(name, seed, 0, _SEEDS - 1)
 
 
 def prompts_of(prompts: Any, vocab_size: int) -> list[str | list[int]]:
-    """Texts as they are and ids as lists of int; raises UserError for anything else, and for ids not below
+    """Texts unchanged and ids as lists of int; raises UserError for anything else, and if an id is not below
     `vocab_size`."""
     if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
         raise UserError(f"prompts must be a list of texts, or of lists of ids, found {shown(prompts)}")

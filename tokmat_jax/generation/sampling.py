@@ -4,8 +4,8 @@
       ▲                                         against the cache                               │
       └───────────────────── its ẑ_v; its keys and values join the cache ◄──────────────────────┘
 
-Sampling chooses its token before it is read, so k = 1; contrastive search reads k of them in one forward pass and
-chooses afterwards. Rows are independent, as in `method/algorithm.py`, and a finished one changes no more.
+Sampling chooses a token before the model reads it, so k = 1. Contrastive search reads k tokens in one forward pass and
+chooses afterwards. Rows are independent, as in `method/algorithm.py`, and finished rows no longer change.
 """
 
 import functools
@@ -23,7 +23,7 @@ from tokmat_jax.model.backbone import Forward, KVCache, Params
 
 @struct.dataclass
 class Sampling:
-    """How a token is drawn; a pytree of numbers, so that another value compiles nothing."""
+    """Sampling parameters; a pytree of numbers, so that new values need no compilation."""
 
     temperature: jax.Array
     """[] ≥ 0, divides the logits; 0 takes the largest."""
@@ -35,60 +35,60 @@ class Sampling:
 
 @struct.dataclass
 class LanguageModel:
-    """Arrays of a trained baseline. Its logits are `logit_scale` · ⟨ẑ, row of the readout⟩."""
+    """Arrays of a trained baseline. Logits are `logit_scale` · ⟨ẑ, row of the readout⟩."""
 
     backbone: Params
     """Parameters of f_θ."""
     vocabulary: Vocabulary
-    """What tokens are when they are read and written."""
+    """The vocabulary table, which reads and writes tokens."""
     logit_scale: jax.Array
     """[]."""
 
 
 @struct.dataclass
 class SamplingState:
-    """A batch in the middle of its sentence. Rows never have to agree about anything."""
+    """State of a batch during decoding. Rows may have different lengths and budgets."""
 
     num_committed: jax.Array
-    """n [B], tokens so far, prompt included; all of them are in `history`."""
+    """n [B], number of tokens so far, prompt included; all of them are in `history`."""
     prediction: jax.Array
     """ẑ [B, d] for position n."""
     seen: jax.Array
-    """[B, V] bool: the token occurs among the n."""
+    """[B, V] bool: the token is among the first n."""
     context: jax.Array
     """[B, S, d]; entry j < n is the direction, of norm 1, of the model's output after it read token j."""
     key: jax.Array
-    """One key per row [B]; with the position it decides the row's draws."""
+    """One key per row [B]; key and position determine each draw."""
     budget: jax.Array
     """[B], n at which a row stops."""
     done: jax.Array
-    """[B] bool: the row has written end-of-text or spent its budget and changes no more."""
+    """[B] bool: the row has committed end-of-text or spent its budget, and no longer changes."""
     history: KVCache
-    """Keys and values, a LayerCache per layer; like those of `context`, entries from n on are not read."""
+    """Keys and values, one LayerCache per layer; entries from n on are not read, as in `context`."""
     text: jax.Array
     """Tokens [B, S] of the n committed positions."""
 
 
 @struct.dataclass
 class SampledStep:
-    """What one step did."""
+    """Result of one step."""
 
     emitted: jax.Array
-    """[B, R] bool: the token counts, because the row was alive and, after the first one, because a draft was right."""
+    """[B, R] bool: the token counts. The row was not done and, for all but the first token, the draft was right."""
     tokens: jax.Array
     """[B, R]; R = 1 unless drafts are checked."""
     log_probs: jax.Array
-    """[B, R], nats, of the model as it is: temperature 1, no penalty, all of V."""
+    """[B, R], nats, under the unmodified model: temperature 1, no penalty, all of V."""
 
 
 StepFunction = Callable[[SamplingState], tuple[SamplingState, SampledStep]]
 
 
 def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> jax.Array:
-    """`logits` [B, V] with those of the `seen` [B, V] tokens divided by `penalty` where positive, else multiplied.
+    """Divides the `logits` [B, V] of `seen` [B, V] tokens by `penalty` if they are positive, else multiplies them.
 
-    Keskar et al. 2019 (CTRL, arXiv:1909.05858, §4.1), in the form that `transformers` gave it for logits of both
-    signs; what is seen includes the prompt.
+    Keskar et al. 2019 (CTRL, arXiv:1909.05858, §4.1), in the variant of `transformers` for logits of both signs. The
+    tokens of the prompt count as seen.
     """
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -96,7 +96,7 @@ def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> 
 def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
     """`logits` [B, V], −∞ outside the smallest set of likeliest tokens whose mass reaches `top_p` in (0, 1].
 
-    Holtzman et al. 2020 (arXiv:1904.09751, §3.1). At least one token stays, and all that are as likely as the last one.
+    Holtzman et al. 2020 (arXiv:1904.09751, §3.1). Keeps at least one token, and all ties of the last one.
     """
 
     def cut():
@@ -106,12 +106,12 @@ def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
         least = jnp.min(jnp.where(mass_before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
         return jnp.where(logits >= least, logits, -jnp.inf)
 
-    # Rounding in the sum must not cut anything off where the nucleus is everything.
+    # Rounding in the sum must not remove a token if the nucleus is the whole vocabulary.
     return jax.lax.cond(jnp.asarray(top_p) < 1.0, cut, lambda: logits)
 
 
 def choose(key: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Tokens [B] of `logits` [B, V], penalised already, with one of `key` [B] per row: temperature, then nucleus."""
+    """Draws tokens [B] from penalised `logits` [B, V] with one `key` [B] per row: temperature, then nucleus."""
 
     def drawn():
         return jax.vmap(jax.random.categorical)(key, nucleus(logits / sampling.temperature, sampling.top_p))
@@ -124,10 +124,10 @@ def start_sampling(
     model: LanguageModel, forward: Forward, ids: jax.Array, lengths: jax.Array, max_new_tokens: jax.Array,
     key: jax.Array, capacity: int,
 ) -> SamplingState:
-    """The state behind prompts `ids` [B, P] of `lengths` [B] (at least 1), filled up with anything behind their end.
+    """The state after the prompts `ids` [B, P] of `lengths` [B] (at least 1); the padding after their end is ignored.
 
-    `max_new_tokens` [B] is what each row may write (0 = finished from the start), `key` [B] one per row, `capacity`
-    ≥ P the positions that there are.
+    `max_new_tokens` [B] is the budget of each row (0 = finished from the start), `key` [B] has one key per row, and
+    `capacity` ≥ P is the number of positions of the cache.
     """
     batch, width = ids.shape
     told = jnp.zeros((batch,), jnp.int32)
@@ -150,7 +150,7 @@ def start_sampling(
 def sampling_step(
     state: SamplingState, model: LanguageModel, forward: Forward, sampling: Sampling, end_of_text: int
 ) -> tuple[SamplingState, SampledStep]:
-    """One token per row: penalty, temperature, nucleus, draw, as `transformers` orders them."""
+    """One token per row: penalty, temperature, nucleus, draw, in the order of `transformers`."""
     logits = _logits(model, state.prediction)
     token = _draw(state, logits, state.seen, state.num_committed, sampling)[:, None]
     prediction, live = _read(model, forward, state, token)
@@ -160,7 +160,8 @@ def sampling_step(
 def _draw(
     state: SamplingState, logits: jax.Array, seen: jax.Array, position: jax.Array, sampling: Sampling
 ) -> jax.Array:
-    """The tokens [B] that the rows' keys draw at `position` [B]: these decide the draw, not how it was reached."""
+    """Tokens [B] that the rows' keys draw at `position` [B]. The draw depends only on key and position, not on the
+    number of passes."""
     key = jax.vmap(jax.random.fold_in)(state.key, position)
     return choose(key, penalise(logits, seen, sampling.repetition_penalty), sampling)
 
@@ -168,10 +169,11 @@ def _draw(
 def checked_sampling_step(
     state: SamplingState, model: LanguageModel, forward: Forward, sampling: Sampling, num_drafts: int, end_of_text: int
 ) -> tuple[SamplingState, SampledStep]:
-    """As `sampling_step`, with the M = `num_drafts` tokens that followed when the last ones occurred before (prompt
-    lookup) checked in the same pass: a draft is right if it is what is drawn at its position, and is committed too.
+    """As `sampling_step`, but also checks M = `num_drafts` drafts in the same pass: the tokens that followed an earlier
+    occurrence of the last tokens (prompt lookup). A draft that equals the draw at its position is committed too.
 
-    Token for token the ordinary sample, 1 to M + 1 of them a pass (`method/verification.py` does the same for a tail).
+    Gives the ordinary sample token for token, 1 to M + 1 tokens a pass (`method/verification.py` does the same for a
+    tail).
     """
     n, rows = state.num_committed, jnp.arange(state.num_committed.shape[0])
     logits = [_logits(model, state.prediction)]
@@ -217,7 +219,7 @@ def contrastive_step(
     """One token per row: argmax over the `top_k` likeliest v of (1 − α) p(v | x_<t) − α max_j cos(h_v, h_{x_j}).
 
     Su et al. 2022 (arXiv:2202.06417, §3, contrastive search). j runs over the whole context, prompt included; h_x is
-    the model's output after it read x; `alpha` [] in [0, 1], where 0 is greedy.
+    the model's output after it read x; `alpha` [] is in [0, 1], and 0 is greedy.
     """
     logits = _logits(model, state.prediction)
     likeliest, tokens = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
@@ -231,7 +233,7 @@ def contrastive_step(
 
 
 def sample_steps(state: SamplingState, step: StepFunction, num_steps: int) -> tuple[SamplingState, SampledStep]:
-    """`num_steps` of `step` as one scan; the fields of the SampledStep returned lead with the step, [steps, B]."""
+    """`num_steps` of `step` as one scan; the fields of the returned SampledStep are [steps, B, …]."""
     return jax.lax.scan(lambda state, _: step(state), state, length=num_steps)
 
 
@@ -240,15 +242,15 @@ def _logits(model: LanguageModel, prediction: jax.Array) -> jax.Array:
 
 
 def _mark(seen: jax.Array, ids: jax.Array, valid: jax.Array) -> jax.Array:
-    """`seen` [B, V] with `ids` [B, T] where `valid` [B, T]."""
+    """Adds the `ids` [B, T] that are `valid` [B, T] to `seen` [B, V]."""
     batch, vocab_size = seen.shape
     return seen.at[jnp.arange(batch)[:, None], jnp.where(valid, ids, vocab_size)].set(True, mode="drop")
 
 
 def _read(model: LanguageModel, forward: Forward, state: SamplingState, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Predictions [B, k, d] behind each of `tokens` [B, k] at position n, and their keys and values layer by layer.
+    """Predictions [B, k, d] after each of `tokens` [B, k] at position n, and their keys and values layer by layer.
 
-    The k are alternatives: each sees the history and itself.
+    The k tokens are alternatives: each sees only the history and itself.
     """
     batch, count = tokens.shape
     positions = jnp.broadcast_to(state.num_committed[:, None], (batch, count))
@@ -264,9 +266,9 @@ def _commit(
     state: SamplingState, logits: jax.Array, tokens: jax.Array, prediction: jax.Array, live: KVCache, pick: jax.Array,
     end_of_text: int,
 ) -> tuple[SamplingState, SampledStep]:
-    """The state after number `pick` [B] of `tokens` [B, k] took position n, with what `_read` said of it.
+    """The state after choice `pick` [B] of `tokens` [B, k] was committed at position n, given the results of `_read`.
 
-    A row that is done keeps its state; what it writes at n lies behind its end and is not read.
+    A row that is done keeps its state; it writes at position n, after its end, and this is never read.
     """
     alive = ~state.done
     token = jnp.take_along_axis(tokens, pick[:, None], axis=1)

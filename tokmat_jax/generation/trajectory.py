@@ -1,4 +1,4 @@
-"""What a tail went through while one sample was written, as arrays and as a file."""
+"""The history of a tail during the generation of one sample, as arrays and as a file."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from tokmat_jax.storage.npy import read_npz
 class Trajectory:
     """One sample of N steps with a tail of K slots, front first. Every field is an array of the `.npz` file.
 
-    No array grows with the vocabulary: of each slot the C nearest tokens are kept, and its vector where asked for.
+    No array grows with the vocabulary: each slot keeps its C nearest tokens, and its vector if requested.
     """
 
     prompt: np.ndarray
-    """Ids [P] that the sample continues."""
+    """Ids [P] of the prompt."""
     maturity: np.ndarray
     """α [K] of the slots."""
     committed: np.ndarray
-    """Tokens [N] that each step committed: from the front on, those of this many slots; 1 unless commits are stable or
+    """Number of tokens [N] that each step committed, counted from the front slot; 1 unless commits are stable or
     verified."""
     tokens: np.ndarray
     """Nearest tokens [N, K] after contraction, before the step's commit."""
@@ -35,10 +35,10 @@ class Trajectory:
     cosines: np.ndarray
     """Their cosines with z̃ [N, K, C]."""
     vectors: np.ndarray
-    """z̃ [N, K, d] after contraction; d = 0 where vectors were not asked for."""
+    """z̃ [N, K, d] after contraction; d = 0 if vectors were not requested."""
     drafts: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.int32))
-    """Tokens [N, M] that each step checked, −1 for none; the first `committed` − 1 of them were right. M = 0 unless
-    commits are verified."""
+    """Draft tokens [N, M] that each step checked, −1 for none; the first `committed` − 1 of them were right. M = 0
+    unless commits are verified."""
 
     @property
     def text(self) -> np.ndarray:
@@ -47,11 +47,11 @@ class Trajectory:
 
     @property
     def before(self) -> np.ndarray:
-        """Tokens [N] committed before each step: slot j of step t is token `before[t]` + j of the text."""
+        """Number of tokens [N] committed before each step: slot j of step t is token `before[t]` + j of the text."""
         return np.cumsum(self.committed) - self.committed
 
     def of_token(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and slots through which token `index` of the text matured, oldest first."""
+        """Steps and slots in which token `index` of the text matured, oldest first."""
         slots = index - self.before
         steps = np.flatnonzero((slots >= 0) & (slots < self.tokens.shape[1]))
         return steps, slots[steps]
@@ -63,7 +63,7 @@ class Trajectory:
 
 
 def load_trajectory(path: str | Path) -> Trajectory:
-    """What `save` wrote; raises UserError where the file is missing or damaged."""
+    """Reads a file written by `save`; raises UserError if the file is missing or damaged."""
     names = [field.name for field in dataclasses.fields(Trajectory)]
     found = Trajectory(**read_npz(path, names, "trajectory", optional=("drafts",)))
     shapes = {field.name: getattr(found, field.name).shape for field in dataclasses.fields(Trajectory)}
@@ -73,5 +73,5 @@ def load_trajectory(path: str | Path) -> Trajectory:
     if any(shapes[name] != shape for name, shape in wanted.items()) or len(shapes["prompt"]) != 1 or any(
             len(shapes[name]) != 3 or shapes[name][:2] != (steps, slots) for name in ("candidates", "vectors")) or (
                 len(shapes["drafts"]) != 2 or (shapes["drafts"] != (0, 0) and shapes["drafts"][0] != steps)):
-        raise UserError(f"{path} is no trajectory: its arrays do not fit together, {shapes}")
+        raise UserError(f"{path} is no trajectory: the shapes of its arrays do not match, {shapes}")
     return found

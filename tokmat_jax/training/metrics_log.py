@@ -1,6 +1,6 @@
-"""Rows of numbers as JSON lines and TensorBoard. A resumed run takes back the rows it is going to write again.
+"""Writes metrics as JSON lines and TensorBoard events. A resumed run removes the rows that it will write again.
 
-A disk that is full stops no run: rows wait until there is room.
+A full disk does not stop a run: rows wait in memory until there is space.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from tokmat_jax.storage.files import write_whole
 
 
 class JsonLines:
-    """A file of one JSON object per line, each with a `step`; rows after `resume_step` are dropped when it opens."""
+    """A file of one JSON object per line, each with a `step`. Opening it drops the rows after `resume_step`."""
 
     def __init__(self, path: Path, resume_step: int):
         self._path, self._waiting, self._warned = path, b"", False
@@ -26,7 +26,7 @@ class JsonLines:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Adds `row`; where that is not possible now it waits for the next one."""
+        """Appends `row`; if this fails, the row is written together with the next one."""
         self._waiting += json.dumps(row, ensure_ascii=False).encode() + b"\n"
         self._flush()
 
@@ -37,7 +37,7 @@ class JsonLines:
             self._warned = False
         except OSError as error:
             if not self._warned:
-                _warn(self._path, error, "its rows wait for room")
+                _warn(self._path, error, "its rows wait until there is space")
             self._warned = True
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ def _warn(path: Path, error: OSError, then: str) -> None:
 
 
 class _Board:
-    """Scalars for TensorBoard. What cannot be written is left out: `metrics.jsonl` has all of it."""
+    """Scalars for TensorBoard. Scalars that cannot be written are dropped: `metrics.jsonl` has all of them."""
 
     def __init__(self, folder: Path, resume_step: int):
         self._folder, self._purge, self._warned = folder, resume_step + 1, False
@@ -95,15 +95,15 @@ class _Board:
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         self._folder.mkdir(exist_ok=True)
-        self._suffix = f".{time.time_ns()}"  # two files of one second would have the same name
-        # An absolute path is never taken for an address, as `gs:/` would be.
+        self._suffix = f".{time.time_ns()}"  # two files created in the same second would have the same name
+        # An absolute path is never mistaken for an address such as `gs:/`.
         events = EventsWriter(str(self._folder.absolute() / "events"), self._suffix)
-        # What an earlier process has written from this step on no longer counts.
+        # Events that an earlier process wrote from this step on no longer count.
         events.write_event(Event(step=self._purge, session_log=SessionLog(status=SessionLog.START)))
         return events
 
     def _begin_again(self) -> None:
-        """Leaves a file with half a record, which would hide all that come after it."""
+        """Starts a new file after half a record was written, because it would hide all later records."""
         self.close()
         self._events = None
         for path in self._folder.glob(f"*{self._suffix}"):
@@ -124,7 +124,7 @@ class MetricsLog:
         self._board = _Board(workdir / "tensorboard", resume_step)
 
     def write(self, step: int, prefix: str, metrics: dict[str, float]) -> None:
-        """One row: the names get `prefix/` before them."""
+        """Writes one row; each name gets the prefix `prefix/`."""
         named = {f"{prefix}/{name}": value for name, value in metrics.items()}
         self._rows.write({"step": step, **named})
         self._board.write(step, named)

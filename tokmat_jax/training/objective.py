@@ -1,7 +1,7 @@
 """From a batch of ids to the loss: vectors → simulated tail → model → weighted loss (METHOD §3).
 
-Everything is returned as sums over positions with the weight they carry, so that micro-batches, devices and
-validation batches add up to exactly what one large batch gives.
+All results are weighted sums over positions, so that micro-batches, devices and validation batches add up to exactly
+the result of one large batch.
 """
 
 import jax
@@ -18,20 +18,20 @@ from tokmat_jax.model.params import ar_logit_scale_of, logit_scale_of, vocabular
 
 @struct.dataclass
 class PredictedWindows:
-    """A batch as the model meets it, and what it answers."""
+    """The targets of a batch and the model's predictions for them."""
 
     vocabulary: Vocabulary
-    """E, and the rows that predictions are compared with."""
+    """E, and the rows to which predictions are compared."""
     target_ids: jax.Array
     """x_2..x_T [B, T−1]."""
     weight: jax.Array
-    """w_t = α_t [B, T−1], maturity of the target position."""
+    """w_t = α_t [B, T−1], the maturity of the target position."""
     prediction: jax.Array
     """ẑ_2..ẑ_T [B, T−1, d]; each computed from earlier positions."""
 
 
 def row_keys(step_key: jax.Array, batch_size: int) -> jax.Array:
-    """One key per row [B] of the batch of a step, whatever the micro-batches and devices."""
+    """One key per row [B] of the batch of a step, independent of micro-batches and devices."""
     return jax.vmap(lambda row: jax.random.fold_in(step_key, row))(jnp.arange(batch_size))
 
 
@@ -40,7 +40,7 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
 
     The baseline (`objective.kind = "ar"`) reads clean vectors, with maturity 1 and K = 0. A self-conditioned row
     is predicted twice: first with embryos for a tail, as the decoder starts, then with those predictions in
-    the truth's place.
+    place of the true vectors.
     """
     tokens = vocabulary_of(params, config)
     clean = look_up(tokens.table, ids)
@@ -59,7 +59,7 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
         maturity = maturation.window_maturity(draw.tail_length, length, settings.profile, settings.max_maturity)
         mask = None
         if settings.history_dropout > 0:
-            # Whatever K is, the last committed position is among the last K_max + 1.
+            # For every K, the last committed position is among the last K_max + 1.
             mask = history_mask(length, length - draw.tail_length, draw.history_dropped,
                                 settings.max_tail_length + 1)
         history = jnp.arange(length)[None, :] < (length - draw.tail_length)[:, None]
@@ -77,7 +77,7 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
 def weighted_sums(
     windows: PredictedWindows, params: Params, negatives: losses.Negatives, config: Config
 ) -> dict[str, jax.Array]:
-    """Σ w_t of each loss term [] by name, and `weight` = Σ w_t; `loss` is what training minimises."""
+    """Weighted sum Σ w_t L_t [] of each loss term by name, and `weight` = Σ w_t; training minimises `loss`."""
     dtype, total = jnp.dtype(config.model.dtype), jnp.sum(windows.weight)
     if config.objective.kind == "ar":
         entropy = losses.summed_cross_entropy(windows.prediction, windows.target_ids, windows.vocabulary.readout,

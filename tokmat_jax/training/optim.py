@@ -31,7 +31,7 @@ def _map_names(params: Any, pattern: str, yes: Any, no: Any) -> Any:
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW, or Muon on the blocks' matrices with AdamW on the rest.
 
-    The blocks' kernels are [L, in, out]: Muon orthogonalises each layer's matrix by itself.
+    The blocks' kernels are [L, in, out]: Muon orthogonalises the matrix of each layer separately.
     """
     schedule = make_schedule(config, config.learning_rate, num_steps)
     if config.name == "adamw":

@@ -1,27 +1,27 @@
-"""Losses that stand out from those before them."""
+"""Detects spikes of the loss."""
 
 import collections
 import math
 import statistics
 
 WINDOW = 100
-"""Losses that the next one is held against."""
+"""Number of earlier losses that a loss is compared to."""
 FEWEST = 20
-"""Fewer say nothing."""
+"""Minimum number of earlier losses for a comparison."""
 DEVIATIONS = 6.0
-"""A spike lies so many standard deviations above the mean."""
+"""A spike lies more than this many standard deviations above the mean."""
 LEAST_SHARE = 0.01
-"""A standard deviation counts as at least this share of the mean: a loss that hardly moves may move a little."""
+"""Lower bound of the standard deviation, as a share of the mean: small changes of a flat loss are not spikes."""
 
 
 class LossWatch:
-    """Holds every loss of a run against the `WINDOW` before it; a resumed run begins with none."""
+    """Compares each loss of a run to the `WINDOW` losses before it; a resumed run starts with an empty window."""
 
     def __init__(self) -> None:
         self._losses: collections.deque[float] = collections.deque(maxlen=WINDOW)
 
     def expected(self, loss: float) -> float | None:
-        """The mean of the losses before, where a finite `loss` is a spike; it is remembered for the next ones."""
+        """The mean of the earlier losses if a finite `loss` is a spike, else None. Adds `loss` to the window."""
         before = list(self._losses)
         if math.isfinite(loss):
             self._losses.append(loss)

@@ -1,4 +1,4 @@
-"""The training state, born sharded, and the two jitted functions over it: one update, one validation batch."""
+"""The training state, sharded from the start, and its two jitted functions: one update, one validation batch."""
 
 import dataclasses
 import itertools
@@ -22,33 +22,33 @@ from tokmat_jax.training import objective
 from tokmat_jax.training.optim import make_optimizer, make_schedule
 
 MATURITY_BINS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Lower edges of the bins by which accuracy is reported; the last holds maturity 1 alone."""
+"""Lower edges of the bins for which accuracy is reported; the last bin has only maturity 1."""
 
 _EVAL = 2**32 - 1
-"""Folded into the seed for validation, so that its noise is that of no training step."""
+"""Folded into the seed for validation, so that no training step has the same noise."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainFunctions:
-    """The compiled pieces of a run; `make_train_functions` builds them."""
+    """The compiled functions of a run; `make_train_functions` builds them."""
 
     init: Callable[..., TrainState]
     """(key, table or None) → a fresh TrainState on the mesh."""
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    """(state, ids [B, T], unigram [V]) → (next state, metrics); the state given is consumed."""
+    """(state, ids [B, T], unigram [V]) → (next state, metrics); the given state is donated."""
     evaluate: Callable[..., dict[str, jax.Array]]
     """(params, ids [B, T], unigram [V], index [] of the batch) → sums [] by name, see `eval_sums`."""
     shapes: TrainState
-    """The state as ShapeDtypeStructs that carry their shardings."""
+    """The state as ShapeDtypeStructs with their shardings."""
 
 
 def update(
     state: TrainState, ids: jax.Array, unigram: jax.Array, config: Config, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update on `ids` [B, T]: the gradient of Σ w L / Σ w over the whole batch, whatever the accumulation.
+    """One update on `ids` [B, T]: the gradient of Σ w L / Σ w over the whole batch, for any accumulation.
 
-    Where the loss, its gradient or the new parameters are not finite the update is `skipped`: only the step advances,
-    and the optimiser's own count of updates stays one behind it.
+    If the loss, its gradient or the new parameters are not finite, the update is `skipped`: only the step advances,
+    and the optimiser's own count of updates does not.
     """
     forward = make_forward(config)
     step_key = jax.random.fold_in(seed_key(config.train.seed), state.step)
@@ -85,7 +85,7 @@ def update(
 
 
 def _accumulate(gradient: Callable, ids: jax.Array, keys: jax.Array, parts: int):
-    """Sums `gradient` over `parts` micro-batches; each takes every parts-th row, so that no device waits."""
+    """Sums `gradient` over `parts` micro-batches; each takes every parts-th row, so that no device is idle."""
 
     def split(x):
         return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
@@ -104,9 +104,9 @@ def eval_sums(
 ) -> dict[str, jax.Array]:
     """Sums over one validation batch [B, T]; `eval_means` turns their totals into metrics.
 
-    Tails are drawn as in training, without history dropout and self-conditioning. The loss terms carry the weights of
-    training. `top1`, `top5` (the target is the nearest token to ẑ, among the
-    five nearest) and `entropy` (softmax(cos(ẑ, E)), τ = 1, nats) count positions, by maturity of the target.
+    Tails are drawn as in training, but without history dropout and self-conditioning. The loss terms are weighted as
+    in training. `top1`, `top5` (the target is the nearest token to ẑ, among the five nearest) and `entropy`
+    (softmax(cos(ẑ, E)), τ = 1, nats) are unweighted sums over positions, by maturity of the target.
     """
     plain = dataclasses.replace(config.maturation, history_dropout=0.0, self_condition_prob=0.0)
     config = dataclasses.replace(config, maturation=plain)
@@ -126,7 +126,7 @@ def eval_sums(
 
 
 def eval_means(totals: dict[str, Any]) -> dict[str, float]:
-    """Metrics from sums added up over batches; a maturity that did not occur is left out."""
+    """Metrics from sums over batches; a maturity bin without positions is left out."""
     totals = {name: float(value) for name, value in totals.items()}
     weight = totals.pop("weight")
     means = {}
@@ -141,9 +141,9 @@ def eval_means(totals: dict[str, Any]) -> dict[str, float]:
 
 
 def make_train_functions(config: Config, vocab_size: int, mesh: Mesh) -> TrainFunctions:
-    """Compilable functions of a run over `mesh`; call them inside `jax.set_mesh(mesh)`.
+    """The jitted functions of a run over `mesh`; call them inside `jax.set_mesh(mesh)`.
 
-    Parameters and optimiser state are placed by `sharding.RULES`, from their very first value on.
+    Parameters and optimiser state are created with the shardings of `sharding.RULES`.
     """
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     has_table = config.table.initial is not None

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes its step, saves and leaves with a code that says so."""
+"""Signals that ask a run to stop: the run finishes its step, saves and exits with a special code."""
 
 import contextlib
 import os
@@ -11,23 +11,24 @@ from collections.abc import Iterator
 import jax
 
 PREEMPTED = 4
-"""Exit code of a run that was asked to stop by one of `ASKING` and has saved: the same command goes on."""
+"""Exit code of a run that one of the `ASKING` signals stopped and that has saved: the same command continues it."""
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C (SIGINT), as shells have it; after the first one the run has saved."""
+"""Exit code after Ctrl-C (SIGINT), as in shells. After one Ctrl-C the run has saved."""
 
 ASKING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Signals that ask a run to stop: a pre-emption, a terminal that is closed, Slurm before the time is up."""
+"""Signals that ask a run to stop: pre-emption, a closed terminal, Slurm shortly before the time limit."""
 
 
 class Stop:
-    """What a run was asked for."""
+    """The stop that was requested of a run, if any."""
 
     def __init__(self) -> None:
         self._code: int | None = None
 
     def after(self, step: int) -> int | None:
-        """The exit code where the run is to stop behind `step`, the same step in all processes; every one must ask."""
+        """The exit code if the run must stop after `step`, else None. The step is the same in all processes; every
+        process must call this."""
         if jax.process_count() == 1:
             return self._code
         from jax.experimental import multihost_utils
@@ -36,7 +37,7 @@ class Stop:
 
     def _heed(self, number: int) -> None:
         if number == signal.SIGINT and self._code == INTERRUPTED:
-            # A clean end would wait for what is being saved. The cursor may be hidden behind a progress bar.
+            # A clean exit would wait for pending saves. A progress bar may have hidden the cursor.
             print("\x1b[?25h" * sys.stderr.isatty() + "left at once", file=sys.stderr, flush=True)
             os._exit(INTERRUPTED)
         if number == signal.SIGINT:
@@ -51,7 +52,7 @@ class Stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def listen(self, heard: socket.socket) -> None:
-        """Heeds the signals whose numbers arrive as bytes, until the other end is closed."""
+        """Handles the signals whose numbers arrive as bytes, until the other end is closed."""
         while numbers := heard.recv(64):
             for number in numbers:
                 self._heed(number)
@@ -59,11 +60,11 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """While it lasts `ASKING` and SIGINT ask the run to stop, and a second SIGINT ends the process.
+    """Context in which the `ASKING` signals and SIGINT ask the run to stop; a second SIGINT ends the process.
 
-    They are heeded in a thread of their own: the main one may be deep in a compilation for minutes. Of several
-    processes JAX hears SIGTERM, and tells all of them; the other signals are turned into it. A SIGHUP that is ignored
-    stays so, as under `nohup`. Outside the main thread nothing can be heard.
+    A separate thread handles them, because the main thread may spend minutes in a compilation. If there are several
+    processes, JAX listens for SIGTERM and tells all of them; the other signals are converted to SIGTERM. If SIGHUP was
+    ignored before, as under `nohup`, it stays ignored. Outside the main thread no signals can be received.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -76,7 +77,7 @@ def stop_signals() -> Iterator[Stop]:
         numbers.remove(signal.SIGTERM)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         numbers.remove(signal.SIGHUP)
-    # Python tells a file of the signals for which it has a handler.
+    # Python writes to this file only the signals that have a handler.
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     other = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
     listener = threading.Thread(target=stop.listen, args=(ear,), daemon=True)

@@ -1,9 +1,9 @@
-"""How much of a machine training uses: operations per token, the devices' peak, memory.
+"""Utilisation of the hardware in training: operations per token, peak of the devices, memory.
 
 A token costs 6 operations per weight of the matrices it passes (2 forward, 4 backward: Kaplan et al. 2020,
 arXiv:2001.08361, §2.1), and its attention 12 · L · H · D per position it sees, on average (T + 1)/2 of them (Chowdhery
-et al. 2022, arXiv:2204.02311, appendix B, who count all T). What `compute.remat` computes again is not counted. Norms,
-softmax, GELU, embeddings and the optimiser are left out: docs/scaling.md says how far the compiler's count is from it.
+et al. 2022, arXiv:2204.02311, appendix B, who count all T). Recomputation by `compute.remat` is not counted, nor are
+norms, softmax, GELU, embeddings and the optimiser: docs/scaling.md compares this to the compiler's count.
 """
 
 import re
@@ -26,11 +26,11 @@ PEAK: tuple[tuple[str, float], ...] = (
     (r"TPU v5p?$", 4.59e14),
     (r"TPU v4$", 2.75e14),
 )
-"""Dense bfloat16 operations per second of a device by its kind, by the makers' data sheets; the first match counts."""
+"""Dense bfloat16 operations per second by kind of device, from the makers' data sheets; the first match counts."""
 
 
 def matrix_weights(config: Config, vocab_size: int) -> int:
-    """Weights of the matrices that a token passes once in training, the rows it is compared with included."""
+    """Number of weights in the matrices that a token passes once in training, including the rows of the readout."""
     model, size = config.model, config.model.embed_dim
     attention = 2 * size * model.head_size * (model.num_heads + model.kv_heads)
     mlp = (3 if model.mlp == "swiglu" else 2) * size * model.mlp_size
@@ -42,7 +42,7 @@ def matrix_weights(config: Config, vocab_size: int) -> int:
 
 
 def flops_per_token(config: Config, vocab_size: int) -> float:
-    """Operations of a training step per token; with self-conditioning, a second forward pass of every row."""
+    """Operations of a training step per token; with self-conditioning, each row has a second forward pass."""
     model, seen = config.model, (config.data.seq_len + 1) / 2
     attention = 12.0 * model.num_layers * model.num_heads * model.head_size * seen
     flops = 6.0 * matrix_weights(config, vocab_size) + attention
@@ -51,14 +51,14 @@ def flops_per_token(config: Config, vocab_size: int) -> float:
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Peak of a device in operations per second; None where it is not known, and for another type than bfloat16."""
+    """Peak of a device in operations per second; None if it is unknown or `dtype` is not bfloat16."""
     if dtype != "bfloat16":
         return None
     return next((peak for pattern, peak in PEAK if re.match(pattern, device_kind)), None)
 
 
 def measures(config: Config, vocab_size: int, steps_per_second: float) -> dict[str, float]:
-    """`tokens_per_second` of all devices together, `step_seconds`, and `mfu`, the share of their peak, where it is
+    """`tokens_per_second` of all devices together, `step_seconds`, and `mfu`, the share of the peak, if the peak is
     known."""
     tokens = steps_per_second * config.train.batch_size * config.data.seq_len
     found = {"tokens_per_second": tokens, "step_seconds": 1.0 / steps_per_second}
@@ -68,7 +68,7 @@ def measures(config: Config, vocab_size: int, steps_per_second: float) -> dict[s
 
 
 def memory() -> dict[str, float]:
-    """The most memory used so far, in GB: `device_memory_gb` of the fullest device of this process, where devices tell,
+    """Peak memory use so far, in GB: `device_memory_gb` of the fullest device of this process, if devices report it,
     and `host_memory_gb` of the process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     told = [stats["peak_bytes_in_use"] for device in jax.local_devices()

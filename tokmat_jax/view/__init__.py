@@ -1,1 +1,1 @@
-"""The liquid tail to look at: in a terminal (`terminal`), and as a page to replay (`replay`)."""
+"""Displays the liquid tail: live in a terminal (`terminal`), or as an HTML page that replays it (`replay`)."""

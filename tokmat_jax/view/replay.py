@@ -1,4 +1,4 @@
-"""One HTML page that replays how a sample came into being, or two beside each other; it needs nothing else."""
+"""A self-contained HTML page that replays the generation of one sample, or of two side by side."""
 
 import base64
 import hashlib
@@ -19,28 +19,28 @@ from tokmat_jax.view.terminal import visible
 
 _PAGE = Path(__file__).parent / "page"
 _ENTROPY_SCALE, _SCALE = 10_000, 1_000
-# What could end or begin something in HTML, and the two line ends that JSON allows and JavaScript once did not.
+# Characters that could open or close HTML, and two line separators that older JavaScript does not allow in strings.
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One sample to be replayed."""
+    """One sample to replay."""
 
     title: str
-    """What sets it apart, such as `guidance 1`; any text."""
+    """How this sample differs, such as `guidance 1`; any text."""
     trajectory: Trajectory
     settings: dict[str, Any]
-    """Shown folded, as name and value."""
+    """Shown in a collapsed list of names and values."""
 
 
 def replay(title: str, runs: Sequence[Run], tokenizer: Tokenizer) -> str:
-    """The page: one run, or two side by side. Raises ValueError for another number."""
+    """The page for one run, or for two side by side. Raises ValueError for any other number."""
     if len(runs) not in (1, 2):
         raise ValueError(f"a page replays one run or two, not {len(runs)}")
     style, script = ((_PAGE / name).read_text(encoding="utf-8") for name in ("replay.css", "replay.js"))
     parts = {
-        # Only this very script and this very style count, whatever a model or a user wrote into the page.
+        # Allow only this script and this style, whatever text a model or a user puts into the page.
         "policy": f"default-src 'none'; img-src data:; style-src {_source(style)}; script-src {_source(script)}",
         "title": html.escape(visible(title)),
         "style": style,
@@ -49,13 +49,13 @@ def replay(title: str, runs: Sequence[Run], tokenizer: Tokenizer) -> str:
         "plain": "".join(_plain(run, tokenizer) for run in runs),
     }
     page = (_PAGE / "replay.html").read_text(encoding="utf-8")
-    # One pass: what was put in is not searched for places again.
+    # A single pass: inserted text is not searched for placeholders.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
 
 
 def increments(prompt: Sequence[int], ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """What each of `ids` [M], at least one, adds to the text of `prompt`: M strings that together are what
-    `tokenizer.split` gives for all of them.
+    """The text that each of `ids` [M], at least one, adds to the text of `prompt`: M strings whose concatenation is
+    the text that `tokenizer.split` gives for all ids.
 
     A token that ends inside a character adds "" for it; the token that completes the character adds it.
     """
@@ -63,7 +63,7 @@ def increments(prompt: Sequence[int], ids: Sequence[int], tokenizer: Tokenizer) 
     ends, end = [], 0
     for count in range(1, len(ids)):
         ready = tokenizer.split(prompt, ids[:count])[1].rstrip("\N{REPLACEMENT CHARACTER}")
-        # What later tokens would rewrite waits for them too.
+        # Text that later tokens would change is held back as well.
         while not whole.startswith(ready):
             ready = ready[:-1]
         end = max(end, len(ready))
@@ -76,18 +76,18 @@ def _source(text: str) -> str:
 
 
 def _plain(run: Run, tokenizer: Tokenizer) -> str:
-    """The final text, for a browser that runs no scripts."""
+    """The final text, for browsers without JavaScript."""
     prompt, text = (html.escape(visible(part)) for part in _texts(run.trajectory, tokenizer))
     return f"<section><h2>{html.escape(visible(run.title))}</h2><p class=text><b>{prompt}</b>{text}</p></section>"
 
 
 def _texts(trajectory: Trajectory, tokenizer: Tokenizer) -> tuple[str, str]:
-    """The prompt and what was written after it."""
+    """The text of the prompt and the text generated after it."""
     return tokenizer.split(trajectory.prompt.tolist(), trajectory.text.tolist())
 
 
 def _data(runs: Sequence[Run], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the script reads. Tokens are places in `pieces`, where each of them is spelt once."""
+    """The data for the script. Tokens are indices into `pieces`, which has the text of each token once."""
     ids = np.unique(np.concatenate([
         part.ravel() for run in runs for part in (run.trajectory.tokens, run.trajectory.candidates,
                                                   run.trajectory.drafts[run.trajectory.drafts >= 0])])).astype(int)
@@ -101,7 +101,7 @@ def _data(runs: Sequence[Run], tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _run_data(run: Run, ids: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]:
-    """One run; its arrays are flat, row after row. `ids` are sorted and hold every token of the run."""
+    """The data of one run, with arrays flattened row by row. `ids` are sorted and contain every token of the run."""
     trajectory = run.trajectory
     return {
         "title": visible(run.title),
@@ -120,5 +120,5 @@ def _run_data(run: Run, ids: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]
 
 
 def _whole(values: np.ndarray, scale: int) -> list[int | None]:
-    """`values` times `scale` as whole numbers, which are short to write; None for what is not finite."""
+    """`values` times `scale`, rounded to whole numbers to keep the page small; None if a value is not finite."""
     return [round(value * scale) if math.isfinite(value) else None for value in values.ravel().tolist()]

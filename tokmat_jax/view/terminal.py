@@ -1,4 +1,4 @@
-"""The liquid tail in a terminal: committed text, and fading behind it what the slots would say now."""
+"""The liquid tail in a terminal: committed text, followed by the current nearest tokens of the slots, fading out."""
 
 import itertools
 import sys
@@ -20,8 +20,8 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def visible(text: str) -> str:
-    """`text` without what a terminal would obey rather than show: control characters but new lines and tabs, and
-    what turns the direction of writing."""
+    """`text` without characters that a terminal would execute instead of showing: control characters (except new lines
+    and tabs) and characters that change the writing direction."""
     return "".join("\N{REPLACEMENT CHARACTER}" if _commands(c) else c for c in text)
 
 
@@ -32,8 +32,8 @@ def _commands(c: str) -> bool:
 def tail_text(prompt: str, moment: Moment, tokenizer: Tokenizer) -> Text:
     """Prompt in bold, committed text, and the tail between bars: `In the beginning was│ the│ Lord│`.
 
-    What the step committed is underlined; a slot's colour fades with its maturity. The first draft that the step
-    checked and rejected stands at the end, after a cross.
+    Tokens committed by this step are underlined; a slot's colour fades with its maturity. If the step rejected a draft,
+    the first rejected draft is shown at the end, after a cross.
     """
     text = Text()
     text.append(visible(prompt), "bold")
@@ -53,13 +53,13 @@ def tail_text(prompt: str, moment: Moment, tokenizer: Tokenizer) -> Text:
 
 
 def _tint(maturity: float) -> str:
-    """From grey at maturity 0 to the accent at 1; both can be read on light and on dark."""
+    """Colour from grey at maturity 0 to the accent at 1; both are readable on light and dark backgrounds."""
     mixed = (round(grey + maturity * (accent - grey)) for grey, accent in zip(_GREY, _ACCENT, strict=True))
     return f"rgb({','.join(map(str, mixed))})"
 
 
 def gauges(moment: Moment) -> Text:
-    """Three lines on the step just done: a bar per slot, front first, for maturity, entropy and movement."""
+    """Three lines about the latest step: a bar per slot, front first, for maturity, entropy and movement."""
     lines = [f"{len(moment.tokens)} tokens" + (f", {moment.committed} at once" if moment.committed > 1 else "")]
     for name, values, unit in (("maturity", moment.maturity, ""), ("entropy", moment.entropy, " nats"),
                                ("movement", moment.movement, " R")):
@@ -68,7 +68,8 @@ def gauges(moment: Moment) -> Text:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """A block per value, from the least to the greatest of them; all of middle height where they are equal."""
+    """A block per value, scaled from the smallest to the largest value; all of middle height if the values are
+    equal."""
     low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(high), 1.0):
         return _BLOCKS[3] * len(values)
@@ -78,8 +79,8 @@ def sparkline(values: Sequence[float]) -> str:
 def show_tails(
     prompt: str, runs: Sequence[tuple[str, Iterable[Moment]]], tokenizer: Tokenizer
 ) -> list[list[Moment]]:
-    """Draws every step of one run, or of several beside each other, (title, moments) each: in place in a terminal, a
-    line per step and run elsewhere. Returns all moments of each run."""
+    """Draws every step of one run, or of several side by side, each given as (title, moments). A terminal is updated in
+    place; otherwise each step and run gets a line. Returns all moments of each run."""
     console = Console(soft_wrap=True, highlight=False)
     seen: list[list[Moment]] = [[] for _ in runs]
     steps = itertools.zip_longest(*(moments for _, moments in runs))
@@ -116,7 +117,7 @@ def _columns(panels: Sequence[Group]) -> Table:
 
 
 def stream_text(prompt: str, moments: Iterable[Moment]) -> list[Moment]:
-    """Writes the text as it is committed; half a character waits for its other half. Returns all steps."""
+    """Prints the text as it is committed; an incomplete character is printed when it is complete. Returns all steps."""
     sys.stdout.write(visible(prompt))
     written, seen = 0, []
     for moment in moments:
