@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from tokmat_jax.commands import shipped
 from tokmat_jax.commands.flags import parse, parse_config
 from tokmat_jax.config import Config, GenerationConfig
 from tokmat_jax.config.saved import differences
@@ -48,8 +49,8 @@ class Args:
     """Names of experiments in the file."""
     seeds: tuple[int, ...] = (0,)
     """Training seeds; each gives one row."""
-    file: str = "configs/experiments.toml"
-    """TOML file with the experiments."""
+    file: str = "experiments"
+    """TOML file with the experiments; `experiments` names the shipped one, configs/experiments.toml."""
     folder: str = "runs/experiments"
     """Folder for runs, stored parts, summary and plot."""
     log: str = "docs/experiments.jsonl"
@@ -72,7 +73,7 @@ class Experiment:
 
     name: str
     base: str
-    """Config file to which the flags are applied."""
+    """Config to which the flags are applied: a file, or the name of a shipped one."""
     hypothesis: str
     prediction: str
     flags: tuple[str, ...] = ()
@@ -323,7 +324,7 @@ def write_summary(rows: Sequence[dict[str, Any]], folder: Path) -> None:
 def main(args: Sequence[str]) -> None:
     """Runs the experiments that `args` name."""
     flags = parse(Args, args, prog="python -m tokmat_jax experiment")
-    known = read_experiments(Path(flags.file))
+    known = read_experiments(shipped.find(flags.file, ".toml", "--file"))
     if not flags.names:
         for one in known.values():
             first = f"first {shlex.join(one.first)}, then " if one.first else ""

@@ -14,6 +14,7 @@ from typing import TypeVar, get_args, get_type_hints
 
 import tyro
 
+from tokmat_jax.commands import shipped
 from tokmat_jax.config import Config
 from tokmat_jax.config.adopt import adopt
 from tokmat_jax.distributed.processes import settle_jax
@@ -160,7 +161,7 @@ def _one_line(box: str) -> str:
 
 
 def parse_config(args: Sequence[str]) -> Config:
-    """The Config of `--config FILE` (or the defaults) with every other flag applied on top.
+    """The Config of `--config FILE` or `--config NAME` (or the defaults) with every other flag applied on top.
 
     With `--init-from WORKDIR`, or a file that sets `init_from`, the shape of that model and its tokenizer come too; a
     run that has begun from it has them in its own config, and needs it no more.
@@ -168,9 +169,9 @@ def parse_config(args: Sequence[str]) -> Config:
     args = list(args)
     default = Config()
     if (path := value_of(args, "--config", remove=True)) is not None:
-        default = load_config_file(Path(path))
+        default = load_config_file(path)
     path = value_of(args, "--init-from") or default.init_from
-    description = "Train a model; start from a file with --config configs/NAME.py."
+    description = "Train a model; start from a file with --config FILE.py, or from a shipped one with --config NAME."
     if path not in (None, "None"):
         source = _begun(Path(value_of(args, "--workdir") or default.workdir), path) or load_config(Path(path))
         # What the flags say counts already for what is adopted: a shorter window, another objective.
@@ -197,10 +198,9 @@ def value_of(args: list[str], flag: str, remove: bool = False) -> str | None:
     return None
 
 
-def load_config_file(path: Path) -> Config:
-    """What `get_config()` of a Python file returns."""
-    if not path.is_file():
-        raise UserError(f"--config: {str(path)!r} is not a file; see configs/")
+def load_config_file(asked: str | Path) -> Config:
+    """What `get_config()` of a Python file returns; `asked` is its path, or the name of a shipped config."""
+    path = shipped.find(asked, ".py", "--config")
     try:
         made = runpy.run_path(str(path)).get("get_config", lambda: None)()
     except UserError:

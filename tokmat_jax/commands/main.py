@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import tokmat_jax
 from tokmat_jax.errors import UserError
 
 COMMANDS = {
@@ -18,9 +19,12 @@ COMMANDS = {
 
 def main(args: Sequence[str]) -> None:
     """Runs the command named by the first of `args`; raises UserError if it is unknown."""
+    if list(args) == ["--version"]:
+        print(f"tokmat {tokmat_jax.__version__}")
+        return
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        print("usage: python -m tokmat_jax COMMAND …\n")
+        print("usage: tokmat COMMAND …, or python -m tokmat_jax COMMAND …; --version\n")
         print("\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items()))
         sys.exit(0 if args else 2)
     if args[0] not in COMMANDS:

@@ -1,4 +1,4 @@
-"""The paper without a model (METHOD): every equation in the file that its name suggests.
+"""The paper without a model (METHOD is docs/method.md): every equation in the file that its name suggests.
 
     table         the vocabulary sphere E: look-up, projection, entropy
     maturation    maturity profiles, the simulated tail of training, contraction, shift
