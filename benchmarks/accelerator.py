@@ -12,7 +12,7 @@ Training (350M class, bfloat16, uniform negatives) counts, per token,
 operations. `weights` counts the matrices that a token passes (blocks, conditioning, head) and the rows of sampled
 negatives that it is compared with; the rest of the table is looked up, not multiplied. This is the usual count, in
 which attention sees all T positions. Causal attention sees (T + 1) / 2 of them on average: `causal` counts those, as
-`train.py` does (tokmat_jax/throughput.py). Neither counts recomputation in the backward pass.
+`train.py` does (tokmat_jax/training/throughput.py). Neither counts recomputation in the backward pass.
 
 A step of decoding takes at least the larger of
 

@@ -41,3 +41,9 @@ def test_every_cited_section_of_the_method_has_its_heading():
 def test_the_readme_leads_to_every_page():
     linked = set(re.findall(r"\]\(docs/([\w-]+\.md)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert {path.name for path in (ROOT / "docs").glob("*.md")} <= linked
+
+
+def test_named_files_of_the_project_are_there():
+    for path in CITING:
+        for name in re.findall(r"\b(?:tests|benchmarks|tokmat_jax)/[\w/]+\.py\b", path.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), f"{path.relative_to(ROOT)} names {name}"
