@@ -219,8 +219,8 @@ def test_a_line_without_end_is_not_held(tmp_path):
     said = in_little_memory('list(sources.documents(DataConfig(source=f"files:{path}")))', *paths).splitlines()
     for path, line in zip(paths, said, strict=True):
         where = f"{path} line 2" if ".jsonl" in path.name else f"{path} document 1"
-        assert line == f"{where} is longer than 128 MB, the most that one document may have: split it, or "\
-                       "name what parts the documents of a text (--data.separator)"
+        assert line == f"{where} is longer than 128 MB, the limit for one document: split it, or "\
+                       "give the string between the documents of a text (--data.separator)"
 
 
 @pytest.mark.parametrize(("name", "content", "where"), [

@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend."""
+"""Errors that a user can fix."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the user gave does not fit: scripts show the message as one line and exit with code 2.
+    """An error in what the user gave. Scripts print its message as one line and exit with code 2.
 
     The message says what was wrong, what was found and what to do, in one line.
     """
@@ -17,16 +17,17 @@ class ConfigError(UserError, ValueError):
 
 
 def one_line(error: Exception | str) -> str:
-    """What another library's `error` says, or a text from elsewhere, for a message of ours.
+    """The message of another library's `error`, or any foreign text, in a form that our messages can quote.
 
-    It is printable, on one line, and has 300 characters at most.
+    The result is printable, on one line, and at most 300 characters long.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:300])[:300]
 
 
 def refusal(error: OSError, what: str, place: Path) -> UserError:
-    """What the system refused: `what`, unless the `error` names a file that is neither `place` nor below it."""
+    """The UserError for a refused system call: it begins with `what`, or with the file that `error` names if that file
+    is neither `place` nor below it."""
     reason = error.strerror or one_line(error)
     if isinstance(error.filename, str | bytes | os.PathLike):
         found = Path(os.path.abspath(os.fsdecode(error.filename)))
@@ -36,7 +37,7 @@ def refusal(error: OSError, what: str, place: Path) -> UserError:
 
 
 def shown(value: Any) -> str:
-    """A value from a file, as a message of ours quotes it: printable, on one line, 100 characters at most."""
+    """A value from a file in a form that our messages can quote: printable, on one line, at most 100 characters."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deeply; an integer of thousands of digits

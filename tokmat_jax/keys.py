@@ -1,4 +1,4 @@
-"""Random keys, whose numbers depend on the seed alone, whatever JAX's own settings say."""
+"""Random keys. Their numbers depend on the seed alone: JAX settings that would change them are refused."""
 
 import jax
 
@@ -6,13 +6,13 @@ from tokmat_jax.errors import UserError
 
 SETTINGS = {"jax_enable_x64": False, "jax_threefry_partitionable": True, "jax_random_seed_offset": 0,
             "jax_high_dynamic_range_gumbel": False}
-"""Settings of JAX that would change every number, and the value that each must have."""
+"""JAX settings that affect every random number, with the value that each must have."""
 
 
 def seed_key(seed: int | jax.Array) -> jax.Array:
-    """The key of a `seed` in 0..2³²−1. Everything random here begins with one.
+    """The key of a `seed` in 0..2³²−1. All randomness here is derived from such keys.
 
-    Raises UserError if a setting of JAX would give it other numbers.
+    Raises UserError if a JAX setting would change the key's numbers.
     """
     for name, value in SETTINGS.items():
         if (found := getattr(jax.config, name)) != value:

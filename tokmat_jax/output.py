@@ -1,8 +1,8 @@
-"""Standard output and standard error of the scripts: writing to them never fails, so it costs no work.
+"""Standard output and standard error of the scripts: writing to them never fails, so no work is lost.
 
-A reader goes away (`| head`, or Ctrl-C that ends `| tee` too), a disk is full, a terminal is closed, an encoding has no
-× in it. Whatever prints in the process, rich and the libraries included, then goes on: what cannot be written is
-dropped, what cannot be encoded is replaced.
+Plain writes fail if the reader exits (`| head`, or Ctrl-C, which ends `| tee` too), the disk is full, the terminal is
+closed, or the encoding has no ×. With this module, everything that prints in the process, rich and the libraries
+included, continues: what cannot be written is dropped, what cannot be encoded is replaced.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from typing import TextIO
 from tokmat_jax.errors import UserError, one_line
 
 UNREAD = 141
-"""Exit code of a command that ends because nobody reads what it prints: as shells report a death by SIGPIPE."""
+"""Exit code of a command that ends because nobody reads its output: the code that shells report for SIGPIPE."""
 
 
 class _Descriptor(io.RawIOBase):
-    """A file descriptor that takes everything; `failure` is the last reason for which it dropped something.
+    """A file descriptor whose writes never fail; `failure` is the error that last made it drop data.
 
-    It tries again with every write: a disk may have room again.
+    Every write is attempted, since a full disk may have room again.
     """
 
     def __init__(self, number: int):
@@ -51,7 +51,7 @@ class _Descriptor(io.RawIOBase):
         return size
 
     def _write_some(self, data: memoryview) -> int:
-        """Number of bytes written; waits if the descriptor does not block by itself and is full."""
+        """Number of bytes written. If the descriptor is full and does not block, waits and returns 0."""
         try:
             return os.write(self._number, data)
         except BlockingIOError:
@@ -63,10 +63,10 @@ _stdout: _Descriptor | None = None
 
 
 def protect_output() -> None:
-    """From now on writing to `sys.stdout` and `sys.stderr` never fails; streams that were replaced stay as they are.
+    """Makes writing to `sys.stdout` and `sys.stderr` never fail. Streams that were already replaced are left alone.
 
-    A closed descriptor becomes /dev/null. Otherwise the next file that is opened gets its number, and what a library
-    in C++ says on standard error ends up in a checkpoint.
+    A closed descriptor becomes /dev/null. Otherwise the next file to be opened would get its number, and messages of a
+    C++ library to standard error would end up in a checkpoint.
     """
     global _stdout
     null = os.open(os.devnull, os.O_RDWR)
@@ -80,12 +80,12 @@ def protect_output() -> None:
     if sys.stdout is sys.__stdout__:
         sys.stdout, _stdout = _protected(sys.stdout, "replace")
     if sys.stderr is sys.__stderr__:
-        # Python's own choice for standard error: the name of a file in a message can still be recognised.
+        # As Python does for standard error: a file name in a message can still be recognised.
         sys.stderr, _ = _protected(sys.stderr, "backslashreplace")
 
 
 def _protected(stream: TextIO | None, errors: str) -> tuple[TextIO, _Descriptor]:
-    # Without a stream its number may belong to a file that was opened before.
+    # If there is no stream, its number may belong to a file that was opened earlier.
     raw = _Descriptor(os.open(os.devnull, os.O_WRONLY) if stream is None else stream.fileno())
     encoding = "utf-8" if stream is None else stream.encoding
     by_line = isinstance(stream, io.TextIOWrapper) and (stream.line_buffering or stream.write_through)
@@ -93,15 +93,15 @@ def _protected(stream: TextIO | None, errors: str) -> tuple[TextIO, _Descriptor]
 
 
 def _lost() -> OSError | None:
-    """Why some of what was printed to standard output until now is lost."""
+    """The error that made standard output lose data, or None if nothing has been lost so far."""
     sys.stdout.flush()
     return None if _stdout is None else _stdout.failure
 
 
 def stop_unless_read() -> None:
-    """Ends a command that has no other result than what it prints, if that reaches nobody.
+    """Ends a command whose only result is its output, if that output could not be written.
 
-    Quietly with the exit code `UNREAD` if the reader has gone; raises UserError if writing fails otherwise.
+    If the reader has gone, exits silently with the code `UNREAD`; for any other failure, raises UserError.
     """
     if (error := _lost()) is None:
         return
@@ -111,14 +111,14 @@ def stop_unless_read() -> None:
 
 
 def warn_of_loss() -> None:
-    """Says so on standard error if some of what was printed is lost, unless its reader went away."""
+    """Warns on standard error if some of the output is lost, unless its reader went away."""
     error = _lost()
     if error is not None and error.errno != errno.EPIPE:
         print(f"warning: not all of standard output could be written ({error.strerror})", file=sys.stderr, flush=True)
 
 
 class _Lines(logging.Handler):
-    """Shows warnings that a library logs as lines of ours; one that is repeated at once is shown once."""
+    """Prints the warnings that a library logs as lines of ours; immediate repetitions are printed once."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -132,7 +132,7 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def logged_warnings(name: str) -> Iterator[None]:
-    """While it lasts the warnings of the logger `name` are lines on standard error, and in no other form."""
+    """Inside the block, warnings of the logger `name` appear only as lines on standard error."""
     logger, lines = logging.getLogger(name), _Lines()
     propagate, logger.propagate = logger.propagate, False
     logger.addHandler(lines)
@@ -145,7 +145,7 @@ def logged_warnings(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_torch_notice() -> Iterator[None]:
-    """For the import of `transformers`, which says that PyTorch is not installed: nothing here needs it."""
+    """Silences a notice during the import of `transformers`: that PyTorch is not installed. Nothing here needs it."""
     logger = logging.getLogger("transformers")
 
     def is_other(record: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""Progress on standard error: a live bar in a terminal, now and then a line elsewhere."""
+"""Progress on standard error: a live bar in a terminal, otherwise a line every ten seconds."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Bar:
-    """What a loop tells its progress bar."""
+    """The progress bar of a loop."""
 
     def __init__(self, name: str, total: float | None, start: int, progress: Progress | None, shown: bool = True):
         self._shown = shown
@@ -21,7 +21,7 @@ class Bar:
         self._begin = self._last = time.monotonic()
 
     def update(self, done: float, note: str = "") -> None:
-        """`done` of the total is behind us; `note` is shown beside it."""
+        """Reports that `done` of the total is finished; `note` is shown beside it."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, note=note)
         elif self._shown and (time.monotonic() - self._last > _SECONDS_BETWEEN_LINES or done == self._total):
@@ -38,7 +38,7 @@ class Bar:
         return f"  {int(left) // 60}:{int(left) % 60:02d} left" if done < self._total else f"  {spent:.0f} s"
 
     def print(self, *parts: object) -> None:
-        """Prints above the bar, or to standard output where there is none."""
+        """Prints above the bar, or to standard output if there is no bar."""
         if self._progress is not None:
             self._progress.console.print(*parts, soft_wrap=True)
         elif self._shown:
@@ -47,9 +47,9 @@ class Bar:
 
 @contextmanager
 def bar(name: str, total: float | None = None, start: int = 0, shown: bool = True) -> Iterator[Bar]:
-    """A progress bar called `name`; `total` None where the end is not known, `start` what was done before.
+    """A progress bar called `name`. `total` is None if the end is unknown; `start` is what was done before.
 
-    Not `shown`, it says nothing at all.
+    If not `shown`, it prints nothing.
     """
     console = Console(stderr=True, highlight=False)
     if not shown or not console.is_terminal:

@@ -44,7 +44,7 @@ def test_a_file_gives_the_start_and_flags_the_rest(tmp_path):
     (["--generation.tail-length", "0"], "generation.tail_length (K) must be at least 1, found 0"),
     (["--generation.tail-length", "256"], "must be smaller than the model's positions by at least 2"),
     (["--model.num-heads", "3"], "must divide model.embed_dim, found 3 and 128"),
-    (["--tokenizer.kind", "huggingface"], "tokenizer.name goes with the kinds 'huggingface'"),
+    (["--tokenizer.kind", "huggingface"], "tokenizer.name is required for the kinds 'huggingface'"),
     (["--config", "nowhere.py"], "neither a file nor one of the shipped names gpt2_medium, gpt2_small, quickstart, "),
     (["--config"], "neither a file nor"),
 ])

@@ -125,7 +125,7 @@ def test_a_run_never_goes_on_with_another_text(tmp_path):
     runs.run(tmp_path, "run", "--train.num-samples", "0")
     before = (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text()
     path.write_text(path.read_text().replace("cat", "cow"))
-    with pytest.raises(UserError, match="another state of its corpus"):
+    with pytest.raises(UserError, match="different version of this corpus"):
         runs.run(tmp_path, "run", "--train.num-samples", "0")
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text() == before
 
@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(runs_dir, tmp_path):
     for path in (tmp_path / "run" / "checkpoints" / "6" / "params").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"checkpoints/6 is damaged \(.*delete it to go on from step 3"):
+    with pytest.raises(UserError, match=r"checkpoints/6 is damaged \(.*delete it to continue from step 3"):
         generate.main(["--workdir", str(tmp_path / "run"), "--prompt", "x"])
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6" / "params")
     with pytest.raises(UserError, match=r"checkpoints/6 is damaged"):
@@ -429,7 +429,7 @@ def test_a_longer_tail_than_trained_is_noted_and_the_baseline_has_none(runs_dir,
 
 
 def test_a_workdir_without_a_checkpoint_or_with_another_model_says_so(runs_dir, tmp_path):
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run directory"):
         generate.main(["--workdir", str(tmp_path), "--prompt", "x"])
     shutil.copytree(runs_dir / "run", tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())

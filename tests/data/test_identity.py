@@ -207,8 +207,8 @@ def test_a_run_from_before_is_refused_if_its_files_were_touched_or_give_another_
     config, workdir = former_run
     facts = json.loads((workdir / "corpus.json").read_text())
     (workdir / "corpus.json").write_text(json.dumps(facts | {"documents": 3}))
-    with pytest.raises(UserError, match="was trained on a corpus of 3 documents, from the same files 40 are made now"):
+    with pytest.raises(UserError, match="was trained on a corpus of 3 documents, but the same files now give 40"):
         corpus_of_run(config, workdir)
     os.utime(workdir / "corpus.txt", (2, 2))
-    with pytest.raises(UserError, match="an older version noted their paths, sizes and times, which count too"):
+    with pytest.raises(UserError, match="an older version recorded their paths, sizes and times, which count too"):
         corpus_of_run(config, workdir)

@@ -110,9 +110,9 @@ def test_a_damaged_corpus_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("source", "settings", "says"), [
-    ("a.jsonl", {}, "note: 20 of 60 records have null for their text: passed over\n"),
+    ("a.jsonl", {}, "note: 20 of 60 records have null for their text: skipped\n"),
     ("corpus.txt", {"separator": "\\n\\n"}, "note: data.separator '\\\\n\\\\n' occurs in no file, each is one "
-                                            "document; in a shell a line's end is $'\\n', with the dollar\n"),
+                                            "document; in a shell, write a line end as $'\\n', with the dollar\n"),
     ("corpus.txt", {}, ""),
 ])
 def test_what_may_not_have_been_meant_is_said(tmp_path, capsys, source, settings, says):

@@ -76,7 +76,7 @@ def test_a_run_of_two_processes_survives_one_of_them_and_moves_to_one_process_wi
     # not in a sum, JAX ends it by itself when the heartbeats have been missing for a minute and a half.
     _, errors = processes[0].communicate(timeout=240)
     assert "Traceback" not in errors
-    said = {0: "", 3: "start the same command again on all of them", -signal.SIGABRT: "another task died"}
+    said = {0: "", 3: "run the same command again in all processes", -signal.SIGABRT: "another task died"}
     assert said[processes[0].returncode] in errors
     processes[1].communicate(timeout=240)
 

@@ -186,7 +186,7 @@ def test_where_positions_are_scarce_long_tails_are_left_out(runs_dir, tmp_path):
     ({"max-new-tokens": 47}, "--max-new-tokens 47 leaves no room for a prompt: the model has 48 positions"),
     ({"prompt-tokens": 30, "max-new-tokens": 300}, "leaves no room for a prompt"),
     ({"seed": -1}, "--seed must lie in 0..2³²−1"),
-    ({"workdir": "/nowhere"}, "/nowhere is no run"),
+    ({"workdir": "/nowhere"}, "/nowhere is not a run directory"),
     ({"prompt": "\u20ac" * 14}, "--prompt has 42 tokens, which leaves 6 of the model's 48 positions"),
     ({"judge": "/nowhere/judge"}, "SOURCE '/nowhere/judge' does not exist"),
 ])

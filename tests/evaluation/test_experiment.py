@@ -92,7 +92,7 @@ def test_an_experiment_trains_its_pair_and_its_judge_measures_and_logs(place, mo
     # A text that has changed since is not measured on.
     text = (place / "corpus.txt").read_text()
     (place / "corpus.txt").write_text(text + "<|endoftext|>more of it")
-    with pytest.raises(UserError, match="seed-0 holds a run on another state of its corpus"):
+    with pytest.raises(UserError, match="seed-0 was trained on a different version of this corpus"):
         go(place, monkeypatch, "plain")
     (place / "corpus.txt").write_text(text)
 

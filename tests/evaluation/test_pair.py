@@ -283,7 +283,7 @@ def _batch(folder):
 @pytest.mark.parametrize("reader", [_evaluate, _tokens_per_pass, _batch])
 def test_no_reader_takes_another_text_for_that_of_a_run(outgrown, reader):
     """Nor does it prepare that text, which takes long and trains another tokenizer."""
-    with pytest.raises(UserError, match=r"run holds a run on another state of its corpus \(fingerprint"):
+    with pytest.raises(UserError, match=r"run was trained on a different version of this corpus \(fingerprint"):
         reader(outgrown)
     assert not (outgrown / "prepared").exists()
 

@@ -303,8 +303,8 @@ def test_the_command_line_refuses_by_name(source, tmp_path, capsys):
         (["import", str(tmp_path / "gone"), str(tmp_path / "out")], "does not exist"),
         (["export", str(source), str(tmp_path / "out"), "--dtype", "int8"], "int8"),
         (["export", str(source), str(tmp_path / "out"), "--max-shard-size", "0"], "--max-shard-size must be positive"),
-        (["export", str(tmp_path / "gone"), str(tmp_path / "out")], "is no run"),
-        (["sphere", str(tmp_path / "gone"), str(tmp_path / "out")], "is no run"),
+        (["export", str(tmp_path / "gone"), str(tmp_path / "out")], "is not a run directory"),
+        (["sphere", str(tmp_path / "gone"), str(tmp_path / "out")], "is not a run directory"),
         (["sphere", str(source), str(tmp_path / "out"), "--max-new-tokens", "0"], "--max-new-tokens"),
     ]:
         with pytest.raises(UserError) as caught:

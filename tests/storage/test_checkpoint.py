@@ -289,7 +289,7 @@ def test_a_full_disk_costs_no_checkpoint_and_is_tried_again(small_disk, capsys, 
     assert said
     for line in said:  # and nothing of what Orbax says about it
         assert line.startswith("warning: cannot save a checkpoint in")
-        assert line.endswith("the last good checkpoint is step 1, and it is tried again")
+        assert line.endswith("the last good checkpoint is step 1, and saving is retried")
     deadline = time.monotonic() + 30  # threads that are still writing may bring the unfinished step back for a moment
     while (names := [path.name for path in (small_disk / "run" / "checkpoints").iterdir()]) != ["1"]:
         assert time.monotonic() < deadline, names
@@ -360,7 +360,7 @@ def test_a_run_on_a_disk_that_is_full_for_a_while_loses_nothing(small_disk, runs
     runs.run(tmp_path, "run", "--workdir", str(small_disk / "run"), "--train.keep-checkpoints", "1")
     said = capsys.readouterr().err
     assert "No space left on device" in said
-    assert "there is no checkpoint yet, and it is tried again" in said
+    assert "there is no checkpoint yet, and saving is retried" in said
     whole, full = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (
         runs_dir / "run", small_disk / "run"))
     assert [json.loads(line)["step"] for line in full] == [json.loads(line)["step"] for line in whole]

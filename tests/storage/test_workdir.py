@@ -47,7 +47,7 @@ def test_any_bytes_for_a_config_are_refused_in_one_line(tmp_path_factory, conten
 
 
 def test_a_folder_that_is_no_run_says_so(tmp_path):
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run directory"):
         load_config(tmp_path)
 
 

@@ -110,5 +110,5 @@ def test_a_run_that_has_begun_needs_its_source_no_more(runs_dir, tmp_path):
     runs.run(tmp_path, "", *more)
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "6"}
     assert Generator.from_workdir(workdir).generate(["the cat"])[0].tokens
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run directory"):
         parse_config([*flags, "--init-from", str(source), "--workdir", str(tmp_path / "another")])

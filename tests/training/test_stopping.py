@@ -156,7 +156,7 @@ def test_a_link_out_of_the_workdir_is_refused_and_one_within_is_not(tmp_path):
     refuse_links(tmp_path / "link")
     for name in ("checkpoints", "metrics.jsonl", "config.json.unfinished"):
         (workdir / name).symlink_to(elsewhere / name)
-        with pytest.raises(UserError, match=f"{name} is a link to .*elsewhere.*, out of the workdir"):
+        with pytest.raises(UserError, match=f"{name} is a link to .*elsewhere.*, outside the workdir"):
             runs.run(tmp_path, "run")
         (workdir / name).unlink()
     assert list(elsewhere.iterdir()) == []
@@ -249,7 +249,7 @@ def test_a_spike_names_its_batch_which_can_be_read_and_left_out(tmp_path, capsys
 
 
 @pytest.mark.parametrize(("args", "says"), [
-    (["batch", "--workdir", "/nowhere", "--position", "1"], "is no run"),
+    (["batch", "--workdir", "/nowhere", "--position", "1"], "is not a run directory"),
     (["batch", "--workdir", "x", "--position", "-1"], "--position must lie in 0..1,099,511,627,775, found -1"),
     (["batch", "--workdir", "x", "--positon", "1"], "--position"),
     (["bach"], "unknown command 'bach'; there are prepare and batch"),

@@ -1,4 +1,4 @@
-"""Every setting and its default: frozen, nested, checked where they are made.
+"""Every setting and its default: frozen, nested dataclasses, checked when they are created.
 
 A file in `configs/` returns one `Config`; the command line overrides single fields (`--model.num-layers 4`). Symbols in
 the docstrings are those of the paper.

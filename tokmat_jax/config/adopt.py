@@ -1,4 +1,4 @@
-"""What a run takes over from the config of the run that it starts from."""
+"""Settings that a run takes over from the run that it starts from."""
 
 import dataclasses
 import operator
@@ -11,10 +11,10 @@ from tokmat_jax.errors import UserError
 
 
 def adopt(config: Config, source: Config, path: str, kind: str) -> Config:
-    """`config` with the shape and the tokenizer of the run `source`, which lies at `path`.
+    """`config` with the model's shape and the tokenizer of the run `source`, whose workdir is `path`.
 
-    For an objective of `kind` "ar" the table's geometry, the head and κ come along, so that the language model goes
-    on as it was; for "maturation" the table is set onto the sphere.
+    If both `kind` and the source's objective are "ar", the table's geometry, the head and κ are taken over too, so
+    that the language model continues unchanged. If `kind` is "maturation", the table is projected onto the sphere.
     """
     kept = {name: getattr(config.model, name) for name, own in facts_of(ModelConfig, "own").items() if own}
     model = dataclasses.replace(source.model, **kept, max_positions=source.max_positions)
@@ -30,7 +30,7 @@ def adopt(config: Config, source: Config, path: str, kind: str) -> Config:
 
 
 def check_source(config: Config, source: Config) -> None:
-    """Raises UserError, which names the field, where the model of `config` has another shape than that of `source`."""
+    """Raises UserError, naming the field, if the model of `config` differs from that of `source` in shape or K_max."""
     for name, own in facts_of(ModelConfig, "own").items():
         if own:
             continue

@@ -1,4 +1,4 @@
-"""Facts about a setting stand at its field: its range, whether a resumed run may change it, and the like."""
+"""Facts about a setting, declared at its field: its range, whether a resumed run may change it, and so on."""
 
 import dataclasses
 import math
@@ -17,23 +17,23 @@ def setting(
     default: Any, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None,
     below: float | None = None, symbol: str = "", **facts: bool,
 ) -> Any:
-    """A field with a range, which None as its value need not keep.
+    """A field with a range, from which the value None is exempt.
 
-    `symbol` is its name in the paper. Among `facts`, `free` says that a resumed run may change the field, `paired` that
-    a maturation run and its baseline must agree in it, and `own` that a run which starts from another model chooses it
-    for itself; a fact that a field leaves out is that of its section.
+    `symbol` is its name in the paper. Among the `facts`, `free` means that a resumed run may change the field, `paired`
+    that a maturation run and its baseline must agree on it, and `own` that a run which starts from another model
+    chooses it itself. A field inherits the facts that it does not state from its section.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     return dataclasses.field(default=default, metadata={"bounds": bounds, "symbol": symbol, **facts})
 
 
 def section(kind: Any, **facts: bool) -> Any:
-    """A field that holds a whole section of settings; `facts` count for all of them that say nothing else."""
+    """A field that holds a whole section of settings; `facts` are the defaults for the fields in it."""
     return dataclasses.field(default_factory=kind, metadata=facts)
 
 
 class Section:
-    """Checks every number of a section: it is finite and lies within the bounds of its field."""
+    """Base of every section. Checks that each number is finite and lies within the bounds of its field."""
 
     section: ClassVar[str]
 
@@ -70,7 +70,7 @@ def _range(low: float | None, above: float | None, high: float | None, below: fl
 
 
 def facts_of(kind: Any, fact: str, inherited: bool = False) -> dict[str, bool]:
-    """What the fields of the config class `kind` say of `fact`: {dotted name: bool}."""
+    """The value of `fact` for every field of the config class `kind`: {dotted name: bool}."""
     found = {}
     for one in dataclasses.fields(kind):
         said, inner = one.metadata.get(fact, inherited), one.default_factory

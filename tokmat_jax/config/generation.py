@@ -11,11 +11,11 @@ SteeringSchedule = Literal["constant", "fade", "rise"]
 Commit = Literal["front", "stable", "verified"]
 Draft = Literal["tail", "lookup", "both"]
 _LARGEST = 1_000_000
-"""No number of a generation may be larger: its vectors stay finite, its counts fit 32 bits."""
+"""Largest absolute value of a number here: vectors then stay finite and counts fit into 32 bits."""
 
 
 def _plain(value: Any) -> Any:
-    """A number of NumPy or JAX as one of Python, which JSON can spell; anything else as it is."""
+    """Converts a NumPy or JAX scalar to a Python number, which JSON can hold; returns anything else unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
@@ -27,8 +27,9 @@ def _is_number(value: Any, kind: Any) -> bool:
 class GenerationConfig(Section, name="generation"):
     """How the liquid tail is run (paper Algorithm 1). Each field is a flag of `generate.py`, its docstring the help.
 
-    A field's fact `every_model` says that it has an effect on a model without a tail too, `of_stable` and
-    `of_verified` that it only has one with this `commit`, and `of_steering` only with a `steering` that is not 0.
+    Facts at the fields: `every_model` marks a field that also affects a model without a tail. A field marked
+    `of_stable` or `of_verified` only has an effect with that `commit`, and one marked `of_steering` only if `steering`
+    is not 0.
     """
 
     tail_length: int = setting(8, at_least=1, symbol="K")
@@ -38,56 +39,58 @@ class GenerationConfig(Section, name="generation"):
     max_maturity: float = setting(0.9, at_least=0, at_most=1)
     """α_max, maturity of the front slot."""
     rate: float | tuple[float, ...] | None = None
-    """η of the front slot in [0, 1], falling off along the tail as the maturity does; or K numbers, one per slot, front
-    first; None: each slot's rate is its maturity."""
+    """η of the front slot in [0, 1], which decreases along the tail as the maturity does; or K numbers, one per slot,
+    front first. None: each slot's rate is its maturity."""
     tail_noise: float = setting(0.3, at_least=0)
-    """σ of the embryos, in units of R; 0 to 1."""
+    """σ, norm of the embryos, in units of R; 0 to 1 is usual."""
     fresh_noise: float = setting(0.0, at_least=0)
     """σ_f, norm of the noise added to the slots at every step, scaled by 1 − maturity, in units of R; 0 is off, 0.5 is
     strong."""
     history_noise: float = setting(0.0, at_least=0)
-    """σ_h, norm of the noise added to a vector when it enters the history, in units of R; 0 is off, 1 as long as the
+    """σ_h, norm of the noise added to a vector when it enters the history, in units of R; 0 is off, 1 is as long as the
     vector."""
     history_smoothing: float = setting(0.0, at_least=0, below=1)
-    """h in [0, 1), share of the vector before it in a vector that enters the history; 0 is off."""
+    """h in [0, 1), share of the previous vector in a vector that enters the history; 0 is off."""
     guidance_scale: float = 1.0
     """s; 1 is off, 1.5 to 3 is usual."""
     repulsion: float = setting(0.0, at_least=0, every_model=True)
-    """ρ, how far a prediction is pushed away from what was committed where it was nearly the same, as a share of its
-    norm; 0 is off. Under guidance it pushes the conditional prediction, so that s multiplies it."""
+    """ρ, how far a prediction is pushed away from the tokens committed after similar predictions, as a share of its
+    norm; 0 is off. With guidance, the conditional prediction is pushed, so s multiplies the push."""
     repulsion_sharpness: float = setting(10.0, above=0, every_model=True)
-    """b: a place whose prediction has the cosine c with this one counts exp(b (c − 1))."""
+    """b: an earlier position whose prediction has the cosine c with this one has the weight exp(b (c − 1))."""
     steering: float = 0.0
     """γ, how far predictions are drawn towards the steering direction, in units of R; 0 is off, 0.1 to 0.5 is usual,
     negative pushes away."""
     steering_words: tuple[str, ...] = setting((), of_steering=True)
-    """Words whose mean embedding is the steering direction (a vector of one's own: `--steering-vector`, or the argument
-    `direction`)."""
+    """Words whose mean embedding is the steering direction (for a vector of your own, use `--steering-vector` or the
+    argument `direction`)."""
     steering_slots: tuple[int, ...] = setting((), of_steering=True)
-    """Slots that are steered, 0 is the front; none means all."""
+    """Slots to steer, 0 is the front; if none are given, all are steered."""
     steering_schedule: SteeringSchedule = setting("constant", of_steering=True)
-    """How strongly from a sample's first token to the last of its budget: all along, falling to 0, or rising from 0."""
+    """Strength from a sample's first token to the last of its budget: constant, falling to 0, or rising from 0."""
     commit: Commit = "front"
-    """`front`: one token a step; `stable`: as many from the front on as have settled, at least one; `verified`: the
-    front's prediction itself (η_0 = 1), and drafts for the tokens after it as long as the same pass confirms them."""
+    """`front`: one token per step; `stable`: all settled slots from the front on, at least one; `verified`: the front's
+    prediction itself (η_0 = 1), and drafts for the tokens after it as long as the same pass confirms them."""
     max_commit: int = setting(4, above=0, of_stable=True, of_verified=True)
-    """The most that a step of `stable` or `verified` commits (never more than K)."""
+    """Maximum number of tokens that a step of `stable` or `verified` commits (never more than K)."""
     draft: Draft = setting("tail", of_verified=True)
-    """What `verified` checks: the nearest tokens of the slots; `lookup`, what followed when the last tokens occurred
-    before; or `both`, the second if there is one and else the first. Changes the speed, never the text."""
+    """Drafts that `verified` checks. `tail`: the nearest tokens of the slots; `lookup`: the tokens that followed when
+    the last tokens occurred before; `both`: `lookup` if it finds any, else `tail`. Changes the speed, never the
+    text."""
     model_tail_length: int | None = setting(None, at_least=0)
-    """The K that the model is told at committed positions and at drafts, of which their keys and the text are a
-    function; None: `tail_length`."""
+    """The K that the model is given at committed positions and at drafts; their keys, and so the text, depend on it.
+    None: `tail_length`."""
     patience: int = setting(1, at_least=0, of_stable=True)
-    """Updates in a row that must have left a slot's nearest token as it was, before `stable` commits it early."""
+    """Updates in a row that must leave a slot's nearest token unchanged before `stable` commits it early."""
     tolerance: float = setting(0.1, above=0, of_stable=True)
-    """Bound of its last movement ‖Δz̃‖/R."""
+    """`stable` commits a slot early only if its last movement ‖Δz̃‖/R is below this."""
     max_new_tokens: int = setting(64, above=0, every_model=True)
     """Token budget of a sample; end-of-text may come earlier."""
     entropy_temperature: float = setting(1.0, above=0, every_model=True)
     """τ of the reported entropy of softmax(cos/τ)."""
     entropy_candidates: int | None = setting(None, at_least=1, every_model=True)
-    """Nearest tokens over which that entropy is taken, as the article seems to do with 50; None takes all of V."""
+    """Number of nearest tokens over which the reported entropy is taken (the article seems to use 50); None takes all
+    of V."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -108,7 +111,7 @@ class GenerationConfig(Section, name="generation"):
                    f"generation.{name} must lie within ±{_LARGEST:,}, found {value}")
 
     def _check_kinds(self) -> None:
-        """What a type checker would find in a script."""
+        """Raises ConfigError for values of a wrong type, which a type checker would find in a script."""
         for one in dataclasses.fields(self):
             value = getattr(self, one.name)
             require(one.type is not int or _is_number(value, int),
@@ -131,14 +134,14 @@ class GenerationConfig(Section, name="generation"):
                 f"generation.steering_words must be texts, found {self.steering_words}")
 
     def immediate(self) -> "GenerationConfig":
-        """Immediate projection: K = 1, α = η = 1 and no noise, as a language model writes; repulsion stays."""
+        """Immediate projection: K = 1, α = η = 1 and no noise, as a language model decodes; repulsion is kept."""
         return GenerationConfig(
             tail_length=1, profile="constant", max_maturity=1.0, tail_noise=0.0, model_tail_length=0,
             repulsion=self.repulsion, repulsion_sharpness=self.repulsion_sharpness, max_new_tokens=self.max_new_tokens,
             entropy_temperature=self.entropy_temperature, entropy_candidates=self.entropy_candidates)
 
     def with_tail_length(self, tail_length: int) -> "GenerationConfig":
-        """These settings with a K that is not longer: what belongs to slots that are gone goes with them."""
+        """These settings with a K that is no longer than theirs, without the settings of the slots that are removed."""
         rate = self.rate[:tail_length] if isinstance(self.rate, tuple) else self.rate
         slots = tuple(slot for slot in self.steering_slots if slot < tail_length)
         gone = bool(self.steering_slots) and not slots

@@ -1,4 +1,4 @@
-"""Settings of the machine: none of them changes what a run means."""
+"""Settings of the machine; none of them changes what a run computes."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Remat = Literal["none", "products", "blocks"]
 
 @dataclass(frozen=True)
 class MeshConfig(Section, name="mesh"):
-    """Devices by axis; their product is the number of devices, -1 takes what is left."""
+    """Devices per axis. The product must be the number of devices; -1 takes the devices that are left."""
 
     data: int = -1
     """Replicas: the batch is split, the parameters are copied."""
@@ -30,30 +30,31 @@ class MeshConfig(Section, name="mesh"):
 
 @dataclass(frozen=True)
 class ComputeConfig(Section, name="compute"):
-    """How the same numbers are computed on a machine: none of this changes what a run means."""
+    """How the numbers are computed on a machine; none of this changes what a run computes."""
 
     attention: AttentionKernel = "xla"
-    """Kernel of causal attention in training; `cudnn` is flash attention on NVIDIA GPUs, for bfloat16 alone."""
+    """Kernel of causal attention in training; `cudnn` is flash attention on NVIDIA GPUs and requires bfloat16."""
     remat: Remat = "products"
-    """What the backward pass computes again instead of keeping it: nothing, all but the results of matrix products, or
-    whole blocks (least memory, a third more work)."""
+    """What the backward pass recomputes instead of storing it: nothing, everything but the results of matrix products,
+    or whole blocks (least memory, a third more work)."""
     compilation_cache: str | None = "runs/compiled"
-    """Folder in which compiled programs are kept for the next process (the variable JAX_COMPILATION_CACHE_DIR goes
-    before it); None keeps none."""
+    """Folder that keeps compiled programs for the next process (the variable JAX_COMPILATION_CACHE_DIR takes
+    precedence); None keeps none."""
 
 
 @dataclass(frozen=True)
 class ClusterConfig(Section, name="cluster"):
-    """The processes of a run, one per host as a rule; all see one file system."""
+    """The processes of a run, usually one per host; all must see the same file system."""
 
     kind: Literal["none", "auto", "manual"] = "none"
-    """One process; what TPU pods, Slurm, Open MPI and Kubernetes tell JAX by themselves; or the three fields below."""
+    """`none`: one process; `auto`: JAX detects TPU pods, Slurm, Open MPI and Kubernetes; `manual`: the three fields
+    below."""
     coordinator: str | None = None
     """`host:port` of process 0."""
     num_processes: int | None = None
-    """How many there are."""
+    """Number of processes."""
     process_index: int | None = None
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

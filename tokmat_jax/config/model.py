@@ -11,11 +11,11 @@ class TableConfig(Section, name="table"):
     """The vocabulary table E: rows e_i = R · w_i / ‖w_i‖ (paper §3.1)."""
 
     radius: float = setting(1.0, above=0)
-    """R, the norm of every row; where they are `raw`, the length in which movement is measured."""
+    """R, the norm of every row; if the rows are `raw`, the unit in which movement is measured."""
     geometry: Literal["sphere", "raw"] = "sphere"
-    """`sphere`: rows of norm R; `raw`: as they are, for a language model that was imported (`objective.kind` "ar")."""
+    """`sphere`: rows of norm R; `raw`: unchanged rows, for an imported language model (`objective.kind` "ar")."""
     tied: bool = True
-    """Whether a front is compared with the rows of E; False: with an output table of its own ("ar" only)."""
+    """Whether predictions are compared with the rows of E; if False, with a separate output table ("ar" only)."""
     trainable: bool = True
     """Whether the rows move during training."""
     initial: str | None = setting(None, paired=True)
@@ -24,28 +24,28 @@ class TableConfig(Section, name="table"):
 
 @dataclass(frozen=True)
 class RopeConfig(Section, name="model.rope"):
-    """Frequencies of rotary positions; by name and meaning those of the checkpoints that need them."""
+    """Frequencies of rotary positions. Names and meanings are those of the checkpoints that need them."""
 
     theta: float = setting(10_000.0, above=1)
     """Base: pair i of a head of size D turns by theta^(−2i/D) per position."""
     scaling: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"
-    """How a longer context was reached. `dynamic` acts beyond `model.max_positions` only, where no position lies."""
+    """How the context was extended. `dynamic` only acts beyond `model.max_positions`, so it has no effect here."""
     factor: float = setting(1.0, at_least=1)
-    """How many times longer the context became; `linear`, `llama3` and `yarn` slow down by it."""
+    """Factor by which the context was extended; `linear`, `llama3` and `yarn` slow pairs down by it."""
     original_positions: int = setting(8192, above=0)
-    """Context before that (`llama3` and `yarn`)."""
+    """Context length before the extension (`llama3` and `yarn`)."""
     low_freq_factor: float = setting(1.0, above=0)
     """`llama3`: pairs with fewer turns than this in the original context are slowed down fully."""
     high_freq_factor: float = 4.0
-    """`llama3`: pairs with more turns than this are left alone."""
+    """`llama3`: pairs with more turns than this are unchanged."""
     beta_fast: float = 32.0
-    """`yarn`: pairs with more turns than this in the original context are left alone."""
+    """`yarn`: pairs with more turns than this in the original context are unchanged."""
     beta_slow: float = setting(1.0, above=0)
     """`yarn`: pairs with fewer turns than this are slowed down fully."""
     truncate: bool = True
     """`yarn`: whether the two bounds are rounded to whole pairs."""
     attention_factor: float = setting(1.0, above=0)
-    """`yarn`: length of the rotated queries and keys."""
+    """`yarn`: factor by which the rotated queries and keys are scaled."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,17 +84,17 @@ class ModelConfig(Section, name="model"):
     norm_epsilon: float = setting(1e-6, above=0)
     """Added to the variance in every norm."""
     positions: Literal["learned", "rotary"] = "learned"
-    """A learned vector per position, or queries and keys turned by it."""
+    """A learned vector per position, or queries and keys rotated by their position."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Frequencies of `rotary` positions."""
     max_positions: int | None = None
-    """Positions that there are; None means data.seq_len."""
+    """Number of positions; None means data.seq_len."""
     film: Literal["once", "per_layer"] = "once"
     """Where tail-length FiLM acts: after the input, or at the entry of every block."""
     input_norm: float = setting(1.0, above=0)
     """Norm to which the input vectors are scaled (what the backbone expects of an embedding)."""
     head: Literal["linear", "identity"] = setting("linear", paired=False, own=True)
-    """What makes predictions of the last norm's output: a matrix, or nothing (an imported language model)."""
+    """What turns the last norm's output into predictions: a matrix, or nothing (an imported language model)."""
     head_init: float = setting(0.5, above=0, paired=False, own=True)
     """Norm of the predictions at initialisation, in units of R: the head must start small."""
     dtype: Literal["float32", "bfloat16"] = setting("float32", own=True)
@@ -113,7 +113,7 @@ class ModelConfig(Section, name="model"):
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of heads of keys and values."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property

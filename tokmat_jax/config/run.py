@@ -1,4 +1,4 @@
-"""A run, whole: every section of its settings, and what must fit together."""
+"""The config of a run: all sections of its settings, and the checks between them."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,13 @@ from tokmat_jax.config.training import MaturationConfig, ObjectiveConfig, Optimi
 
 @dataclass(frozen=True)
 class Config:
-    """A run, whole."""
+    """All settings of a run."""
 
     workdir: str = setting("runs/default", free=True)
-    """Everything the run leaves: config, tokenizer, checkpoints, metrics, samples."""
+    """Folder for everything that the run writes: config, tokenizer, checkpoints, metrics, samples."""
     init_from: str | None = setting(None, paired=True)
-    """A workdir whose model is the beginning: imported weights or another run. It brings the shape of the model and
-    the tokenizer."""
+    """Workdir whose model the run starts from: imported weights or another run. The model's shape and the tokenizer
+    are taken from it."""
     data: DataConfig = section(DataConfig, paired=True)
     tokenizer: TokenizerConfig = section(TokenizerConfig, paired=True)
     table: TableConfig = section(TableConfig)
@@ -56,5 +56,5 @@ class Config:
 
     @property
     def max_positions(self) -> int:
-        """Positions that the backbone has."""
+        """Number of positions of the backbone."""
         return self.data.seq_len if self.model.max_positions is None else self.model.max_positions

@@ -1,4 +1,4 @@
-"""A Config as JSON, what differs between two of them, and which differences a resumed run may have."""
+"""A Config as JSON, the differences between two of them, and which of these a resumed run may have."""
 
 import dataclasses
 import difflib
@@ -15,7 +15,7 @@ _MOST_LAYERS, _LARGEST_SIZE = 1 << 12, 1 << 24
 
 
 def parse_config_json(text: str, where: str) -> Config:
-    """The Config in the JSON `text`; raises UserError, which names `where`, if it is damaged or does not fit."""
+    """The Config in the JSON `text`; raises UserError, naming `where`, if it is damaged or invalid."""
     try:
         _refuse_unknown(json.loads(text), Config, where)
         config = pydantic.TypeAdapter(Config).validate_json(text, strict=True)
@@ -30,7 +30,7 @@ def parse_config_json(text: str, where: str) -> Config:
 
 
 def _refuse_giant(config: Config, where: str) -> None:
-    """A model's shape is worked out before its weights are looked for: what a file claims must stay within reason."""
+    """Raises UserError for absurd sizes: the model's shape is computed before its weights are looked for."""
     for name, value in dataclasses.asdict(config.model).items():
         most = _MOST_LAYERS if name == "num_layers" else _LARGEST_SIZE
         if type(value) is int and value > most:
@@ -63,7 +63,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def check_same_run(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields that a resumed run changes; raises UserError if one of them would make it another run."""
+    """Fields that a resumed run changes; raises UserError if it may not change one of them."""
     changed, free = differences(old, new), facts_of(Config, "free")
     for name, (before, after) in changed.items():
         if not free[name]:

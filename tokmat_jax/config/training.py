@@ -20,7 +20,7 @@ class MaturationConfig(Section, name="maturation"):
     profile: Profile = "linear"
     """Maturity along the tail, front first."""
     max_maturity: float = setting(0.9, above=0, at_most=1)
-    """α_max, maturity of the front slot; it weighs the tail's loss."""
+    """α_max, maturity of the front slot; it weights the tail's loss."""
     tail_noise: float = setting(0.3, at_least=0)
     """σ, norm of the noise in units of R."""
     history_dropout: float = setting(0.1, at_least=0, at_most=1)
@@ -38,28 +38,28 @@ class ObjectiveConfig(Section, name="objective"):
     nce_weight: float = setting(1.0, at_least=0)
     """λ."""
     logit_scale: float = 20.0
-    """κ, scale of the cosines in InfoNCE and of the baseline's logits (its start where it is learned).
+    """κ, scale of the cosines in InfoNCE and of the baseline's logits (its initial value if it is learned).
     Logits are κ ⟨ẑ, e_i⟩ / R² on the sphere and κ ⟨ẑ, e_i⟩ with a raw table."""
     learn_logit_scale: bool = False
     """Whether κ is a parameter (kept within 1..100)."""
     negatives: Literal["uniform", "batch", "unigram", "full", "weighted"] = "uniform"
-    """Where the negatives of InfoNCE come from: the vocabulary, the batch's targets, unigram^β, or all of V; `weighted`
-    takes all of V too, each as often as unigram^β would draw it out of V."""
+    """Source of the negatives of InfoNCE: the vocabulary, the batch's targets, unigram^β, or all of V. `weighted` takes
+    all of V too and counts each as often as it would occur in V draws from unigram^β."""
     num_negatives: int = setting(256, above=0)
-    """|N|, shared by the targets of a step (`full` and `weighted` take all of V)."""
+    """|N|, number of negatives, shared by the targets of a step (`full` and `weighted` take all of V)."""
     unigram_power: float = setting(0.75, at_least=0)
     """β of `unigram` and `weighted`: 0 is the likelihood, 1 is PMI."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.logit_scale > 0 and (not self.learn_logit_scale or 1.0 <= self.logit_scale <= 100.0),
-                f"objective.logit_scale must be positive, and within [1, 100] where it is learned, "
+                f"objective.logit_scale must be positive, and within [1, 100] if it is learned, "
                 f"found {self.logit_scale}")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section, name="optimizer"):
-    """How parameters move."""
+    """How the parameters are updated."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """`muon` orthogonalises the matrices of the blocks; everything else stays with AdamW."""
@@ -74,18 +74,18 @@ class OptimizerConfig(Section, name="optimizer"):
     final_share: float = setting(0.05, at_least=0, at_most=1)
     """Rate at the last step as a share of the peak (`cosine` and `linear`)."""
     weight_decay: float = setting(0.1, at_least=0)
-    """Decoupled decay of the matrices, with Muon of its matrices (never of biases, norms, table or embeddings)."""
+    """Decoupled decay of the matrices; with Muon, only of Muon's (never of biases, norms, table or embeddings)."""
     beta1: float = setting(0.9, at_least=0, at_most=1)
     """AdamW's decay of the first moment."""
     beta2: float = setting(0.98, at_least=0, at_most=1)
     """AdamW's decay of the second moment."""
     clip_norm: float = setting(1.0, above=0)
-    """Gradients are scaled down to this global norm."""
+    """Gradients with a larger global norm are scaled down to this one."""
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section, name="train"):
-    """The loop."""
+    """The training loop."""
 
     num_steps: int = setting(1000, above=0, free=True, paired=True)
     """Updates of the whole run; a resumed run may change it, and the schedule then follows the new value."""
@@ -94,7 +94,7 @@ class TrainConfig(Section, name="train"):
     accumulation: int = setting(1, above=0)
     """Micro-batches per update."""
     seed: int = 0
-    """Decides parameters, data order, tails and negatives, 0..2³²−1."""
+    """Seed of the parameters, data order, tails and negatives, 0..2³²−1."""
     log_every: int = setting(20, above=0, free=True)
     """Steps between two rows of metrics."""
     eval_every: int = setting(250, above=0, free=True)
@@ -104,17 +104,17 @@ class TrainConfig(Section, name="train"):
     sample_every: int = setting(500, above=0, free=True)
     """Steps between two printed samples."""
     num_samples: int = setting(2, at_least=0, free=True)
-    """Held-out beginnings that are continued and printed; 0 prints none."""
+    """Number of held-out beginnings to continue and print; 0 prints none."""
     checkpoint_every: int = setting(500, above=0, free=True)
     """Steps between two checkpoints (the last step always has one)."""
     keep_checkpoints: int = setting(2, above=0, free=True)
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     max_skipped: int = setting(10, at_least=0, free=True)
-    """Most steps in a row that may be skipped because a number in them is not finite; one more stops the run."""
+    """Maximum number of steps in a row that may be skipped because of non-finite numbers; one more stops the run."""
     skip_batches: tuple[int, ...] = setting((), free=True)
-    """Positions of batches in the data, from 0, that are left out (`spikes.jsonl` names those that stood out)."""
+    """Positions in the data, from 0, of batches to skip (`spikes.jsonl` lists those whose loss stood out)."""
     profile: tuple[int, int] | None = setting(None, free=True)
-    """First and last step of which a trace is written into the workdir's `profile/`, for TensorBoard and Perfetto."""
+    """First and last step to trace; the trace goes into the workdir's `profile/`, for TensorBoard and Perfetto."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,8 @@
-"""What files hold, as digests that are computed once.
+"""Digests of the content of files, each computed once.
 
-The states that are known lie in a record beside the prepared corpora, a line for each file and state of it. A file is
-read again only if its path, its size or one of its times is another. Several processes may append to the record at
-once; a line that is damaged is as if it were not there.
+Known digests are in a record beside the prepared corpora, one line for each file and state of it. A file is read again
+only if its path, its size or one of its times has changed. Several processes may append to the record at once; damaged
+lines are ignored.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from tokmat_jax.progress import bar
 
 RECORD = "known-files.jsonl"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx")
-"""Files that lie beside a tokenizer and are no part of it."""
+"""Suffixes of files beside a tokenizer that are not part of it."""
 _SETTLED = 2_000_000_000
-"""Nanoseconds after which a file's time tells its state: within the clock's grain it could change once more."""
+"""Nanoseconds after which a file's time identifies its state: within the clock's resolution it could change again."""
 
 _State = tuple[str, int, int, int]
 """Real path, size, times of the last change of content and of anything (ns)."""
 
 
 def digests(paths: Sequence[Path], folder: Path) -> list[str]:
-    """The SHA-256 of each of the files, with the record in `folder`, which need not exist.
+    """The SHA-256 of each of the files; uses the record in `folder`, which need not exist.
 
-    Raises UserError if one of them cannot be read, or changes while it is.
+    Raises UserError if one of them cannot be read, or changes while it is read.
     """
     known = dict(_read(folder / RECORD))
     found, total = [], len(paths)
@@ -47,7 +47,8 @@ def digests(paths: Sequence[Path], folder: Path) -> list[str]:
 
 
 def folder_digests(folder: Path, known_in: Path) -> dict[str, str]:
-    """The SHA-256 of each file of `folder` but weights, by name, with the record in `known_in`; raises as `digests`."""
+    """The SHA-256 of each file in `folder` except weights, by name; uses the record in `known_in`, raises as
+    `digests`."""
     with reading(folder):
         files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
     return {path.name: digest for path, digest in zip(files, digests(files, known_in), strict=True)}
@@ -55,7 +56,7 @@ def folder_digests(folder: Path, known_in: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """If the system refuses what is done inside, a UserError names `path`."""
+    """Turns an OSError in the block into a UserError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -90,11 +91,11 @@ def _read(record: Path) -> Iterator[tuple[_State, str]]:
 
 
 def _append(record: Path, state: _State, digest: str) -> None:
-    """Without it the file is read again, so nothing comes of a failure."""
+    """Adds a line to the record. A failure does no harm: the file is then read again."""
     if max(state[2:]) > time.time_ns() - _SETTLED:
         return
     facts = [*state, digest]
-    # A line of its own even if the one before was cut short, and written at once, so that no other comes between.
+    # The leading line break ends a truncated line before it. A single write keeps other processes' lines apart.
     line = f"\n{json.dumps([_check(facts), *facts])}\n".encode()
     with contextlib.suppress(OSError):
         record.parent.mkdir(parents=True, exist_ok=True)

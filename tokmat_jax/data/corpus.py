@@ -6,17 +6,17 @@
       unigram.npy     share of each token in the training split [V], float32
       windows/        TFDS dataset, splits `train` and `validation`, feature `tokens` int32 [T]
 
-It is made once (see `making.py`): another run with the same text and settings finds it by its fingerprint, wherever the
-text lies. Beside it is `known-files.jsonl` (see `content.py`). It appears under its name only when it is complete.
-Until then there is a folder beside it, from which a run that was stopped goes on:
+It is made once (see `making.py`): another run with the same text and settings finds it by its fingerprint, even if the
+text has moved. Beside it is `known-files.jsonl` (see `content.py`). It appears under its name only when it is complete.
+Until then, finished work is in a folder beside it, from which an interrupted run resumes:
 
     <prepared_dir>/unfinished-<fingerprint>/
       plan.json       what it is made from, and the units of the source
       tokenizer/
       units/          ids and counts of every unit, see `tokenising.py`
 
-Units are read, and windows written, by several processes if that is wished; what they write depends on the text alone.
-Nothing is held in memory that grows with the corpus.
+Several processes may read the units and write the windows; what they write depends on the text alone. Memory use does
+not grow with the corpus.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class Corpus:
     tokenizer: Tokenizer
     facts: dict[str, Any]
     """`documents`, `tokens`, `train_windows`, `validation_windows`, `seq_len`, `held_out_by`, and `fingerprint`, which
-    tells this corpus from any other."""
+    identifies this corpus."""
 
     def unigram(self) -> np.ndarray:
         """Share of each token in the training split [V], float32."""
@@ -59,17 +59,17 @@ class Corpus:
         """Random access to the windows of `train` or `validation`: records {"tokens": int32 [T]}."""
         import tensorflow_datasets as tfds
 
-        # TFDS takes a leading ~ for the home folder.
+        # TFDS would expand a leading ~ to the home folder.
         builder: Any = tfds.builder_from_directory((self.folder / WINDOWS).absolute())
         return builder.as_data_source(split=split)
 
 
 def prepare(config: Config, workers: int = 1) -> Corpus:
-    """The corpus of `config.data` and `config.tokenizer`, made now, by as many as `workers` processes, or found.
+    """Finds the corpus of `config.data` and `config.tokenizer`, or makes it with up to `workers` processes.
 
-    The corpus is the same for any number of them. Of several runs that want the same corpus one makes it, and the
-    others wait. What a stopped run has finished is not done again. Raises UserError if the source cannot be read or is
-    shorter than two windows, one to train on and one held out, if `prepared_dir` cannot be written, and if a worker
+    The corpus does not depend on their number. If several runs need the same corpus, one makes it and the others wait.
+    Work that an interrupted run has finished is not repeated. Raises UserError if the source cannot be read or is
+    shorter than two windows, one to train on and one held out, if `prepared_dir` cannot be written, or if a worker
     dies. If there is a run already, use `corpus_of_run`.
     """
     return _load(folder, config.data) if (folder := _given(config.data)) else _found_or_made(
@@ -77,10 +77,10 @@ def prepare(config: Config, workers: int = 1) -> Corpus:
 
 
 def corpus_of_run(config: Config, workdir: Path) -> Corpus:
-    """The corpus that the run in `workdir` has learned from; `config` is the run's, or what it resumes with.
+    """The corpus that the run in `workdir` was trained on; `config` is the run's, or the one it resumes with.
 
-    As `prepare`, but raises UserError if it is another corpus, before that is made, or if its tokenizer gives other
-    ids than the run's.
+    As `prepare`, but raises UserError if `config` describes a different corpus, which is then not made, or if the
+    corpus's tokenizer gives other ids than the run's.
     """
     known = known_corpus(workdir)
     if folder := _given(config.data):
@@ -89,15 +89,15 @@ def corpus_of_run(config: Config, workdir: Path) -> Corpus:
     else:
         made_from = identify(config)
         if known.get("format") == FORMER and known["fingerprint"] == (former := former_fingerprint(config)):
-            # Made when files were known by path, size and time, and read a little differently.
+            # From a version that identified files by path, size and time, and read them a little differently.
             folder = _find(config.data, former)
         else:
             _refuse_other(known, made_from["fingerprint"], config, workdir)
         corpus = _load(folder, config.data) if folder else _found_or_made(config, made_from)
     for name in ("documents", "tokens", "train_windows", "validation_windows"):
         if known.get(name, corpus.facts[name]) != corpus.facts[name]:
-            raise UserError(f"{workdir} was trained on a corpus of {shown(known[name])} {name.replace('_', ' ')}, from "
-                            f"the same files {corpus.facts[name]:,} are made now: choose another --workdir")
+            raise UserError(f"{workdir} was trained on a corpus of {shown(known[name])} {name.replace('_', ' ')}, but "
+                            f"the same files now give {corpus.facts[name]:,}: choose another --workdir")
     _refuse_other_ids(corpus, workdir)
     return corpus
 
@@ -107,9 +107,10 @@ def _refuse_other(known: dict[str, Any], fingerprint: str, config: Config, workd
         return
     changed = [f"{name} was {before!r}, now {after!r}; " for name, (before, after) in
                differences(load_config(workdir), config).items() if name in ("data.source", "tokenizer.name")]
-    older = "; an older version noted their paths, sizes and times, which count too" * (known.get("format") == FORMER)
-    raise UserError(f"{workdir} holds a run on another state of its corpus ({''.join(changed)}fingerprint "
-                    f"{shown(known['fingerprint'])}, now {fingerprint}): bring its text and tokenizer back{older}, or "
+    older = "; an older version recorded their paths, sizes and times, which count too" * (
+        known.get("format") == FORMER)
+    raise UserError(f"{workdir} was trained on a different version of this corpus ({''.join(changed)}fingerprint "
+                    f"{shown(known['fingerprint'])}, now {fingerprint}): restore its text and tokenizer{older}, or "
                     f"choose another --workdir")
 
 
@@ -120,7 +121,7 @@ def _refuse_other_ids(corpus: Corpus, workdir: Path) -> None:
         return
     if not tokenizer.same_ids(corpus.tokenizer):
         raise UserError(f"the tokenizer of {corpus.folder} gives other ids than the one that {workdir} was trained "
-                        f"with: bring that tokenizer back, or choose another --workdir")
+                        f"with: restore that tokenizer, or choose another --workdir")
 
 
 def _given(config: DataConfig) -> Path | None:
@@ -130,7 +131,7 @@ def _given(config: DataConfig) -> Path | None:
 
 
 def _find(config: DataConfig, fingerprint: str) -> Path | None:
-    """The finished corpus with this fingerprint. Its name tells where its text lay when it was made."""
+    """The finished corpus with this fingerprint. Its name begins with the source that it was made from."""
     found = sorted(Path(config.prepared_dir).glob(f"*-{fingerprint}"))
     return next((folder for folder in found if not folder.name.startswith(_UNFINISHED)), None)
 
@@ -145,7 +146,7 @@ def _found_or_made(config: Config, made_from: dict[str, Any], workers: int = 1) 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(unfinished.with_name(unfinished.name + ".lock")):
-            # The run that was waited for may have made it, and called it after another place of the same text.
+            # The run that was waited for may have made it, named after another location of the same text.
             if made := _find(config.data, fingerprint):
                 return _load(made, config.data)
             make(unfinished, config, made_from, workers)
@@ -157,7 +158,7 @@ def _found_or_made(config: Config, made_from: dict[str, Any], workers: int = 1) 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """While it lasts no other process holds the lock of this file, which a process that dies gives back."""
+    """Holds the lock of this file during the block; a process that dies releases it."""
     file = lock(path, lambda _: print("waiting for another process, which prepares the same corpus", file=sys.stderr,
                                       flush=True))
     try:

@@ -1,4 +1,4 @@
-"""What tells one corpus from another: what its text is, how it is cut, and its tokenizer, wherever they lie."""
+"""The identity of a corpus: its text, how it is cut, and its tokenizer, independent of where they are stored."""
 
 import contextlib
 import dataclasses
@@ -19,11 +19,11 @@ from tokmat_jax.storage.workdir import CORPUS, TOKENIZER, load_config
 
 _FORMAT = 3
 FORMER = 2
-"""The format before, which knew files by path, size and time."""
+"""The previous format, which identified files by path, size and time."""
 
 
 def identify(config: Config) -> dict[str, Any]:
-    """What the corpus of `config` is made from, as JSON data, and the `fingerprint` of it.
+    """What the corpus of `config` is made from, as JSON data, with its `fingerprint`.
 
     Raises UserError if the source is unknown, or a file of it or of the tokenizer is missing or cannot be read.
     """
@@ -41,7 +41,7 @@ def _fingerprint(made_from: dict[str, Any]) -> str:
 
 
 def _tokenizer(config: TokenizerConfig, known_in: Path) -> dict[str, Any]:
-    """A folder is known by what its files hold, a tokenizer of a hub by its name."""
+    """A folder is identified by the content of its files, a tokenizer of a hub by its name."""
     made_from = dataclasses.asdict(config)
     if config.kind == "workdir":
         del made_from["name"]
@@ -53,7 +53,7 @@ def _tokenizer(config: TokenizerConfig, known_in: Path) -> dict[str, Any]:
 
 
 def noted_tokenizer(config: Config) -> dict[str, Any] | None:
-    """What the run in `config.workdir` has noted of its tokenizer, if the folder that it came from is gone."""
+    """What the run in `config.workdir` has recorded of its tokenizer, if the folder that it came from is gone."""
     workdir, named = Path(config.workdir), config.tokenizer
     if not named.name or (Path(named.name) / (TOKENIZER if named.kind == "workdir" else "")).is_dir():
         return None
@@ -64,7 +64,7 @@ def noted_tokenizer(config: Config) -> dict[str, Any] | None:
 
 
 def former_fingerprint(config: Config) -> str:
-    """The fingerprint that `config` had in the former format: runs from then still have it.
+    """The fingerprint of `config` in the former format, which older runs still have.
 
     Raises UserError as `identify`.
     """
@@ -81,7 +81,7 @@ def former_fingerprint(config: Config) -> str:
 
 
 def _former_source(config: DataConfig) -> list[Any]:
-    """The former format is closed: kinds of sources that came after it were never in it."""
+    """The source in the former format. Kinds of sources that were added later never occur in it."""
     kind, _, rest = config.source.partition(":")
     if kind == "package" and (found := version(rest)) is not None:
         return [rest, found]
@@ -93,7 +93,7 @@ def _former_source(config: DataConfig) -> list[Any]:
 
 
 def _states(paths: Iterable[Path]) -> list[Any]:
-    """Name, size and time of change of each of `paths`, sorted."""
+    """Name, size and modification time of each of `paths`, sorted."""
     found = []
     for path in paths:
         with reading(path):

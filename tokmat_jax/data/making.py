@@ -1,4 +1,4 @@
-"""Making a corpus: a tokenizer, the ids of every unit, and out of all units the windows and facts."""
+"""Making a corpus: its tokenizer, the ids of every unit, then windows and facts from all units."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ _PLAN = "plan.json"
 
 
 def make(folder: Path, config: Config, made_from: dict[str, Any], workers: int) -> None:
-    """Fills `folder` with the corpus, from what is in it already; raises as `corpus.prepare`."""
+    """Fills `folder` with the corpus, starting from what is in it already; raises as `corpus.prepare`."""
     try:
         if not (folder / FACTS).is_file():
             _open_unfinished(folder, made_from, units := sources.units(config.data))
@@ -42,8 +42,8 @@ def make(folder: Path, config: Config, made_from: dict[str, Any], workers: int) 
 
 
 def _open_unfinished(folder: Path, made_from: dict[str, Any], units: Sequence[sources.Unit]) -> None:
-    """Keeps what is in `folder` if it belongs to the same units of the same text."""
-    # The order of the files is part of what it is made from; where they lie does not matter.
+    """Keeps what is in `folder` if it belongs to the same units of the same text; otherwise empties it."""
+    # The order of the files matters, their location does not.
     plan = json.loads(json.dumps(made_from | {"units": [(unit.begin, unit.end) for unit in units]}))
     with contextlib.suppress(UserError):
         if read_json(folder / _PLAN) == plan:
@@ -54,7 +54,7 @@ def _open_unfinished(folder: Path, made_from: dict[str, Any], units: Sequence[so
 
 
 def _tokenizer(folder: Path, config: Config) -> Tokenizer:
-    """The tokenizer in `folder`, made if it is not there; it is there only when it is complete."""
+    """The tokenizer in `folder`, which is made if it is missing; it appears there only when it is complete."""
     if not folder.exists():
         half = folder.with_name(f"{TOKENIZER}{UNFINISHED}")
         made = load_tokenizer(Path(config.workdir) / TOKENIZER) if noted_tokenizer(config) else make_tokenizer(
@@ -65,7 +65,7 @@ def _tokenizer(folder: Path, config: Config) -> Tokenizer:
 
 
 def _training_texts(config: Config) -> Iterator[str]:
-    """What a tokenizer is trained on: the documents that are not held out, or all if that leaves none."""
+    """Documents to train a tokenizer on: those that are not held out, or all if that leaves none."""
     read = 0
     with bar("reading for the tokenizer") as progress:
         for everything in (False, True):
@@ -84,7 +84,7 @@ def _assemble(
     folder: Path, tokenizer: Tokenizer, data: DataConfig, counts: Sequence[Counts], made_from: dict[str, Any],
     workers: int,
 ) -> None:
-    """Windows, unigram and facts out of all units, which are done again from the start after an interruption."""
+    """Writes windows, unigram and facts from all units; after an interruption, this starts over."""
     total = sum(counts, Counts())
     for note in _notes(total, data.separator, made_from["source"]):
         print(f"note: {note}", file=sys.stderr)
@@ -109,18 +109,19 @@ def _assemble(
 
 
 def _notes(total: Counts, separator: str, source: list[Any]) -> Iterator[str]:
-    """What may not have been meant by a `source` (see `identify`) with these counts."""
+    """Notes on what may be unintended in a `source` (see `identify`) with these counts."""
     if total.nulls:
-        yield f"{total.nulls:,} of {total.nulls + total.documents:,} records have null for their text: passed over"
+        yield f"{total.nulls:,} of {total.nulls + total.documents:,} records have null for their text: skipped"
     kind, *files = source
     are_text = kind == "files" and all(way.startswith("text") for way, _ in files)
     if are_text and separator != DataConfig().separator and total.documents <= len(files):
-        hint = "; in a shell a line's end is $'\\n', with the dollar" * ("\\" in separator)
+        hint = "; in a shell, write a line end as $'\\n', with the dollar" * ("\\" in separator)
         yield f"data.separator {separator!r} occurs in no file, each is one document{hint}"
 
 
 def _ensure_held_out(train: Ids, held_out: Ids, end_of_text: int, config: DataConfig) -> tuple[Ids, Ids, str]:
-    """Both splits with at least one window; a corpus of few documents gives its last ones, or its end."""
+    """Both splits with at least one window each, and the rule. If the hash leaves a split too short, the last documents
+    are held out, or the end of the only document."""
     window, total = config.seq_len, train.size + held_out.size
     if held_out.size >= window and train.size >= window:
         return train, held_out, "hash of the document"

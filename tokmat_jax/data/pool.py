@@ -1,4 +1,4 @@
-"""Worker processes for the making of a corpus."""
+"""Worker processes for making a corpus."""
 
 import contextlib
 import multiprocessing
@@ -16,14 +16,14 @@ from tokmat_jax.errors import UserError
 
 @contextlib.contextmanager
 def processes(workers: int) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]]:
-    """A `map` whose results come as they are ready: in this process, or in several that end with the block.
+    """Yields a `map` that returns results as they are ready, from this process or from several that end with the block.
 
     Raises UserError if a worker dies.
     """
     if workers <= 1:
         yield map
         return
-    # Not forked: a fork takes the threads' locks with it, of the tokenizers and of JAX.
+    # Not forked: a fork would copy the locks of the threads of tokenizers and JAX.
     context = multiprocessing.get_context("spawn")
     theirs, ours = context.Pipe(duplex=False)
     executor = ProcessPoolExecutor(workers, context, _start_worker, (theirs,))
@@ -36,7 +36,7 @@ def processes(workers: int) -> Iterator[Callable[[Callable[[Any], Any], Sequence
         yield run
         executor.shutdown()
     except BrokenProcessPool:
-        raise UserError(f"one of {workers} workers died, most likely for want of memory: what is finished is kept, "
+        raise UserError(f"one of {workers} workers died, most likely because memory ran out: finished work is kept, "
                         f"run it again with fewer --workers") from None
     finally:
         ours.close()
@@ -51,7 +51,7 @@ def _start_worker(parent: Connection) -> None:
 
 
 def _leave_with(parent: Connection) -> None:
-    """Ends this process when the other end of `parent` is closed, as it is when that process is killed."""
+    """Ends this process when the other end of `parent` is closed, which also happens if that process is killed."""
     with contextlib.suppress(EOFError, OSError):
         parent.recv_bytes()
     os._exit(1)

@@ -56,7 +56,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class _UnitJob:
-    """A unit to tokenise into files of `folder`, which holds the tokenizer too."""
+    """A unit to tokenise into files in `folder`, which also holds the tokenizer."""
 
     folder: Path
     index: int
@@ -67,7 +67,7 @@ class _UnitJob:
         return self.folder / UNITS / f"{self.index:06d}.{suffix}"
 
     def counts(self) -> Counts | None:
-        """None for a unit that is not finished, or whose files a power failure has cut short."""
+        """The unit's counts; None if it is not finished, or if a power failure has truncated its files."""
         with contextlib.suppress(UserError, OSError, TypeError):
             found = Counts(**read_json(self.path("json")))
             if all(self.path(f"{split}.ids").stat().st_size == 4 * getattr(found, split) for split in SPLITS):
@@ -78,7 +78,7 @@ class _UnitJob:
 def tokenise(
     folder: Path, tokenizer: Tokenizer, data: DataConfig, units: Sequence[sources.Unit], workers: int
 ) -> list[Counts]:
-    """Counts of every unit, all of which are finished then; what is finished already is not done again."""
+    """Tokenises all units that are not finished yet, and returns the counts of every unit."""
     jobs = [_UnitJob(folder, index, unit, data) for index, unit in enumerate(units)]
     found = [job.counts() for job in jobs]
     waiting = [job for job, counts in zip(jobs, found, strict=True) if counts is None]
@@ -94,7 +94,7 @@ def tokenise(
 
 
 def _tokenise_unit(tokenizer: Tokenizer, report: Callable[[Counts], None], job: _UnitJob) -> tuple[int, Counts]:
-    """Number and counts of the unit; `report` is told the counts now and then."""
+    """Tokenises a unit and returns its index and counts; `report` is called with the counts so far."""
     counts, tally = Counts(), sources.Tally()
     with contextlib.ExitStack() as files:
         out = {split: files.enter_context(job.path(f"{split}.ids").open("wb")) for split in SPLITS}
@@ -119,7 +119,7 @@ _loaded = functools.cache(load_tokenizer)
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Documents to encode together: many, as long as they are short."""
+    """Documents to encode together: many if they are short."""
     batch, size = [], 0
     for text in documents:
         batch.append(text)

@@ -1,4 +1,4 @@
-"""Text ↔ ids. Every kind of tokenizer ends as one `tokenizers.Tokenizer` in a file, so that a workdir needs no hub."""
+"""Text ↔ ids. Every kind of tokenizer is stored as one `tokenizers.Tokenizer` in a file, so a workdir needs no hub."""
 
 import contextlib
 import functools
@@ -19,16 +19,16 @@ from tokmat_jax.storage.workdir import TOKENIZER
 END_OF_TEXT = "<|endoftext|>"
 _FILE, _META = "tokenizer.json", "tokenizer_meta.json"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-"""A token of one byte, of which SentencePiece spells the characters that it has no token for."""
+"""A token of one byte; SentencePiece spells characters for which it has no token with these."""
 _MOST_IDS = 1 << 24
-"""Tables have as many rows: an id is not believed to any size."""
+"""Limit on the number of ids: tables have as many rows, so a file must not claim any number."""
 
 
 class Tokenizer:
-    """A vocabulary of `vocab_size` V ids, one of which, `end_of_text`, stands between documents.
+    """A vocabulary of `vocab_size` V ids, one of which, `end_of_text`, separates documents.
 
-    `prefix` are the ids that stand before any text, none or a beginning-of-text. Text that spells a special token is
-    read as ordinary text. An imported model may have more rows than its tokenizer has ids: V then counts the rows.
+    `prefix` are the ids that precede every text: none, or a beginning-of-text. Text that spells a special token is
+    read as ordinary text. If an imported model has more rows than its tokenizer has ids, V counts the rows.
     """
 
     def __init__(self, fast: FastTokenizer, end_of_text: int, prefix: Iterable[int] = (), num_rows: int = 0):
@@ -41,10 +41,10 @@ class Tokenizer:
         # Ids may have gaps: what counts is the largest.
         self.vocab_size = max(num_rows, max(fast.get_vocab(with_added_tokens=True).values()) + 1)
         if self.vocab_size > _MOST_IDS:
-            raise UserError(f"a vocabulary of {self.vocab_size:,} ids is not supported; it may have {_MOST_IDS:,}")
+            raise UserError(f"a vocabulary of {self.vocab_size:,} ids is not supported; the maximum is {_MOST_IDS:,}")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without any special token around them; `prefix` is left out too."""
+        """Ids of `text` without special tokens around them and without `prefix`."""
         return self.fast.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -58,20 +58,20 @@ class Tokenizer:
         return encoding.ids[:cut], encoding.ids[cut:]
 
     def encode_after(self, before: Sequence[int], new: str) -> list[int]:
-        """Ids of the text `new` as it goes on after the ids `before`: `split` gives `new` for them."""
+        """Ids of the text `new` as a continuation of the ids `before`: `split` turns them back into `new`."""
         ids = self.encode(new)
         # Some tokenizers put a space before every text.
         return ids if self.split(before, ids)[1] == new else self.encode_split(self.decode(before), new)[1]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, as a text of its own; special tokens are left out. What they add to other ids: `split`."""
+        """Text of `ids` by themselves, without special tokens. For what they add to other ids, see `split`."""
         text = self.fast.decode(list(ids), skip_special_tokens=True)
         return self._by_characters(ids) if self._has_bytes and "\N{REPLACEMENT CHARACTER}" in text else text
 
     def split(self, before: Sequence[int], new: Sequence[int]) -> tuple[str, str]:
-        """Text of the ids `before`, and what the ids `new` add to it; joined they are the text of all the ids.
+        """Text of the ids `before`, and what the ids `new` add to it; joined, they are the text of all ids.
 
-        The text of `new` alone is another one: many tokenizers drop the space before a text's first word. A character
+        The text of `new` alone would differ: many tokenizers drop the space before a text's first word. A character
         whose bytes straddle the two parts counts as new. More ids only append to what `new` adds, except that they may
         complete the character of a final U+FFFD.
         """
@@ -81,7 +81,7 @@ class Tokenizer:
         return whole[:cut], whole[cut:]
 
     def piece(self, token: int) -> str:
-        """What one id looks like inside a text, white space included; end-of-text is shown as ⏹."""
+        """Text of one id inside a text, white space included; end-of-text is shown as ⏹."""
         return "⏹" if token == self.end_of_text else self.split(self._word, [token])[1]
 
     @functools.cached_property
@@ -93,8 +93,8 @@ class Tokenizer:
         return self.fast.decoder is not None and b'"ByteFallback"' in self.fast.decoder.__getstate__()
 
     def _by_characters(self, ids: Sequence[int]) -> str:
-        """As `decode`, but a byte that is part of no character leaves the others of its run as they are, so that a text
-        only grows with its ids. The library turns the whole run into U+FFFD."""
+        """As `decode`, but if a byte belongs to no character, only that byte becomes U+FFFD, so a text only grows with
+        its ids. The library would turn the whole run of bytes into U+FFFD."""
         special = {token for token, added in self.fast.get_added_tokens_decoder().items() if added.special}
         pieces = filter(None, (self.fast.id_to_token(int(token)) for token in ids if token not in special))
         tokens = []
@@ -104,7 +104,7 @@ class Tokenizer:
         return self.fast.decoder.decode(tokens)
 
     def same_ids(self, other: "Tokenizer") -> bool:
-        """Whether the two give every text the same ids."""
+        """Whether both tokenizers give every text the same ids."""
         mine, theirs = ((one.fast.to_str(), one.end_of_text, one.prefix, one.vocab_size) for one in (self, other))
         return mine == theirs
 
@@ -117,7 +117,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote; raises UserError where the files are missing or damaged."""
+    """The tokenizer that `save` wrote; raises UserError if the files are missing or damaged."""
     with _refused(f"no usable tokenizer in {folder}"):
         meta = json.loads((folder / _META).read_text())
         fast = FastTokenizer.from_file(str(folder / _FILE))
@@ -126,18 +126,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 @contextlib.contextmanager
 def _refused(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a UserError that begins with `what`."""
+    """Turns any error in the block into a UserError that begins with `what`."""
     try:
         yield
     except BaseException as error:
-        # What the library's Rust code did not foresee arrives as a panic, which is no Exception.
+        # An unforeseen error in the library's Rust code arrives as a panic, which is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{what}: {one_line(str(error))}") from None
 
 
 def _tried(tokenizer: Tokenizer) -> Tokenizer:
-    """`tokenizer`, once it has gone there and back: much of what is wrong with a file shows only then."""
+    """`tokenizer`, after a test that encodes and decodes: many defects of a file only show then."""
     if not all(0 <= one < tokenizer.vocab_size for one in (tokenizer.end_of_text, *tokenizer.prefix)):
         raise UserError(f"its end-of-text {tokenizer.end_of_text} and prefix {shown(tokenizer.prefix)} must be among "
                         f"its {tokenizer.vocab_size} ids")
@@ -146,7 +146,7 @@ def _tried(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _characters(tokens: Iterable[str]) -> Iterator[str]:
-    """`tokens` of one byte each, with U+FFFD for those that are part of no character."""
+    """`tokens` of one byte each, with U+FFFD for those that belong to no character."""
     for character in bytes(int(token[3:5], 16) for token in tokens).decode("utf-8", "replace"):
         if character == "\N{REPLACEMENT CHARACTER}":
             yield character
@@ -155,7 +155,7 @@ def _characters(tokens: Iterable[str]) -> Iterator[str]:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE trained on `texts`; it can spell any string. 257 ids leave the bytes and end-of-text."""
+    """A byte-level BPE trained on `texts`; it can encode any string. 257 ids are only the bytes and end-of-text."""
     fast = FastTokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -172,7 +172,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def hugging_face(name: str) -> Tokenizer:
     """A Hugging Face tokenizer by hub name or folder; never runs code that comes with it.
 
-    Raises UserError where it cannot be loaded or knows no end-of-text.
+    Raises UserError if it cannot be loaded or has no end-of-text.
     """
     with without_torch_notice():
         from transformers import AutoTokenizer

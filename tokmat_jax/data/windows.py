@@ -19,10 +19,10 @@ _SHARD = 1 << 26
 
 @dataclass(frozen=True)
 class Ids:
-    """A stream of int32 ids that lies in files, of which a block at a time is read."""
+    """A stream of int32 ids in files, read one block at a time."""
 
     parts: tuple[tuple[Path, int, int], ...]
-    """File, first id, and the one after the last, of each part."""
+    """File, index of the first id, and index after the last id, of each part."""
 
     @property
     def size(self) -> int:
@@ -39,14 +39,14 @@ class Ids:
         return Ids(tuple(parts))
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The stream in pieces [n], none of them long."""
+        """The stream in short pieces [n]."""
         for path, first, last in self.parts:
             for begin in range(first, last, _BLOCK):
                 yield np.fromfile(path, np.int32, min(_BLOCK, last - begin), offset=4 * begin)
 
 
 def last_of(token: int, ids: Ids, begin: int, end: int) -> int | None:
-    """Where `token` stands for the last time in `begin` .. `end`."""
+    """The last position of `token` in `begin` .. `end`, None if it does not occur."""
     while begin < end:
         start = max(begin, end - _BLOCK)
         found = np.flatnonzero(np.concatenate([*ids.piece(start, end).blocks()]) == token)
@@ -116,7 +116,7 @@ def _features(seq_len: int) -> Any:
 
 
 def _write_shard(job: _ShardJob) -> tuple[_ShardJob, int, np.ndarray]:
-    """The job, how many bytes its records have, and how often each token occurs [V]."""
+    """Writes a file of windows; returns the job, the bytes of its records, and how often each token occurs [V]."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     features, num_bytes, counts = _features(job.seq_len), 0, np.zeros(job.vocab_size, np.int64)
@@ -132,7 +132,7 @@ def _write_shard(job: _ShardJob) -> tuple[_ShardJob, int, np.ndarray]:
 
 
 def _windows(ids: Ids, seq_len: int) -> Iterator[np.ndarray]:
-    """Windows [n, T] of a stream of ids, some at a time; a remainder shorter than a window is dropped."""
+    """Windows [n, T] of a stream of ids, n at a time; a remainder shorter than a window is dropped."""
     rest = np.zeros(0, np.int32)
     for block in ids.blocks():
         stream = np.concatenate([rest, block])

@@ -1,7 +1,7 @@
 """Where arrays live: one mesh of axes `data`, `fsdp` and `tensor`, and an ordered list of path rules.
 
-The first rule whose pattern is found in a parameter's path decides; an axis that does not divide its dimension
-is dropped. A mesh of one device is the ordinary case, not a special one.
+The first rule whose pattern is found in a parameter's path applies. An axis that does not divide its dimension
+is dropped. One device is a mesh too, not a special case.
 """
 
 import math
@@ -29,7 +29,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh that `config` asks for; raises ConfigError where the devices do not fit it."""
+    """The mesh that `config` asks for; raises ConfigError if the devices do not fit it."""
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     fixed = math.prod(size for size in sizes if size != -1)
@@ -67,14 +67,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The rows of a batch that the devices of this process hold, and those between them where they lie apart."""
+    """The rows of a batch from the first to the last that this process's devices hold, gaps included."""
     held = [index[0] for index in batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values() if index]
     return slice(min(rows.start or 0 for rows in held),
                  max(batch_size if rows.stop is None else rows.stop for rows in held))
 
 
 def put_rows(local: np.ndarray, rows: slice, batch_size: int, mesh: Mesh) -> jax.Array:
-    """The batch [batch_size, …] of which this process has read `local`, its `rows`."""
+    """The global batch [batch_size, …]; this process supplies its `rows` of it as `local`."""
     def held(index):
         begin, stop, _ = index[0].indices(batch_size)
         return local[begin - rows.start : stop - rows.start]
@@ -83,7 +83,7 @@ def put_rows(local: np.ndarray, rows: slice, batch_size: int, mesh: Mesh) -> jax
 
 
 def put_whole(value: np.ndarray, mesh: Mesh) -> jax.Array:
-    """`value`, the same in every process, on every device."""
+    """`value` copied to every device; it must be the same in every process."""
     return jax.make_array_from_callback(value.shape, replicated(mesh), lambda index: value[index])
 
 
@@ -93,13 +93,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards() -> int:
-    """How many parts the rows of a batch are in on the mesh that is set; 1 outside of one."""
+    """Number of parts into which the current mesh splits the rows of a batch; 1 outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def spread(batch: Any, devices: Sequence[Any]) -> Any:
-    """The arrays of a decoder's `batch` [B, …] with their rows over `devices`, if these divide B."""
+    """The arrays of a decoder's `batch` [B, …], with rows split over `devices` if their number divides B."""
     leaves = jax.tree.leaves(batch)
     if len(devices) == 1 or leaves[0].shape[0] % len(devices):
         return batch
@@ -107,7 +107,7 @@ def spread(batch: Any, devices: Sequence[Any]) -> Any:
 
 
 def constrain_activations(h: jax.Array) -> jax.Array:
-    """Keeps `h` [B, …] split over the batch axes; does nothing outside a mesh or where they do not divide B."""
+    """Keeps `h` [B, …] split over the batch axes; does nothing outside a mesh or if they do not divide B."""
     if jax.sharding.get_abstract_mesh().empty or h.shape[0] % batch_shards():
         return h
     return jax.lax.with_sharding_constraint(h, PartitionSpec(BATCH_AXES))

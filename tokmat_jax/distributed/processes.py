@@ -1,4 +1,4 @@
-"""What a process runs on: the cluster it belongs to, its compilation cache, and whether a config fits the devices."""
+"""The environment of a process: its cluster, its compilation cache, and whether a config fits its devices."""
 
 import math
 import os
@@ -20,14 +20,14 @@ T = TypeVar("T")
 _SETTINGS = SETTINGS | {"jax_numpy_dtype_promotion": "standard", "jax_transfer_guard_host_to_device": None,
                         "jax_transfer_guard_device_to_device": None, "jax_transfer_guard_device_to_host": None,
                         "jax_transfer_guard": None}
-"""Settings of JAX that a script does not take from the environment: with others it ends or computes other numbers."""
+"""JAX settings that a script does not take from the environment: other values would end it or change its numbers."""
 
 LOST = 3
-"""Exit code of a process whose cluster has broken: the same command on all of them goes on."""
+"""Exit code of a process whose cluster has broken; the same command on all processes resumes the run."""
 
 
 def settle_jax() -> None:
-    """Sets `_SETTINGS`, and says on standard error which of them the environment had changed."""
+    """Sets `_SETTINGS`, and reports on standard error which of them the environment had changed."""
     for name, value in _SETTINGS.items():
         if (found := getattr(jax.config, name)) != value:
             jax.config.update(name, value)
@@ -36,7 +36,7 @@ def settle_jax() -> None:
 
 
 def join_cluster(config: ClusterConfig) -> None:
-    """Connects the processes of a run; before anything asks for a device. Raises UserError where that fails."""
+    """Connects the processes of a run; call it before anything asks for a device. Raises UserError if that fails."""
     if config.kind == "none":
         return
     try:
@@ -47,14 +47,14 @@ def join_cluster(config: ClusterConfig) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process prints and writes for all of them."""
+    """Whether this is process 0, which prints and writes for all."""
     return jax.process_index() == 0
 
 
 def on_first(work: Callable[[], T]) -> T | None:
-    """Does `work` in process 0 while the others wait, for whom the result is None.
+    """Runs `work` in process 0 while the others wait; in the others, the result is None.
 
-    Where it raises UserError, or the system refuses, every process stops with a UserError.
+    If it raises UserError or OSError, every process stops with a UserError.
     """
     if jax.process_count() == 1:
         return work()
@@ -74,7 +74,7 @@ def on_first(work: Callable[[], T]) -> T | None:
 
 
 def everywhere(fine: bool) -> bool:
-    """Whether it is `fine` in all processes; every one of them must ask."""
+    """Whether `fine` is true in all processes; every process must call this."""
     if jax.process_count() == 1:
         return fine
     from jax.experimental import multihost_utils
@@ -83,9 +83,9 @@ def everywhere(fine: bool) -> bool:
 
 
 def leave_broken_cluster(what: str) -> NoReturn:
-    """Ends a process that can go on with the others no more; a clean end would wait for them."""
-    print(f"error: process {jax.process_index()} {what}: start the same command again on all of them, and they go on "
-          f"from the newest checkpoint", file=sys.stderr, flush=True)
+    """Ends a process that can no longer continue with the others; a clean exit would wait for them."""
+    print(f"error: process {jax.process_index()} {what}: run the same command again in all processes to resume from "
+          f"the newest checkpoint", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(LOST)
 
@@ -99,7 +99,7 @@ def use_compilation_cache(config: ComputeConfig) -> None:
 
 
 def check_fits(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError, before anything is compiled, where `mesh` or the devices do not suit `config`."""
+    """Raises ConfigError, before anything is compiled, if `mesh` or the devices do not fit `config`."""
     micro_batch = config.train.batch_size // config.train.accumulation
     rows, tensor = math.prod(mesh.shape[axis] for axis in BATCH_AXES), mesh.shape["tensor"]
     if micro_batch % rows:

@@ -1,7 +1,7 @@
-"""A checkpoint becomes a workdir, a workdir becomes a checkpoint.
+"""Converts a checkpoint to a workdir, and a workdir to a checkpoint.
 
-What the other side has no place for (conditioning on maturity and tail length, the head, free rows of the table, κ)
-goes into a folder `maturation/` beside the exported weights, from which an import takes it back, bit for bit.
+What a checkpoint has no place for (conditioning on maturity and tail length, the head, free rows of the table, κ) is
+written to a folder `maturation/` beside the exported weights. An import restores it from there, bit for bit.
 """
 
 import dataclasses
@@ -59,18 +59,18 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import found; `imported.json` of the workdir."""
+    """Facts about an import; stored as `imported.json` in the workdir."""
 
     source: str
     model_type: str
     dtype: str
     """Type of the stored weights."""
     num_parameters: int
-    """Numbers in the checkpoint."""
+    """Number of parameters in the checkpoint."""
     row_norm: tuple[float, float, float]
     """Smallest, mean and largest norm of the table's rows."""
     notes: tuple[str, ...]
-    """What is left out."""
+    """What was left out, in words."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class _Sidecar:
     tokenizer: Tokenizer
     params: Flat
     derived: dict[str, str]
-    """Checksum of each stored weight that was made from `params`."""
+    """Checksum of each stored weight that was computed from `params`."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class _Source:
 def import_weights(source: str, out: Path) -> Imported:
     """Makes the workdir `out` from a folder of safetensors, a hub name or a GGUF file.
 
-    Weights are checked by name, shape and finiteness, and read one at a time. Raises UserError, and leaves nothing
-    behind, where the source is damaged, incomplete or of a kind that the backbone cannot express.
+    Weights are checked by name, shape and finiteness, and read one at a time. If the source is damaged, incomplete or
+    of a kind that the backbone cannot express, raises UserError and leaves no files.
     """
     with appears_whole(out) as unfinished:
         plain_path(unfinished)  # refused before anything is read
@@ -164,7 +164,7 @@ def _check_model_type(found: Any, path: Path) -> None:
 
 
 def _folder_tokenizer(folder: Path) -> Tokenizer:
-    # Without its files transformers builds an empty tokenizer and says nothing.
+    # If its files are missing, transformers silently builds an empty tokenizer.
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)")
     return hugging_face(str(folder))
@@ -181,7 +181,7 @@ def _ends(folder: Path, of_config: Any) -> Any:
 
 
 def _end_of_text(ends: Any, of_tokenizer: int) -> tuple[int, tuple[str, ...]]:
-    """The id at which a text ends, and what to say where the checkpoint has several of them."""
+    """The id at which a text ends, and a note if the checkpoint has several of them."""
     if not isinstance(ends, list):
         return (of_tokenizer if ends is None else int(ends)), ()
     end = of_tokenizer if of_tokenizer in ends or not ends else int(ends[0])
@@ -201,7 +201,7 @@ def _fit(loaded: Tokenizer, end_of_text: int, num_rows: int, where: Path) -> Tok
 
 
 def _plain_config(model: ModelConfig, tied: bool, out: Path) -> Config:
-    """An autoregressive run over the raw table: what the checkpoint is."""
+    """The checkpoint as a config: an autoregressive run over the raw table."""
     positions = model.max_positions
     assert positions is not None
     if positions < 4:
@@ -221,8 +221,8 @@ def _shapes(config: Config, vocab_size: int) -> Shapes:
         shapes = param_shapes(config, vocab_size)
     except UserError:
         raise
-    except (TypeError, ValueError, ArithmeticError) as error:  # sizes for which no array has room
-        raise UserError(f"the settings describe no model that could be: {one_line(error)}") from None
+    except (TypeError, ValueError, ArithmeticError) as error:  # sizes that are too large for any array
+        raise UserError(f"the settings describe an impossible model: {one_line(error)}") from None
     return {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
 
 
@@ -231,7 +231,7 @@ def _layers(weight: Weight, config: Config) -> range:
 
 
 def _match_names(found: _Source, weights: list[Weight], shapes: Shapes) -> dict[str, str]:
-    """The name in the file of every weight that the family wants; raises UserError where the two do not agree."""
+    """The name in the file of every weight of the family; raises UserError if names or shapes do not match."""
     prefix = families.PREFIX[found.model_type]
     bare = not any(name.startswith(prefix) for name in found.stored.shapes)
     names = {(prefix + name if bare and name != "lm_head.weight" else name): name for name in found.stored.shapes
@@ -256,7 +256,7 @@ def _match_names(found: _Source, weights: list[Weight], shapes: Shapes) -> dict[
 
 
 def _read(found: _Source, weights: list[Weight], names: dict[str, str], shapes: Shapes) -> Flat:
-    """All parameters: from the file, from the sidecar, and what neither has as it is initialised."""
+    """All parameters, from the file and from the sidecar; those in neither are newly initialised."""
     own = found.sidecar.params if found.sidecar else {}
     flat: Flat = dict(own)
     done = 0
@@ -283,7 +283,7 @@ def _read(found: _Source, weights: list[Weight], names: dict[str, str], shapes: 
 
 
 def _fresh(config: Config, vocab_size: int, paths: list[str]) -> Flat:
-    """The parameters at `paths` as they are initialised; what is not asked for is not computed."""
+    """Initial values of the parameters at `paths`; no others are computed."""
 
     @jax.jit
     def some():
@@ -338,7 +338,7 @@ def load_flat(workdir: Path) -> tuple[Config, Tokenizer, Flat]:
 
 
 def save_flat(workdir: Path, flat: Flat) -> None:
-    """Writes `flat` as the checkpoint of `workdir`, and empties it: there is never a second copy of it all."""
+    """Writes `flat` as the checkpoint of `workdir`, and empties it, so that two full copies never exist at once."""
     host, params = jax.devices("cpu")[0], {}
     for path in list(flat):
         params[path] = jax.device_put(flat.pop(path), host).block_until_ready()
@@ -350,9 +350,9 @@ def export_weights(
 ) -> dict[str, Any]:
     """Writes the model of `workdir` as safetensors that `transformers` loads, with its tokenizer and the sidecar.
 
-    What is written is the autoregressive view: committed vectors in, one prediction out, compared with the table (for
-    a maturation run: K = 1 at rate 1). `dtype` None means that of the import, float32 for what was trained here.
-    Raises UserError where no family of checkpoints has the model's parts.
+    This exports the autoregressive view: committed vectors in, one prediction out, compared with the table (for a
+    maturation run: K = 1 at rate 1). If `dtype` is None, it is that of the import, or float32 for a model trained here.
+    Raises UserError if no family of checkpoints has the model's parts.
     """
     config, tokenizer, flat = load_flat(workdir)
     model_type = families.model_type_of(config.model)
@@ -389,11 +389,11 @@ def export_weights(
 
 
 def _autoregressive_view(config: Config, flat: Flat) -> tuple[Flat, bool]:
-    """Parameters to store instead of our own so that a plain Transformer computes the same, and whether E is its head.
+    """Parameters to store instead of ours so that a plain Transformer computes the same, and whether E is its head.
 
     With a = 1 + γ and b from the conditioning of committed positions, the input a ⊙ (s·e + p) + b has rows a ⊙ s·e and
     positions a ⊙ p + b (without learned positions the rows take b too); logits κ' ⟨Hx, r⟩ have output rows κ' Hᵀr.
-    Nothing is changed where all of that is neutral.
+    If all of that is neutral, nothing is changed.
     """
     if config.model.film != "once":
         raise UserError("model.film 'per_layer' has no counterpart in a plain Transformer: only 'once' can be exported")

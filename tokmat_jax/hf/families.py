@@ -1,7 +1,7 @@
 """The families of checkpoints: which stored weight is which parameter, and which settings describe the model.
 
-One table per family serves both directions. Names are those of the language models of `transformers`; shapes are not
-written down, they follow from the parameters that the config asks for.
+One table per family serves both directions. Names are those of the language models of `transformers`. Shapes are not
+listed; they follow from the parameters that the config asks for.
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ from tokmat_jax.config import Config, ModelConfig, RopeConfig
 from tokmat_jax.errors import UserError, shown
 
 MODEL_TYPES = ("gpt2", "llama", "qwen2")
-"""What `model_type` in a config.json may say."""
+"""Supported values of `model_type` in a config.json."""
 
 LISTED = ("num_hidden_layers", "n_layer", "num_labels")
-"""Numbers in a config.json of which `transformers` makes lists as long."""
+"""Numbers in a config.json from which `transformers` makes lists of that length."""
 _LONGEST_LIST = 1 << 12
 
 
 def check_count(found: Any, field: str, where: Path) -> None:
-    """Raises UserError where a `field` of `LISTED` says more than memory should be taken for."""
+    """Raises UserError if a `field` of `LISTED` is so large that its list would take too much memory."""
     if isinstance(found, int | float) and found > _LONGEST_LIST:
         raise UserError(f"{where}: {field} = {shown(found)} is not supported; it must be at most {_LONGEST_LIST}")
 
@@ -35,7 +35,7 @@ class Weight:
     name: str
     """As stored; `{layer}` stands for the number of the block."""
     paths: tuple[str, ...]
-    """Our parameters; several lie side by side along the stored weight's last axis."""
+    """Our parameters; several are concatenated along the stored weight's last axis."""
     transposed: bool = False
     """Whether a matrix is stored as [out, in]; ours are [in, out]."""
 
@@ -87,15 +87,15 @@ def _llama(config: ModelConfig, tied: bool) -> Iterator[Weight]:
 
 
 def weights(model_type: str, config: ModelConfig, tied: bool) -> list[Weight]:
-    """The weights of a checkpoint of `model_type`, with an output table of its own unless `tied`."""
+    """The weights of a checkpoint of `model_type`, with a separate output table unless `tied`."""
     return list((_gpt2 if model_type == "gpt2" else _llama)(config, tied))
 
 
 PREFIX = {"gpt2": "transformer.", "llama": "model.", "qwen2": "model."}
-"""What the names of all weights but `lm_head` begin with; files of a bare backbone leave it out."""
+"""Prefix of the names of all weights except `lm_head`; files of a bare backbone omit it."""
 
 CONSTANTS = (r"\.attn\.(masked_)?bias$", r"rotary_emb\.inv_freq$")
-"""Names of constants that some files hold; they are no weights."""
+"""Names of constants that some files hold; they are not weights."""
 
 
 def stored_shape(weight: Weight, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -198,7 +198,7 @@ def _attention_factor(stored: dict[str, Any], factor: float) -> float:
 
 
 def model_type_of(config: ModelConfig) -> str:
-    """The family that has all parts of `config`; raises UserError where none has."""
+    """The family that has all parts of `config`; raises UserError if no family has them."""
     heads = config.head_size * config.num_heads == config.embed_dim and config.kv_heads == config.num_heads
     if (config.positions, config.norm, config.mlp) == ("learned", "layer", "gelu"):
         if config.attention_bias == "all" and config.mlp_bias and heads:

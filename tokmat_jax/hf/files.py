@@ -1,4 +1,4 @@
-"""Where stored weights come from and go to: a folder of safetensors, a name on the hub; nothing is ever unpickled."""
+"""Stored weights: read from a folder of safetensors or from the hub, written to a folder. Nothing is ever unpickled."""
 
 import json
 import math
@@ -32,14 +32,14 @@ class Stored(Protocol):
     """The widest type among them: float32, float16 or bfloat16."""
 
     def read(self, name: str) -> np.ndarray:
-        """One weight as float32; raises UserError where it is damaged or not finite."""
+        """One weight as float32; raises UserError if it is damaged or not finite."""
         ...
 
 
 def find_source(source: str) -> Path:
     """The file or folder that `source` names; a hub name is downloaded first.
 
-    Raises UserError where there is neither, or no network to ask.
+    Raises UserError if neither exists, or if the hub cannot be reached.
     """
     path = Path(source)
     if path.exists():
@@ -49,7 +49,7 @@ def find_source(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=_WANTED, ignore_patterns=["original/*", "onnx/*"]))
     except Exception as error:
-        raise UserError(f"SOURCE {source!r} is neither a file or folder here nor could it be had from the hub: "
+        raise UserError(f"SOURCE {source!r} is not a file or folder here, and could not be downloaded from the hub: "
                         f"{one_line(error)}") from None
 
 
@@ -63,7 +63,7 @@ class _Place:
 class Safetensors:
     """The weights of a folder: `model.safetensors`, or the shards of its index, or the only safetensors file.
 
-    A file is opened for each weight anew, so that what has been read does not stay mapped into memory.
+    A file is reopened for each weight, so that data already read does not stay mapped into memory.
     """
 
     def __init__(self, folder: Path):
@@ -100,7 +100,7 @@ class Safetensors:
 
 
 def check_finite(name: str, array: np.ndarray, file: Path) -> np.ndarray:
-    """`array`; raises UserError where a number in it is infinite or NaN."""
+    """`array`; raises UserError if a number in it is infinite or NaN."""
     if not np.isfinite(array).all():
         raise UserError(f"{file} is damaged: {name} has numbers that are not finite; fetch it again")
     return array
@@ -118,7 +118,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 raise UserError(f"{folder / INDEX} names {shown(file)}: a shard must lie in the folder itself")
         files = [folder / file for file in sorted(set(listed.values()))]
         for file in files:
-            if not os.path.isfile(file):  # which also takes a name that no file can have
+            if not os.path.isfile(file):  # also False for a name that no file can have
                 raise UserError(f"{folder / INDEX} lists {shown(file.name)}, which is not there; fetch it too")
         return files
     files = sorted(folder.glob("*.safetensors"))
@@ -155,7 +155,7 @@ def write_safetensors(
 ) -> None:
     """Writes the weights that `shapes` names into `folder`, one file, or shards of at most `max_shard_size` bytes.
 
-    `get` gives one weight; no more than one shard is in memory at a time. Raises UserError where a number does not fit
+    `get` returns one weight; no more than one shard is in memory at a time. Raises UserError if a number does not fit
     into `dtype`.
     """
     plan = split_state_dict_into_shards_factory(

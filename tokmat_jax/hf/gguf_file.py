@@ -1,4 +1,4 @@
-"""A GGUF file as stored weights: names, layouts and settings of llama.cpp turned into those of `transformers`."""
+"""A GGUF file as stored weights: names, layouts and settings of llama.cpp are converted to those of `transformers`."""
 
 import math
 import re
@@ -45,7 +45,7 @@ _NAMES = {"llama": _LLAMA, "qwen2": _LLAMA, "gpt2": _GPT2}
 @dataclass(frozen=True)
 class _Weight:
     name: str
-    """As llama.cpp calls it."""
+    """The name that llama.cpp uses."""
     kind: Any
     """Type, a `GGMLQuantizationType`."""
     shape: tuple[int, ...]
@@ -77,13 +77,13 @@ class Gguf:
         self._weights = {self._rename(weight.name): weight for weight in weights}
         head = self._weights.get("lm_head.weight")
         table = self._weights.get(f"{_NAMES[self.architecture]['token_embd']}.weight")
-        # GPT-2's files carry a copy of the table as their head.
+        # GPT-2's files hold a copy of the table as their head.
         if head is not None and table is not None and head.kind == table.kind and np.array_equal(head.data, table.data):
             del self._weights["lm_head.weight"]
         self.shapes = {name: self._shape(name, weight) for name, weight in self._weights.items()}
 
     def _weight(self, place: Place, content: np.ndarray) -> _Weight:
-        """What lies at `place`; raises ValueError unless the file has all of it."""
+        """The weight at `place`; raises ValueError unless the file has all of it."""
         kind = self._gguf.GGMLQuantizationType(place.kind)
         block, size = self._gguf.GGML_QUANT_SIZES[kind]
         rows, row = place.shape[:0:-1], place.shape[0]
@@ -127,7 +127,7 @@ class Gguf:
         return array
 
     def _fact(self, name: str, kind: type, default: Any = None) -> Any:
-        """What the metadata say of the architecture; raises UserError unless it is a `kind`."""
+        """The architecture's entry `name` in the metadata; raises UserError unless it is a `kind`."""
         found = self._facts.get(f"{self.architecture}.{name}", default)
         if type(found) is not kind:
             what = "missing" if found is None else shown(found)
@@ -199,7 +199,7 @@ class Gguf:
         return theta | {"rope_type": "linear", "factor": self._fact("rope.scaling.factor", float)}
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer in the metadata; raises UserError where there is none that can be built."""
+        """The tokenizer in the metadata; raises UserError if there is none or it cannot be built."""
         try:
             with without_torch_notice():
                 from transformers.integrations.gguf.gguf_tokenizer_mapping import (
@@ -224,11 +224,11 @@ class Gguf:
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of queries or keys [H · D, …] from llama.cpp's order, where the two of a rotary pair are neighbours."""
+    """Rows of queries or keys [H · D, …] from llama.cpp's order, in which the two of a rotary pair are adjacent."""
     pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
 def _short(value: float) -> float:
-    """The shortest decimal that is the same float32: metadata are float32, 1e-5 was meant."""
+    """The shortest decimal that is the same float32: metadata are float32, so an intended 1e-5 arrives inexact."""
     return float(str(np.float32(value)))

@@ -1,6 +1,6 @@
-"""The header of a GGUF file. Every count and length in it is held against the file's size before it is believed.
+"""The header of a GGUF file. Every count and length in it is checked against the file's size before it is used.
 
-Metadata by name, then where each weight lies (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+Metadata by name, then the place of each weight (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
 import mmap
@@ -11,17 +11,17 @@ from typing import Any
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-"""Letters of `struct` by the number of a type."""
+"""Format characters of `struct` by the number of a type."""
 _STRING, _ARRAY = 8, 9
 _MOST_VALUES = 1 << 22
-"""Values in all arrays together; each becomes an object of its own. A tokenizer has some hundred thousand."""
+"""Limit on the values in all arrays together; each becomes a Python object. A tokenizer has some hundred thousand."""
 _MOST_AXES = 4
 _DEFAULT_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight lies."""
+    """Location of a weight."""
 
     name: str
     kind: int
@@ -33,7 +33,7 @@ class Place:
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], list[Place]]:
-    """Metadata and places of a GGUF file; raises ValueError where it is none, and OSError where it cannot be read."""
+    """Metadata and places of a GGUF file; raises ValueError if it is not one, and OSError if it cannot be read."""
     with file.open("rb") as stream:
         if stream.read(len(_MAGIC)) != _MAGIC:
             raise ValueError("GGUF magic invalid")
@@ -42,7 +42,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], list[Place]]:
 
 
 class _Cursor:
-    """Reads `content` from a byte on."""
+    """Reads `content` from byte `begin` on."""
 
     def __init__(self, content: mmap.mmap, begin: int):
         self._content, self._at, self._num_values = content, begin, 0
@@ -53,11 +53,11 @@ class _Cursor:
             raise ValueError(f"its version is {version}, known are 2 and 3 in little-endian order")
         num_weights, num_facts = self._scalar("Q"), self._scalar("Q")
         facts: dict[str, Any] = {}
-        # A count without what it counts ends where the file does, at the latest.
+        # If a count is too large, reading fails at the end of the file at the latest.
         for _ in range(num_facts):
             name = self._string()
             if name in facts:
-                raise ValueError(f"{name!r} stands in it twice")
+                raise ValueError(f"{name!r} occurs in it twice")
             facts[name] = self._value(self._scalar("I"))
         weights = [self._place() for _ in range(num_weights)]
         alignment = facts.get("general.alignment", _DEFAULT_ALIGNMENT)
@@ -69,7 +69,7 @@ class _Cursor:
         return facts, [Place(one.name, one.kind, one.shape, begin + one.begin) for one in weights]
 
     def _take(self, size: int) -> int:
-        """The next byte; `size` of them are then behind us."""
+        """Position of the next byte; moves on by `size` bytes."""
         begin = self._at
         if size > len(self._content) - begin:
             raise ValueError(f"{size:,} bytes are announced at byte {begin:,} of {len(self._content):,}")

@@ -6,7 +6,7 @@
       ▲                │                                │ e_x
       └── shift, embryo at the back                     └──► `recent`, the history
 
-The decoder knows no model: `predict` maps a state to the tail's predictions and to the memory it wants back at the
+The decoder knows no model: `predict` maps a state to the tail's predictions and to its memory, state carried to the
 next step (for a Transformer, the keys and values of the committed positions, `generation/cache.py`).
 
 Controls beyond the plain algorithm are fields of `Tail`.
@@ -32,35 +32,35 @@ from tokmat_jax.method.verification import Drafts, choose_drafts, num_accepted
 
 @struct.dataclass
 class DecodeState:
-    """A batch in the middle of its sentence. Rows never have to agree about anything but K."""
+    """State of a batch during decoding. Rows have nothing but K in common."""
 
     num_committed: jax.Array
     """n [B], committed positions, prompt included."""
     recent: jax.Array
-    """Vectors at positions n − M .. n − 1 [B, M, d], the newest of the history; M is the most that a step commits.
-    Where n < M the first ones mean nothing."""
+    """Vectors at positions n − M .. n − 1 [B, M, d], the newest of the history; M is the maximum that a step commits.
+    If n < M, the first ones are meaningless."""
     tail: jax.Array
     """z̃ [B, K, d], front first; slot j will take position n + j."""
     num_born: jax.Array
-    """Embryos that each row has had [B]; numbers the next one's noise."""
+    """Number of embryos that each row has had [B]; the index of the next one's noise."""
     key: jax.Array
-    """One key per row [B]: nothing else decides a row's noise."""
+    """One key per row [B]; a row's noise depends on no other."""
     budget: jax.Array
     """[B], n at which a row stops."""
     done: jax.Array
-    """[B] bool: the row has committed end-of-text or spent its budget and changes no more."""
+    """[B] bool: the row has committed end-of-text or spent its budget, and no longer changes."""
     memory: Any
-    """What `predict` returned; for a Transformer the history's keys and values."""
+    """The memory that `predict` returned; for a Transformer the history's keys and values."""
     settling: Settling | None = None
-    """How long the slots have said what they say now; None where the front alone is committed."""
+    """For how many updates each slot's nearest token has not changed; None unless commits are stable."""
     pinned: jax.Array | None = None
-    """Token [B, K] that a slot is held at until it is committed, −1 where it is free; None where no slot is held."""
+    """Token [B, K] at which a slot is held until it is committed, −1 for a free slot; None if no slot is held."""
     nearest: jax.Array | None = None
     """Nearest token [B, K] of each slot, −1 for an embryo; None unless commits are verified."""
     text: jax.Array | None = None
     """Tokens [B, S] of the n committed positions; None unless drafts are looked up in them."""
     drafts: Drafts | None = None
-    """What this pass checks; there only while `predict` is called, and only if commits are verified."""
+    """Drafts that this pass checks; set only while `predict` is called, and only if commits are verified."""
 
     @property
     def last(self) -> jax.Array:
@@ -70,10 +70,10 @@ class DecodeState:
 
 @struct.dataclass
 class DecodeStep:
-    """What one step did. R slots are read: the front alone, or all K (`read_tail`, stable commits)."""
+    """Result of one step. R slots are read: the front alone, or all K (`read_tail`, stable or verified commits)."""
 
     committed: jax.Array
-    """Tokens [B] that the step committed, from the front on; 0 where the row was done."""
+    """Number of tokens [B] that the step committed, from the front on; 0 if the row was done."""
     tokens: jax.Array
     """Nearest tokens [B, R] after contraction; the first `committed` of them are fixed now."""
     entropy: jax.Array
@@ -92,27 +92,27 @@ class DecodeStep:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a step keeps for those who watch; the default is the least."""
+    """What a step records for viewers; the default records the least."""
 
     read_tail: bool = False
     """Read all K slots, not the front alone."""
     num_candidates: int = 0
-    """C, nearest tokens of each slot that is read."""
+    """C, number of nearest tokens to record for each slot that is read."""
     keep_vectors: bool = False
-    """Keep z̃ of each slot that is read."""
+    """Record z̃ of each slot that is read."""
 
 
 Predict = Callable[[DecodeState], tuple[jax.Array, Any]]
-"""DecodeState → (ẑ, memory). Without drafts ẑ is [B, ≥ K, d]: the last K predictions are the tail's, those before them
-are of the newest committed positions. With M drafts it is [B, 1 + M + K − 1, d]: of the front's position, of the M
-positions after it if the drafts before them are right, and of the slots behind the front."""
+"""DecodeState → (ẑ, memory). Without drafts, ẑ is [B, ≥ K, d]: the last K predictions are for the tail, those before
+them for the newest committed positions. With M drafts, it is [B, 1 + M + K − 1, d]: for the front's position, for the M
+positions after it (valid if the drafts before them are right), and for the slots after the front."""
 
 
 def start_decoding(
     key: jax.Array, recent: jax.Array, num_committed: jax.Array, max_new_tokens: jax.Array, memory: Any, tail: Tail,
     radius: float, text: jax.Array | None = None,
 ) -> DecodeState:
-    """A state behind a prompt: K embryos and nothing refined.
+    """The state after a prompt: K embryos, none of them refined.
 
     `key` [B] one per row, `recent` [B, M, d] the prompt's last vectors, as many as a step may commit,
     `num_committed` [B] its length, `max_new_tokens` [B] how many tokens each row may commit (0 = a row that is finished
@@ -136,8 +136,8 @@ def start_decoding(
 
 
 def refine(state: DecodeState, prediction: jax.Array, vocabulary: Vocabulary, tail: Tail) -> jax.Array:
-    """The tail [B, K, d] one update later: steered, contracted towards `prediction` [B, K, d], disturbed, and held
-    where it is pinned."""
+    """The tail [B, K, d] after one update: contracted towards the steered `prediction` [B, K, d], with fresh noise, and
+    with pinned slots held at their tokens."""
     if tail.steering is not None:
         place = state.num_committed[:, None] + jnp.arange(tail.maturity.shape[0])[None, :]
         remaining = (state.budget[:, None] - place).astype(jnp.float32)
@@ -158,10 +158,11 @@ def commit(
     state: DecodeState, refined: jax.Array, memory: Any, tokens: jax.Array, count: jax.Array, vocabulary: Vocabulary,
     tail: Tail, end_of_text: int,
 ) -> DecodeState:
-    """The state after the first `count` [B] of `tokens` [B, M] took the places of as many fronts of `refined`
+    """The state after the first `count` [B] of `tokens` [B, M] have replaced as many front slots of `refined`
     [B, K, d]: shift and birth.
 
-    A row that is done keeps its state, memory included up to what it would write again; its count must be 0.
+    A row that is done keeps its state, and its memory except for entries that it would write again; its count must
+    be 0.
     """
     max_commit, size = tokens.shape[1], refined.shape[-1]
     alive = ~state.done
@@ -192,7 +193,7 @@ def commit(
 
 
 def _written(text: jax.Array, first: jax.Array, tokens: jax.Array) -> jax.Array:
-    """`text` [B, S] with `tokens` [B, M] at the positions from `first` [B] on; those that are not committed are
+    """`text` [B, S] with `tokens` [B, M] at the positions from `first` [B] on; tokens that are not committed are
     overwritten before they are read."""
     rows = jnp.arange(text.shape[0])[:, None]
     return text.at[rows, first[:, None] + jnp.arange(tokens.shape[1])[None, :]].set(tokens, mode="drop")
@@ -204,8 +205,8 @@ def liquid_step(
 ) -> tuple[DecodeState, DecodeStep]:
     """One step of Algorithm 1: every slot is refined, the front is committed, an embryo is born.
 
-    With `Tail.stability` as much as has settled is committed, up to the M of `DecodeState.recent`; with
-    `Tail.verification` what `verified_step` does.
+    With `Tail.stability`, all settled slots from the front on are committed, up to the M of `DecodeState.recent`. With
+    `Tail.verification`, this is `verified_step`.
     """
     if tail.verification is not None:
         return verified_step(state, predict, vocabulary, tail, end_of_text, record)
@@ -235,10 +236,10 @@ def verified_step(
     state: DecodeState, predict: Predict, vocabulary: Vocabulary, tail: Tail, end_of_text: int,
     record: Record = Record(),
 ) -> tuple[DecodeState, DecodeStep]:
-    """One pass that commits x_n and as many drafts after it as are right, and refines every slot.
+    """One pass that commits x_n and the drafts after it up to the first wrong one, and refines every slot.
 
     The committed tokens are those of immediate projection, each at its own position with its own noise, steering and
-    pin. The step returned reads all K slots; those that were committed show what was committed.
+    pin. The returned step reads all K slots; committed slots show the committed tokens.
     """
     assert tail.verification is not None
     num_checked = tail.verification.num_drafts + 1
@@ -256,7 +257,7 @@ def verified_step(
     count = jnp.where(state.done, 0, jnp.minimum(run, state.budget - state.num_committed))
 
     def shown(of_fronts, of_slots):
-        """What was committed, and behind it what the slots are."""
+        """The committed values, followed by those of the other slots."""
         padded = jnp.concatenate([of_fronts, of_slots[:, num_checked:]], axis=1)
         is_new = jnp.arange(of_slots.shape[1])[None, :] < count[:, None]
         return jnp.where(jnp.reshape(is_new, is_new.shape + (1,) * (of_slots.ndim - 2)), padded, of_slots)
@@ -272,8 +273,8 @@ def verified_step(
 
 
 def _fronts(state: DecodeState, prediction: jax.Array, vocabulary: Vocabulary, tail: Tail) -> jax.Array:
-    """What is projected [B, 1 + M, d] at n and the M positions after it: the `prediction` for each, steered and
-    disturbed as a front with η = 1 is there."""
+    """Vectors to project [B, 1 + M, d] at n and the M positions after it: the `prediction` for each, with the steering
+    and the noise of a front with η = 1 at that position."""
     place = state.num_committed[:, None] + jnp.arange(prediction.shape[1])[None, :]
     if tail.steering is not None:
         front = dataclasses.replace(tail.steering, strength=tail.steering.strength[:1])
@@ -286,7 +287,7 @@ def _fronts(state: DecodeState, prediction: jax.Array, vocabulary: Vocabulary, t
 
 
 def _said(z: jax.Array, vocabulary: Vocabulary, tail: Tail) -> tuple[jax.Array, jax.Array]:
-    """Nearest token and entropy [B, R] of slots `z` [B, R, d], as `tail` reports it."""
+    """Nearest token and entropy [B, R] of slots `z` [B, R, d]; `tail` says how the entropy is computed."""
     tokens, entropy = read(z, vocabulary, tail.temperature)
     if tail.entropy_candidates is not None:
         entropy = nearest_entropy(z, vocabulary, tail.entropy_candidates, tail.temperature)
@@ -294,7 +295,7 @@ def _said(z: jax.Array, vocabulary: Vocabulary, tail: Tail) -> tuple[jax.Array, 
 
 
 def _with_pins(state: DecodeState, tokens: Any) -> Any:
-    """`tokens` [B, R ≤ K] of the first R slots, with those at which slots are held."""
+    """`tokens` [B, R ≤ K] of the first R slots; in pinned slots, the pinned tokens."""
     if state.pinned is None or tokens is None:
         return tokens
     pinned = state.pinned[:, : tokens.shape[1]]
@@ -305,7 +306,7 @@ def decode(
     state: DecodeState, predict: Predict, vocabulary: Vocabulary, tail: Tail, end_of_text: int, num_steps: int,
     record: Record = Record(),
 ) -> tuple[DecodeState, DecodeStep]:
-    """`num_steps` of `liquid_step` as one scan; the fields of the DecodeStep returned lead with the step,
+    """`num_steps` of `liquid_step` as one scan; the fields of the returned DecodeStep have a leading axis of steps,
     [steps, B, …]."""
     return jax.lax.scan(lambda state, _: liquid_step(state, predict, vocabulary, tail, end_of_text, record), state,
                         length=num_steps)

@@ -1,8 +1,7 @@
 """Classifier-free guidance: combining two predictions (METHOD §4).
 
-Guidance is off at s = 1. What the unconditional pass may see is decided by the caller: the last committed token and the
-tail before the query, and nothing earlier; in training, history dropout hides the same positions
-(`model/attention.py`).
+Guidance is off at s = 1. The caller decides what the unconditional pass may see: the last committed token and the tail
+before the query, and nothing earlier. In training, history dropout hides the same positions (`model/attention.py`).
 """
 
 import jax
@@ -31,10 +30,10 @@ def combine(conditional: jax.Array, unconditional: jax.Array, guidance_scale: ja
 
 
 def guide(conditional, unconditional, guidance: Guidance):
-    """One `predict` from two: the decoder cannot tell that guidance exists.
+    """Combines two `predict` functions into one, so the decoder needs to know nothing of guidance.
 
-    Each takes a decoder state and returns (prediction, memory); the unconditional one predicts the tail alone
-    [B, K, d], and the memory is the conditional one's.
+    Each takes a decoder state and returns (prediction, memory). The unconditional one predicts the tail alone
+    [B, K, d]; the memory that is kept is the conditional one's.
     """
 
     def predict(state):

@@ -1,8 +1,8 @@
-"""What a committed token is in the history: its vector, smoothed and disturbed once, when it enters (METHOD §4).
+"""Vectors of the history: a committed token's vector is smoothed and gets noise once, when it enters (METHOD §4).
 
     z_n = (1 − h) e_x + h z_{n−1} + σ_h R ε/√d
 
-Nothing is drawn or mixed again later, so that keys and values computed from the vector stay exact.
+Nothing is drawn or mixed again later, so keys and values computed from the vector stay exact.
 """
 
 import jax
@@ -13,21 +13,21 @@ from tokmat_jax.config import GenerationConfig
 from tokmat_jax.method.maturation import noise_vector
 
 _HISTORY = 2**32 - 1
-"""Numbers the key of the history's noise; embryos never get that far."""
+"""Index from which the key of the history's noise is derived; embryos never reach it."""
 
 
 @struct.dataclass
 class Entry:
-    """What happens to a vector when it enters the history; a pytree of numbers, None where nothing does."""
+    """How a vector changes when it enters the history; a pytree of numbers. A field is None if its control is off."""
 
     noise: jax.Array | None = None
-    """σ_h [] ≥ 0, norm in units of R of what is added."""
+    """σ_h [] ≥ 0, norm of the added noise in units of R."""
     smoothing: jax.Array | None = None
-    """h [] in [0, 1), share of the vector before it."""
+    """h [] in [0, 1), share of the previous vector."""
 
 
 def make_entry(settings: GenerationConfig) -> Entry:
-    """A field is None where its control is off."""
+    """The Entry of `settings`; a field is None if its control is off."""
     noise, smoothing = settings.history_noise, settings.history_smoothing
     return Entry(jnp.float32(noise) if noise else None, jnp.float32(smoothing) if smoothing else None)
 
@@ -35,7 +35,7 @@ def make_entry(settings: GenerationConfig) -> Entry:
 def committed_vectors(
     clean: jax.Array, last: jax.Array, key: jax.Array, first: jax.Array, entry: Entry, radius: float
 ) -> jax.Array:
-    """Vectors [B, M, d] of M tokens that enter one behind the other at positions `first` [B] and on.
+    """Vectors [B, M, d] of M tokens that enter one after the other, from position `first` [B] on.
 
     `clean` [B, M, d] are their rows of the table, `last` [B, d] is the vector before them, `key` [B] the rows' keys.
     """
@@ -54,7 +54,7 @@ def committed_vectors(
 def history_noise(key: jax.Array, position: jax.Array, embed_dim: int, noise: jax.Array, radius: float) -> jax.Array:
     """σ_h R ε/√d [B, d] for vectors that enter the history at `position` [B] of rows with `key` [B].
 
-    Drawn once per position: nothing but the row's key and the position decides it.
+    Drawn once per position: it depends only on the row's key and the position.
     """
 
     def row(key, position):

@@ -1,7 +1,7 @@
 """MSE on the sphere, InfoNCE with its negatives, the baseline's cross-entropy (METHOD §3).
 
-Each is here per position, as it is written; training takes the sums over positions, which never hold the scores of all
-positions against all of V at once: of every piece of the window they take the gradient before the next one is scored.
+Each loss has a plain form per position. Training uses the sums over positions, which never hold the scores of all
+positions against all of V at once: they compute the gradient of each piece of the window before the next is scored.
 """
 
 import functools
@@ -15,9 +15,9 @@ from tokmat_jax.distributed.mesh import batch_shards
 from tokmat_jax.method.table import look_up, scores, unit
 
 _AT_ONCE = 1 << 24
-"""The most scores that a device holds at once in training (64 MB)."""
+"""Maximum number of scores that a device holds at once in training (64 MB)."""
 _MASKED = -1e9
-"""A logit whose share is exactly 0 in float32, and whose gradient stays finite where every negative is masked."""
+"""A logit whose share is exactly 0 in float32, and whose gradient stays finite even if every negative is masked."""
 
 
 def regression(prediction: jax.Array, target: jax.Array, radius: float) -> jax.Array:
@@ -27,12 +27,12 @@ def regression(prediction: jax.Array, target: jax.Array, radius: float) -> jax.A
 
 @struct.dataclass
 class Negatives:
-    """What the targets of a step are told apart from."""
+    """Tokens from which the targets of a step must be distinguished."""
 
     ids: jax.Array | None
     """[N], shared by all targets; None for all of V in their order."""
     log_weight: jax.Array
-    """log of how many times each counts [N]."""
+    """Log of the number of times that each counts [N]."""
 
 
 def all_of(vocab_size: int) -> Negatives:
@@ -58,13 +58,13 @@ def summed_info_nce(
     prediction: jax.Array, target_ids: jax.Array, table: jax.Array, negatives: Negatives, logit_scale: jax.Array,
     weight: jax.Array, dtype: jnp.dtype,
 ) -> jax.Array:
-    """Σ w L_nce [] for `weight` [B, T]; see `info_nce`. Products take `dtype` and add up in float32."""
+    """Σ w L_nce [] for `weight` [B, T]; see `info_nce`. Products use `dtype` and accumulate in float32."""
     direction = logit_scale * unit(prediction)
     if negatives.ids is None:
         rows = unit(table)
         return _summed(direction, look_up(rows, target_ids), rows, target_ids, jnp.arange(len(table)),
                        negatives.log_weight, weight, dtype)
-    # The rows that are needed are scaled to norm 1, not all of them.
+    # Only the rows that are needed are scaled to norm 1.
     return _summed(direction, unit(look_up(table, target_ids)), unit(look_up(table, negatives.ids)), target_ids,
                    negatives.ids, negatives.log_weight, weight, dtype)
 
@@ -79,7 +79,7 @@ def _among(rows: jax.Array, negatives: Negatives) -> tuple[jax.Array, jax.Array,
 def _others(
     query: jax.Array, target_ids: jax.Array, rows: jax.Array, ids: jax.Array, log_weight: jax.Array
 ) -> jax.Array:
-    """Logits [B, T, N] of the negatives; where one is the target itself it has no share."""
+    """Logits [B, T, N] of the negatives; a negative that equals the target is masked out."""
     logits = scores(query, rows) + log_weight[None, None]
     return jnp.where(ids[None, None, :] == target_ids[..., None], _MASKED, logits)
 
@@ -89,7 +89,7 @@ def _summed(
     query: jax.Array, positive: jax.Array, rows: jax.Array, target_ids: jax.Array, ids: jax.Array,
     log_weight: jax.Array, weight: jax.Array, dtype: jnp.dtype,
 ) -> jax.Array:
-    """Σ w · (log of the share that the target lacks) [], by ⟨query, positive⟩ [B, T] among ⟨query, rows⟩ [B, T, N].
+    """Σ w · (−log of the target's share) [], from ⟨query, positive⟩ [B, T] among ⟨query, rows⟩ [B, T, N].
 
     `query` and `positive` are [B, T, d], `rows` [N, d]; no gradient reaches the weights.
     """
@@ -103,7 +103,7 @@ def _summed(
 
 def _shares(query, positive, rows, target_ids, ids, log_weight, dtype):
     """The target's logit o and l = log Σ exp over it and the others [B, T]; exp(x − m) of the others' logits x
-    [B, T, N], and what multiplies it to become exp(x − l) [B, T].
+    [B, T, N], where m is their maximum, and the factor [B, T] that turns it into exp(x − l).
     """
     own = jnp.sum(query * positive, axis=-1)
     others = _others(query.astype(dtype), target_ids, rows.astype(dtype), ids, log_weight)
@@ -141,8 +141,8 @@ _summed.defvjp(_summed_with_gradient, _scaled_gradient)
 
 
 def _over_pieces(add, carry, arrays, num_rows: int):
-    """A scan of `add(carry, piece)` over pieces of the windows in `arrays` [B, T, …], each small enough to be scored
-    against `num_rows` rows; what it puts out comes back whole."""
+    """Scans `add(carry, piece)` over pieces of the windows in `arrays` [B, T, …], each small enough to be scored
+    against `num_rows` rows; the outputs of the pieces are joined to whole windows."""
     batch, length = arrays[0].shape[:2]
     largest = max(1, _AT_ONCE * batch_shards() // (batch * num_rows))
     count = -(-length // largest)
@@ -167,8 +167,8 @@ def draw_negatives(
     """The step's negatives, by `config.negatives` (METHOD §3).
 
     `target_ids` [B, T] are the targets of the whole batch, `unigram` [V] the share of each token in the
-    training split. `full` and `weighted` take all of V and draw nothing; `weighted` lets id j count V q_j times,
-    q ∝ unigram^β, which is what V negatives drawn from q come to on average.
+    training split. `full` and `weighted` take all of V and draw nothing. `weighted` counts id j V q_j times,
+    q ∝ unigram^β, the average count of j among V negatives drawn from q.
     """
     vocab_size, count = unigram.shape[0], config.num_negatives
     match config.negatives:
@@ -206,7 +206,8 @@ def summed_cross_entropy(
     prediction: jax.Array, target_ids: jax.Array, readout: jax.Array, scale: jax.Array, weight: jax.Array,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """Σ w · cross-entropy [] for `weight` [B, T]; see `cross_entropy`. Products take `dtype` and add up in float32."""
+    """Σ w · cross-entropy [] for `weight` [B, T]; see `cross_entropy`. Products use `dtype` and accumulate in
+    float32."""
     every = all_of(len(readout))
     return _summed(scale * prediction, look_up(readout, target_ids), readout, target_ids, jnp.arange(len(readout)),
                    every.log_weight, weight, dtype)

@@ -49,10 +49,10 @@ def corrupt(clean: jax.Array, noise: jax.Array, maturity: jax.Array) -> jax.Arra
 
 @struct.dataclass
 class TailDraw:
-    """What chance decides about a batch of training windows; row b depends on its own key alone."""
+    """The random draws for a batch of training windows; row b depends on its own key alone."""
 
     tail_length: jax.Array
-    """K [B], 0 where the row has no tail."""
+    """K [B], 0 if the row has no tail."""
     noise: jax.Array
     """σ R ε/√d [B, K_max, d] for the last K_max positions."""
     history_dropped: jax.Array
@@ -81,7 +81,7 @@ def mix_tail(content: jax.Array, noise: jax.Array, maturity: jax.Array) -> jax.A
     """Windows z [B, T, d] whose last positions are corrupted.
 
     `content` [B, T, d] is what matures (the truth, or the model's predictions), `noise` [B, K_max, d] belongs to
-    the last K_max positions, `maturity` is [B, T] and 1 wherever a position is committed.
+    the last K_max positions, `maturity` is [B, T] and 1 at committed positions.
     """
     start = content.shape[1] - noise.shape[1]
     tail = corrupt(content[:, start:], noise, maturity[:, start:])
@@ -94,8 +94,8 @@ def contract(tail: jax.Array, prediction: jax.Array, rate: jax.Array) -> jax.Arr
 
 
 def shift(slots: jax.Array, entering: jax.Array, count: jax.Array) -> jax.Array:
-    """`slots` [B, K, …] after the first `count` [B] of them left: the others move up, and as many of `entering`
-    [B, M, …] follow at the back; 0 ≤ count ≤ M."""
+    """`slots` [B, K, …] without the first `count` [B] of them: the others move up, and as many of `entering` [B, M, …]
+    follow at the back; 0 ≤ count ≤ M."""
     index = count[:, None] + jnp.arange(slots.shape[1])[None, :]
     index = jnp.reshape(index, index.shape + (1,) * (slots.ndim - 2))
     return jnp.take_along_axis(jnp.concatenate([slots, entering], axis=1), index, axis=1)

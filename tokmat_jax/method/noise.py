@@ -1,6 +1,6 @@
-"""What chance gives to the tail while text is written: embryos, and fresh noise at every step (METHOD §4).
+"""Noise of the tail during generation: embryos, and fresh noise at every step (METHOD §4).
 
-Every draw is a function of the row's key and a number, so that it depends on neither batch nor order.
+Every draw is a function of the row's key and of indices, so it depends on neither the batch nor the order.
 """
 
 import jax
@@ -11,15 +11,15 @@ from tokmat_jax.config import GenerationConfig
 from tokmat_jax.method.maturation import noise_vector
 
 _FRESH = 2**32 - 2
-"""Numbers the key of the fresh noise; embryos never get that far."""
+"""Index from which the key of the fresh noise is derived; embryos never reach it."""
 
 
 @struct.dataclass
 class FreshNoise:
-    """Noise that slots get at every step; a pytree of numbers."""
+    """Noise that is added to the slots at every step; a pytree of numbers."""
 
     norm: jax.Array
-    """σ_f [], in units of R, of what is added to a slot of maturity 0; 1 − α of it to others."""
+    """σ_f [], norm in units of R of the noise for a slot of maturity 0; a slot of maturity α gets 1 − α of it."""
 
 
 def make_fresh_noise(settings: GenerationConfig) -> FreshNoise | None:
@@ -28,7 +28,7 @@ def make_fresh_noise(settings: GenerationConfig) -> FreshNoise | None:
 
 
 def embryos(key: jax.Array, first: jax.Array, count: int, embed_dim: int, noise: jax.Array, radius: float) -> jax.Array:
-    """The embryos number `first`.. of each row [B, count, d]: number i of a row depends on its key and i alone."""
+    """Embryos [B, count, d] of each row, from index `first` on; embryo i depends only on the row's key and i."""
 
     def row(key, first):
         numbers = first + jnp.arange(count)
@@ -43,8 +43,9 @@ def fresh(
     key: jax.Array, num_committed: jax.Array, slot: jax.Array, maturity: jax.Array, noise: FreshNoise, embed_dim: int,
     radius: float,
 ) -> jax.Array:
-    """(1 − α) σ_f R ε/√d [B, N, d] for slots number `slot` [N] of `maturity` [N] when `num_committed` [B, N] positions
-    are committed, in rows with `key` [B]. These three decide it, so that it is another one at every commit."""
+    """(1 − α) σ_f R ε/√d [B, N, d] for slots with index `slot` [N] and `maturity` [N] when `num_committed` [B, N]
+    positions are committed, in rows with `key` [B]. ε depends on slot, count and key, so it changes with every
+    commit."""
 
     def one(key, num_committed, slot):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, _FRESH), num_committed), slot)

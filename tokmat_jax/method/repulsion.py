@@ -1,14 +1,14 @@
-"""Repulsion: a prediction is pushed away from what was committed where the model predicted nearly the same (ours).
+"""Repulsion: a prediction is pushed away from the tokens committed after similar predictions (ours).
 
-A text that loops comes back to the same predictions. Every committed position m is remembered as a pair: the
-prediction ẑ_m that stood for it and the vector z_m that took its place. With unit vectors u(·), strength ρ and
+A text that loops returns to the same predictions. Every committed position m is remembered as a pair: the prediction
+ẑ_m for that position, and the vector z_m that was committed there. With unit vectors u(·), strength ρ and
 sharpness b,
 
     a_m = exp(b (cos(ẑ, ẑ_m) − 1))        p = Σ a_m u(z_m) / max(1, Σ a_m)        ẑ ← ẑ − ρ ‖ẑ‖ p
 
-for each slot's ẑ, over the committed positions. Nothing is pushed at ρ = 0, nor where no earlier prediction was
-like this one. The pairs are a function of the committed text alone, prompt included, so that caching stays exact, and
-a step costs no further pass of the model.
+for each slot's ẑ, with sums over the committed positions. Nothing is pushed if ρ = 0, or if no earlier prediction was
+similar to this one. The pairs depend only on the committed text, prompt included, so caching stays exact, and a step
+needs no further pass of the model.
 """
 
 from typing import Any
@@ -23,12 +23,12 @@ from tokmat_jax.method.table import unit
 
 @struct.dataclass
 class Repulsion:
-    """How strongly, and from how near; a pytree of numbers."""
+    """Strength and sharpness of the push; a pytree of numbers."""
 
     strength: jax.Array
     """ρ [] ≥ 0, length of the push as a share of ‖ẑ‖."""
     sharpness: jax.Array
-    """b [] > 0, how alike two predictions must be to count as the same place."""
+    """b [] > 0; the larger it is, the more similar two predictions must be for a push."""
 
 
 def make_repulsion(settings: GenerationConfig) -> Repulsion | None:
@@ -40,8 +40,8 @@ def make_repulsion(settings: GenerationConfig) -> Repulsion | None:
 
 @struct.dataclass
 class Trace:
-    """What stood for every committed position and what took its place. Index s of the capacity S holds position s;
-    entries from a row's n on are not valid yet, and position 0 was predicted from nothing: whoever reads masks both."""
+    """Prediction and committed vector of every committed position. Index s of the capacity S holds position s. Entries
+    from a row's n on are not valid yet, and position 0 has no prediction: readers must mask both."""
 
     predicted: jax.Array
     """u(ẑ_s) [B, S, d], before it was pushed."""
@@ -51,7 +51,7 @@ class Trace:
 
 @struct.dataclass
 class Remembering:
-    """A decoder's memory that keeps a trace beside what the model wants back."""
+    """A decoder's memory: the model's own, and a trace."""
 
     memory: Any
     """The model's own memory, any pytree."""
@@ -59,9 +59,9 @@ class Remembering:
 
 
 def begin_trace(prediction: jax.Array, vectors: jax.Array, capacity: int) -> Trace:
-    """The trace of prompts: their `vectors` [B, P, d], and the `prediction` [B, P, d] behind each of them.
+    """The trace of prompts: their `vectors` [B, P, d], and the `prediction` [B, P, d] after each of them.
 
-    It has room for `capacity` positions, and for one behind the prompts in any case.
+    It has room for `capacity` positions, but always for at least one after the prompts.
     """
     rest = max(capacity - vectors.shape[1], 1)
     return Trace(jnp.pad(unit(prediction), ((0, 0), (1, rest - 1), (0, 0))),
@@ -69,9 +69,9 @@ def begin_trace(prediction: jax.Array, vectors: jax.Array, capacity: int) -> Tra
 
 
 def push(prediction: jax.Array, trace: Trace, num_committed: jax.Array, repulsion: Repulsion) -> jax.Array:
-    """`prediction` [B, K, d] pushed away from committed vectors, of which each slot counts the first `num_committed`
-    [B, K]."""
-    # Rounding takes the cosine of equal vectors beyond 1, which a large b would blow up.
+    """`prediction` [B, K, d] pushed away from committed vectors; each slot counts the first `num_committed` [B, K] of
+    them."""
+    # Rounding can raise the cosine of equal vectors above 1, which a large b would amplify.
     cosine = jnp.minimum(jnp.einsum("bkd,bsd->bks", unit(prediction), trace.predicted), 1.0)
     position = jnp.arange(trace.predicted.shape[1])[None, :]
     valid = (position >= 1)[:, None] & (position[:, None] < num_committed[..., None])
@@ -82,11 +82,11 @@ def push(prediction: jax.Array, trace: Trace, num_committed: jax.Array, repulsio
 
 
 def repel(predict, repulsion: Repulsion):
-    """`predict` of a decoder with its predictions pushed; its memory is a `Remembering`.
+    """Wraps a decoder's `predict` so that its predictions are pushed; its memory becomes a `Remembering`.
 
-    The newest committed vectors enter the trace here, as many as a step may commit, and drafts after them; so does what
-    stands for them and for the front, ẑ as it was predicted from committed positions. A checked position counts the
-    drafts before it. What is not committed is overwritten before it counts.
+    This writes to the trace the newest committed vectors, as many as a step may commit, and the drafts after them. It
+    also writes the predictions ẑ for these and for the front, made from committed positions. A checked position counts
+    the drafts before it. Entries that are not committed are overwritten before they count.
     """
 
     def repelled(state):
@@ -108,6 +108,6 @@ def repel(predict, repulsion: Repulsion):
 
 
 def _write(whole: jax.Array, positions: jax.Array, vectors: jax.Array) -> jax.Array:
-    """`whole` [B, S, d] with `vectors` [B, M, d] at `positions` [B, M]; what lies below 0 is left out."""
+    """`whole` [B, S, d] with `vectors` [B, M, d] at `positions` [B, M]; negative positions are ignored."""
     place = jnp.where(positions < 0, whole.shape[1], positions)
     return whole.at[jnp.arange(len(whole))[:, None], place].set(vectors, mode="drop")

@@ -1,7 +1,7 @@
 """Commit when stable: how many slots from the front on have settled (METHOD §4).
 
-A slot has settled when its nearest token has not changed for `patience` updates and its last movement ‖Δz̃‖/R lies below
-`tolerance`. The longest settled run from the front on is committed, one token at least.
+A slot has settled if its nearest token has not changed for `patience` updates and its last movement ‖Δz̃‖/R is below
+`tolerance`. The longest settled run from the front on is committed, at least one token.
 """
 
 import jax
@@ -16,9 +16,9 @@ class Stability:
     """When a slot counts as settled; a pytree of numbers."""
 
     patience: jax.Array
-    """Updates [] in a row that left the nearest token as it was."""
+    """Updates [] in a row that must not change the nearest token."""
     tolerance: jax.Array
-    """Bound [] of the last movement, in units of R."""
+    """Upper bound [] on the last movement, in units of R."""
 
 
 def make_stability(settings: GenerationConfig) -> Stability | None:
@@ -30,7 +30,7 @@ def make_stability(settings: GenerationConfig) -> Stability | None:
 
 @struct.dataclass
 class Settling:
-    """How long the slots have said what they say now."""
+    """Each slot's nearest token, and for how many updates it has not changed."""
 
     nearest: jax.Array
     """Nearest tokens [B, K] after the last update; −1 for an embryo."""
@@ -39,24 +39,24 @@ class Settling:
 
 
 def unborn(batch: int, tail_length: int) -> Settling:
-    """Of embryos, which have said nothing yet."""
+    """Initial state: no slot has a nearest token yet."""
     return Settling(jnp.full((batch, tail_length), -1, jnp.int32), jnp.zeros((batch, tail_length), jnp.int32))
 
 
 def settle(settling: Settling, nearest: jax.Array, done: jax.Array) -> Settling:
-    """After an update whose nearest tokens are `nearest` [B, K]; rows that are `done` [B] stay as they were."""
+    """`settling` after an update whose nearest tokens are `nearest` [B, K]; rows that are `done` [B] do not change."""
     unchanged = jnp.where(nearest == settling.nearest, settling.unchanged + 1, 0)
     return Settling(jnp.where(done[:, None], settling.nearest, nearest),
                     jnp.where(done[:, None], settling.unchanged, unchanged))
 
 
 def settled_run(settling: Settling, movement: jax.Array, stability: Stability) -> jax.Array:
-    """Slots [B] from the front on that have settled, 0..K; `movement` ‖Δz̃‖/R [B, K] is that of the last update."""
+    """Number [B] of settled slots from the front on, 0..K; `movement` ‖Δz̃‖/R [B, K] is that of the last update."""
     settled = (settling.unchanged >= stability.patience) & (movement < stability.tolerance)
     return jnp.sum(jnp.cumprod(settled.astype(jnp.int32), axis=1), axis=1)
 
 
 def up_to_end(tokens: jax.Array, end_of_text: int) -> jax.Array:
-    """Tokens [B] of `tokens` [B, M] up to the first end-of-text, that one included."""
+    """Number [B] of `tokens` [B, M] up to and including the first end-of-text."""
     ends = (tokens == end_of_text).astype(jnp.int32)
     return jnp.sum((jnp.cumsum(ends, axis=1) - ends == 0).astype(jnp.int32), axis=1)

@@ -2,8 +2,8 @@
 
     ẑ_j ← ẑ_j + w(t) γ_j R u(v)     w(t) = begin + (end − begin) t,  t ∈ [0, 1] from a sample's first token to its last
 
-v is a user's vector, or the mean of some words' embeddings; γ_j is 0 in slots that are not chosen, and w depends on the
-position that a slot will take, not on the step, so that a steered text does not depend on how fast it is committed.
+v is a user's vector, or the mean of some words' embeddings. γ_j is 0 in slots that are not chosen. w depends on the
+position that a slot will take, not on the step, so a steered text does not depend on how fast it is committed.
 """
 
 import jax
@@ -18,7 +18,7 @@ _ENDS: dict[SteeringSchedule, tuple[float, float]] = {"constant": (1.0, 1.0), "f
 
 @struct.dataclass
 class Steering:
-    """Where to, how strongly, and when; a pytree of numbers."""
+    """Direction, strength and schedule; a pytree of numbers."""
 
     direction: jax.Array
     """u(v) [d], of norm 1."""
@@ -33,7 +33,7 @@ class Steering:
 
 
 def make_steering(settings: GenerationConfig, direction: jax.Array | None) -> Steering | None:
-    """Steering along `direction` [d] of any norm, which it needs unless γ = 0; None then."""
+    """Steering along `direction` [d] of any norm; None if γ = 0, which needs no direction."""
     if settings.steering == 0.0:
         return None
     assert direction is not None
@@ -48,7 +48,7 @@ def make_steering(settings: GenerationConfig, direction: jax.Array | None) -> St
 def steer(prediction: jax.Array, remaining: jax.Array, steering: Steering, radius: float) -> jax.Array:
     """`prediction` [B, K, d] drawn towards the direction.
 
-    `remaining` [B, K] counts the tokens of the budget from each slot's own on; positions behind the budget count as
+    `remaining` [B, K] counts the tokens of the budget from each slot's own on; positions after the budget count as
     its last.
     """
     place = jnp.clip(1.0 - (remaining - 1.0) / jnp.maximum(steering.budget - 1.0, 1.0), 0.0, 1.0)
@@ -58,5 +58,5 @@ def steer(prediction: jax.Array, remaining: jax.Array, steering: Steering, radiu
 
 
 def direction_of(words: jax.Array) -> jax.Array:
-    """The direction [d] of the mean of some words' vectors [W, d], each counted alike."""
+    """The direction [d] of the mean of some words' vectors [W, d], all with the same weight."""
     return jnp.mean(unit(words), axis=0)

@@ -6,26 +6,26 @@ from flax import struct
 
 _TINY = 1e-12
 _AT_ONCE = 1 << 25
-"""The most scores that exist at once (128 MB): longer products are read off in pieces of the vocabulary."""
+"""Maximum number of scores in memory at once (128 MB); larger products are computed in pieces of the vocabulary."""
 _SMALLEST_PIECE = 1024
 
 
 @struct.dataclass
 class Vocabulary:
-    """What tokens are when they are read and when they are written."""
+    """The vectors of the tokens as inputs (`table`) and as outputs (`readout`)."""
 
     table: jax.Array
-    """E [V, d]: the vector that a token is once it is committed."""
+    """E [V, d]: the vectors of committed tokens."""
     readout: jax.Array
-    """Rows [V, d] with which a front is compared. E itself, but for an imported model with an untied head."""
+    """Rows [V, d] with which a front is compared: E itself, except for an imported model with an untied head."""
     norm: jax.Array
     """‖row of the readout‖ [V]."""
     radius: float = struct.field(pytree_node=False)
-    """R, the norm of the table's rows; of a raw table the length in which movement and noise are measured."""
+    """R, the norm of the table's rows; for a raw table, the unit in which movement and noise are measured."""
 
 
 def make_vocabulary(table: jax.Array, readout: jax.Array | None = None, radius: float = 1.0) -> Vocabulary:
-    """A Vocabulary of `table` [V, d], read with the same rows unless a `readout` [V, d] is given."""
+    """A Vocabulary of `table` [V, d]; its readout is the same table unless a `readout` [V, d] is given."""
     readout = table if readout is None else readout
     return Vocabulary(table, readout, jnp.sqrt(jnp.sum(readout * readout, axis=-1) + _TINY), radius)
 
@@ -52,7 +52,7 @@ def unit(z: jax.Array) -> jax.Array:
 
 
 def read(z: jax.Array, vocabulary: Vocabulary, temperature: jax.Array | float) -> tuple[jax.Array, jax.Array]:
-    """What vectors `z` [..., d] would say: nearest token [...] and entropy [...] in nats.
+    """Nearest token [...] and entropy [...] in nats of vectors `z` [..., d].
 
     The nearest token is the projection of Algorithm 1, argmax_i ⟨z, e_i⟩.
     The entropy is that of softmax(cos(z, E)/τ) with τ = `temperature` (paper §5).
@@ -64,7 +64,7 @@ def read(z: jax.Array, vocabulary: Vocabulary, temperature: jax.Array | float) -
     def fold(carry, piece):
         best, nearest, spread = carry
         own = jnp.max(piece.inner, axis=-1)
-        # A score that is not a number is the nearest, as for argmax.
+        # NaN counts as the nearest, as in argmax.
         better = ~(own <= best)
         ids = piece.first + jnp.argmax(piece.inner, axis=-1).astype(jnp.int32)
         return (jnp.where(better, own, best), jnp.where(better, ids, nearest),
@@ -77,7 +77,7 @@ def read(z: jax.Array, vocabulary: Vocabulary, temperature: jax.Array | float) -
 def rank_and_entropy(z: jax.Array, target_ids: jax.Array, vocabulary: Vocabulary) -> tuple[jax.Array, jax.Array]:
     """How many tokens are nearer to `z` [..., d] than `target_ids` [...], and the entropy of `read` at τ = 1.
 
-    For vectors that are not finite the rank is V.
+    If a vector is not finite, its rank is V.
     """
     target = jnp.sum(z * look_up(vocabulary.readout, target_ids), axis=-1)[..., None]
     start = (jnp.zeros(target_ids.shape, jnp.int32), _no_spread(target_ids.shape))
@@ -85,7 +85,7 @@ def rank_and_entropy(z: jax.Array, target_ids: jax.Array, vocabulary: Vocabulary
 
     def fold(carry, piece):
         rank, spread = carry
-        # The target's own score may round otherwise in the product of all.
+        # In the product over all rows, the target's own score may be rounded differently.
         own = _ids_of(piece) == target_ids[..., None]
         nearer = jnp.sum((piece.inner > target) & ~own, axis=-1, dtype=jnp.int32)
         return rank + nearer, _spread_with(spread, piece, scale)
@@ -99,7 +99,7 @@ class _Piece:
     """The scores of some vectors against some rows of the readout."""
 
     inner: jax.Array
-    """⟨z, e_i⟩ [..., P]; −∞ where a row has been in another piece."""
+    """⟨z, e_i⟩ [..., P]; −∞ for a row that was already in another piece."""
     norm: jax.Array
     """‖e_i‖ [P]."""
     first: jax.Array
@@ -112,7 +112,7 @@ def _ids_of(piece: _Piece) -> jax.Array:
 
 
 def _fold(z: jax.Array, vocabulary: Vocabulary, fold, carry):
-    """`fold(carry, piece)` over the vocabulary, in one piece where that is no more than `_AT_ONCE` scores of `z`."""
+    """Folds the vocabulary with `fold(carry, piece)`, in one piece if `z` then has at most `_AT_ONCE` scores."""
     vocab_size = vocabulary.readout.shape[0]
     size = max(_SMALLEST_PIECE, _AT_ONCE // max(1, z.size // z.shape[-1]))
     if size >= vocab_size:
@@ -130,7 +130,7 @@ def _fold(z: jax.Array, vocabulary: Vocabulary, fold, carry):
 
 
 def _cosine_scale(z: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """What ⟨z, e_i⟩/‖e_i‖ is divided by [..., 1] to become cos/τ."""
+    """Divisor [..., 1] that turns ⟨z, e_i⟩/‖e_i‖ into cos/τ."""
     return jnp.sqrt(jnp.sum(z * z, axis=-1, keepdims=True) + _TINY) * temperature
 
 
@@ -139,14 +139,14 @@ def _no_spread(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _spread_with(spread, piece: _Piece, scale: jax.Array):
-    """Running largest x = cos/τ, Σ exp(x − largest) and Σ (x − largest) exp(x − largest), all [...], with a `piece`."""
+    """`spread` with a `piece` added: m = max x for x = cos/τ, Σ exp(x − m) and Σ (x − m) exp(x − m), all [...]."""
     largest, total, slope = spread
     norm = jnp.reshape(piece.norm, (1,) * (piece.inner.ndim - 1) + (-1,))
     x = piece.inner / (scale * norm)
     new = jnp.maximum(largest, jnp.max(x, axis=-1))
     below = x - new[..., None]
     weight = jnp.exp(below)
-    # Before the first piece there is nothing to be scaled down, and a row left out weighs nothing.
+    # Before the first piece there is nothing to scale down, and an excluded row has no weight.
     drop = jnp.where(jnp.isneginf(largest), 0.0, largest - new)
     shrink = jnp.where(jnp.isneginf(largest), 0.0, jnp.exp(drop))
     counted = jnp.where(jnp.isneginf(below), 0.0, below * weight)

@@ -1,6 +1,7 @@
 """The liquid tail's settings as numbers: what Algorithm 1 and its controls read (METHOD §4).
 
-A control at its neutral value is None, so that it costs nothing and the plain algorithm runs bit for bit.
+A control at its neutral value is None: it adds no code to the compiled program, and the plain algorithm runs bit for
+bit.
 """
 
 import jax
@@ -20,7 +21,7 @@ from tokmat_jax.method.verification import Verification, make_verification
 
 @struct.dataclass
 class Tail:
-    """How the tail is run; a pytree of numbers, so that another value compiles nothing."""
+    """How the tail is run; a pytree of numbers, so another value needs no new compilation."""
 
     maturity: jax.Array
     """α [K], front first, in [0, 1]."""
@@ -31,23 +32,23 @@ class Tail:
     temperature: jax.Array
     """τ [] of the entropy that is reported."""
     entropy_candidates: int | None = struct.field(pytree_node=False)
-    """Nearest tokens over which it is taken; None for all of V."""
+    """Number of nearest tokens over which the entropy is taken; None for all of V."""
     model_tail_length: jax.Array
-    """The K [] that the model is told at committed positions; slots are told their own."""
+    """The K [] that the model is given at committed positions; at slots it is given their own."""
     guidance: Guidance | None
     repulsion: Repulsion | None
     steering: Steering | None
     fresh_noise: FreshNoise | None
     entry: Entry
-    """What happens to a committed vector when it enters the history."""
+    """How a committed vector changes when it enters the history."""
     stability: Stability | None
-    """When slots have settled; None does not ask."""
+    """When slots count as settled; None unless commits are stable."""
     verification: Verification | None
-    """What is checked in the pass that commits; with neither, the front alone is committed."""
+    """What is checked in the pass that commits. If this and `stability` are None, only the front is committed."""
 
 
 def make_tail(settings: GenerationConfig, direction: jax.Array | None = None) -> Tail:
-    """The Tail of `settings`; steering, if it is on, draws to `direction` [d]."""
+    """The Tail of `settings`; steering, if it is on, draws predictions towards `direction` [d]."""
     front = settings.max_maturity if settings.rate is None else settings.rate
     told = settings.tail_length if settings.model_tail_length is None else settings.model_tail_length
     return Tail(
@@ -68,6 +69,6 @@ def make_tail(settings: GenerationConfig, direction: jax.Array | None = None) ->
 
 
 def _along(settings: GenerationConfig, front: float) -> jax.Array:
-    """Numbers [K] that fall off from `front` as the profile does."""
+    """Numbers [K] that start at `front` and decrease as the profile does."""
     length = settings.tail_length
     return profile_maturity(jnp.arange(length), jnp.int32(length), settings.profile, jnp.float32(front))

@@ -4,9 +4,10 @@
     query        newest   y_0     y_1     …           z̃_0     z̃_1     …       the two never see each other
     output       ẑ_n      ẑ_n+1   ẑ_n+2   …           ẑ_n+1   ẑ_n+2   …
 
-x_n, the token nearest to ẑ_n, is certain. While y_i is the token that was committed at its position, the output after
-it is what the decoder would have computed there anyway, and commits one more: 1 to M + 1 tokens a pass, and the text
-of immediate projection (K = 1, η = 1, told the same K) whatever the drafts are.
+x_n, the token nearest to ẑ_n, is always committed. As long as y_i equals the token that was committed at its position,
+the output after it is what the decoder would have computed there anyway, and one more token is committed. A pass
+commits 1 to M + 1 tokens. Whatever the drafts are, the text is that of immediate projection (K = 1, η = 1, with the
+same K given to the model).
 """
 
 import jax
@@ -16,17 +17,17 @@ from flax import struct
 from tokmat_jax.config import Draft, GenerationConfig
 
 _LOOKED_UP = (3, 2)
-"""Lengths of the last tokens whose earlier occurrence is looked for, the first that occurs counts."""
+"""Numbers of last tokens whose earlier occurrence is looked up; the first that is found counts."""
 
 
 @struct.dataclass
 class Verification:
-    """What is checked; it decides the shapes of a pass."""
+    """What a pass checks; static, because the shapes of a pass depend on it."""
 
     num_drafts: int = struct.field(pytree_node=False)
     """M, 0..K − 1."""
     draft: Draft = struct.field(pytree_node=False)
-    """Where the drafts come from."""
+    """Source of the drafts."""
 
 
 @struct.dataclass
@@ -36,7 +37,7 @@ class Drafts:
     tokens: jax.Array
     """y [B, M]; −1 for none, which is never accepted."""
     vectors: jax.Array
-    """What they would be in the history [B, M, d]."""
+    """The vectors that they would have in the history [B, M, d]."""
 
 
 def make_verification(settings: GenerationConfig) -> Verification | None:
@@ -47,16 +48,16 @@ def make_verification(settings: GenerationConfig) -> Verification | None:
 
 
 def num_accepted(drafts: jax.Array, committed: jax.Array) -> jax.Array:
-    """How many of `drafts` [B, M], from the first on, are what was `committed` [B, ≥ M] at their positions: [B]."""
+    """Number [B] of `drafts` [B, M], from the first on, that equal the `committed` [B, ≥ M] at their positions."""
     same = drafts == committed[:, : drafts.shape[1]]
     return jnp.sum(jnp.cumprod(same.astype(jnp.int32), axis=1), axis=1)
 
 
 def look_up_drafts(text: jax.Array, num_committed: jax.Array, num_drafts: int) -> jax.Array:
-    """What followed the latest earlier occurrence of the last tokens: M drafts [B, M], −1 if there was none.
+    """The M tokens that followed the latest earlier occurrence of the last tokens: [B, M], −1 if there was none.
 
     `text` [B, S] holds the tokens of the first `num_committed` n [B] positions. A run that reaches the end of the text
-    goes on from its own beginning, as a loop does (prompt lookup; A. Saxena 2023).
+    continues from its own beginning, as a loop does (prompt lookup; A. Saxena 2023).
     """
     position = jnp.arange(text.shape[1])[None, :]
     last = num_committed[:, None] - 1

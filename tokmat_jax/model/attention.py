@@ -1,4 +1,4 @@
-"""One attention for training, prefill and decoding; which kernel computes its causal part is a setting."""
+"""One attention for training, prefill and decoding; the kernel for its causal part is configurable."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from flax import struct
 from tokmat_jax.config import AttentionKernel
 
 _BLOCK = 128
-"""Queries that are scored together where attention is causal; no block scores keys that all its queries may not see."""
+"""Queries per block of causal attention; a block does not score keys that none of its queries may see."""
 _MOST_BLOCKS = 8
 
 
@@ -19,10 +19,10 @@ def causal_mask(seq_len: int) -> jax.Array:
 def history_mask(
     seq_len: int, num_committed: jax.Array, dropped: jax.Array, num_queries: int | None = None
 ) -> jax.Array:
-    """[B, Q, T] bool, what the last `num_queries` Q (None: all) of T positions see: causal, and where `dropped` [B]
-    nothing before the last committed position is seen from it on.
+    """[B, Q, T] bool: what the last `num_queries` Q (None: all) of T positions see.
 
-    `num_committed` [B] counts the committed positions, so the last one is num_committed − 1.
+    The mask is causal. In rows that are `dropped` [B], queries from the last committed position on see nothing before
+    it. `num_committed` [B] counts the committed positions, so the last one is num_committed − 1.
     """
     last = num_committed[:, None, None] - 1
     position = jnp.arange(seq_len)
@@ -37,7 +37,7 @@ class LayerCache:
     """Keys and values of committed positions in one layer; they never change (METHOD §4, exact caching).
 
     Index s of the capacity S holds position s. Entries from a row's last committed position on are not valid
-    yet: whoever reads masks them.
+    yet: readers must mask them.
     """
 
     key: jax.Array
@@ -57,9 +57,9 @@ def attend(
 ) -> jax.Array:
     """Softmax attention of `query` [B, H, T, D] over the T `live` positions and, before them, a `history`.
 
-    `mask` [B or 1, Q, T] bool says which live keys the last Q queries see; the others are causal, and so are all with
-    None. `visible` [B, S] bool says which entries of the history every query of the row sees. The two parts share one
-    softmax without being copied into one array. H may be a multiple of the keys' H_kv: query head h reads head
+    `mask` [B or 1, Q, T] bool says which live keys the last Q queries see; the other queries are causal, as are all if
+    it is None. `visible` [B, S] bool says which entries of the history every query of the row sees. The two parts share
+    one softmax without being copied into one array. H may be a multiple of the keys' H_kv: query head h reads head
     h // (H / H_kv). Returns [B, H, T, D]; the softmax is taken in float32.
     """
     batch, _, length, size = query.shape

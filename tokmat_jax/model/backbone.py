@@ -2,9 +2,9 @@
 
     z · (input_norm / R) + position + MLP(SinEmb(α))  →  FiLM(K)  →  blocks  →  norm  →  head  →  vectors of d
 
-The output at index t − 1 is the prediction for position t. There is no vocabulary inside. In training the blocks are
-one scan over stacked parameters; in decoding they stand apart, since slicing a stack copies every weight at every step.
-GPT-2's parts and Llama's (rotary positions, RMSNorm, SwiGLU, grouped heads) are settings of the one model.
+The output at index t − 1 is the prediction for position t. The model contains no vocabulary. In training, the blocks
+are one scan over stacked parameters. In decoding, they are separate, because slicing a stack copies every weight at
+every step. GPT-2's parts and Llama's (rotary positions, RMSNorm, SwiGLU, grouped heads) are settings of one model.
 """
 
 import math
@@ -22,7 +22,7 @@ from tokmat_jax.model.rope import apply_rope
 
 Params = Any
 KVCache = tuple[LayerCache, ...]
-"""Keys and values of some positions, layer by layer."""
+"""Keys and values of some positions, one LayerCache per layer."""
 Forward = Callable[..., tuple[jax.Array, KVCache]]
 """(params, z, maturity, tail_length, positions, …) → (predictions, keys and values), see `make_forward`."""
 Model = Callable[..., tuple[jax.Array, KVCache]]
@@ -52,7 +52,7 @@ class MaturityConditioning(nn.Module):
 
 
 class TailLengthFilm(nn.Module):
-    """h ← (1 + γ_K) ⊙ h + β_K; the identity at initialisation. A K above K_max is read as K_max."""
+    """h ← (1 + γ_K) ⊙ h + β_K; the identity at initialisation. A K above K_max counts as K_max."""
 
     config: ModelConfig
     max_tail_length: int
@@ -76,8 +76,8 @@ def _norm(config: ModelConfig, name: str) -> nn.Module:
 class Block(nn.Module):
     """Pre-norm attention and MLP on the residual stream h [B, T, d].
 
-    Returns h and the keys and values of its positions; the other arguments are `Backbone`'s, `history` that of
-    this layer.
+    Returns h and the keys and values of its positions. The other arguments are those of `Backbone`; `history` is
+    this layer's.
     """
 
     config: ModelConfig
@@ -91,7 +91,7 @@ class Block(nn.Module):
 
         def dense(features, name, bias, init=_fan_in):
             layer = nn.Dense(features, use_bias=bias, dtype=config.dtype, kernel_init=init, name=name)
-            # A product of two matrices: contracting rows and positions apart costs a copy in the backward pass.
+            # Rows and positions become one axis: contracting them separately costs a copy in the backward pass.
             return lambda x: layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
         if config.film == "per_layer":
@@ -120,7 +120,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """f_θ. `radius` is R, `max_tail_length` K_max; `stacked` says how its blocks' parameters lie (`unstack_blocks`)."""
+    """f_θ. `radius` is R, `max_tail_length` K_max; `stacked`: the blocks' parameters are stacked (`unstack_blocks`)."""
 
     config: ModelConfig
     compute: ComputeConfig
@@ -147,8 +147,8 @@ class Backbone(nn.Module):
           maturity: α [B, T] in [0, 1], 1 = committed.
           tail_length: K [B], or per position [B, T]; 0 = no tail.
           positions: absolute positions [B, T], below `max_positions`.
-          mask: which of the T positions the last Q see, [B or 1, Q, T] bool; the others are causal, all with None.
-          history: keys and values of earlier positions, one LayerCache per layer; for blocks that stand apart.
+          mask: which of the T positions the last Q see, [B or 1, Q, T] bool; the others are causal, as are all if None.
+          history: keys and values of earlier positions, one LayerCache per layer; only for unstacked blocks.
           visible: which entries of the history may be read, [B, S] bool.
 
         Returns:
@@ -205,8 +205,8 @@ def _rematerialised(compute: ComputeConfig) -> type[Block]:
 
 
 def unstack_blocks(params: Params) -> Params:
-    """The backbone's `params` with those of its blocks apart (`block_0`, …), for decoding; such ones come back as they
-    are."""
+    """The backbone's `params` with separate blocks (`block_0`, …), for decoding; unstacked ones are returned
+    unchanged."""
     if "blocks" not in params:
         return params
     stack = params["blocks"]
@@ -216,7 +216,7 @@ def unstack_blocks(params: Params) -> Params:
 
 
 def conditioning_of_committed(params: Params, config: Config, tail_length: int) -> tuple[jax.Array, jax.Array]:
-    """What maturity 1 and K = `tail_length` do to the input h of a backbone with `film="once"`: a ⊙ h + b.
+    """Effect of maturity 1 and K = `tail_length` on the input h of a backbone with `film="once"`: a ⊙ h + b.
 
     `params` are the backbone's. Returns a and b [d].
     """
@@ -227,13 +227,13 @@ def conditioning_of_committed(params: Params, config: Config, tail_length: int) 
 
 
 def maturity_of_committed(params: Params, config: Config) -> jax.Array:
-    """What maturity 1 adds to the input [d]; `params` are the backbone's."""
+    """The vector [d] that maturity 1 adds to the input; `params` are the backbone's."""
     added = MaturityConditioning(config.model).apply({"params": params["maturity"]}, jnp.ones((1, 1)))
     return jnp.reshape(jnp.asarray(added, jnp.float32), (config.model.embed_dim,))
 
 
 def make_backbone(config: Config, stacked: bool = True) -> Backbone:
-    """The backbone that `config` describes; only one with `stacked` parameters is initialised."""
+    """The backbone that `config` describes; parameters are only initialised `stacked`."""
     return Backbone(config.model, config.compute, config.max_positions, config.maturation.max_tail_length,
                     config.table.radius, stacked)
 

@@ -1,4 +1,4 @@
-"""What the parameters are: how they begin, their shapes, and the vocabulary and κ that they hold."""
+"""The parameters: their initial values, their shapes, and the vocabulary and κ that they hold."""
 
 import math
 from typing import Any
@@ -17,19 +17,19 @@ from tokmat_jax.model.backbone import Params, make_backbone
 
 @struct.dataclass
 class TrainState:
-    """All that an update changes. Randomness is a function of the seed and `step`, so none is stored."""
+    """Everything that an update changes. Random numbers depend only on the seed and `step`, so no key is stored."""
 
     step: jax.Array
     """Updates done, int32 []."""
     params: Params
-    """`table` [V, d] (free rows w), `backbone`, `readout` [V, d] where it is not tied to the table, and
-    `log_logit_scale` [] where κ is learned; float32."""
+    """`table` [V, d] (free rows w), `backbone`, `readout` [V, d] if it is not tied to the table, and
+    `log_logit_scale` [] if κ is learned; float32."""
     opt_state: Any
-    """State of the optimiser, sharded as the parameters are."""
+    """State of the optimiser, sharded like the parameters."""
 
 
 def init_params(key: jax.Array, config: Config, vocab_size: int, table: jax.Array | None = None) -> Params:
-    """Fresh parameters; `table` [V, d], where given, holds the rows to start from."""
+    """Initial parameters; `table` [V, d], if given, holds the rows to start from."""
     backbone_key, table_key = jax.random.split(key)
     size = config.model.embed_dim
     scalar = jnp.zeros((1, 1), jnp.int32)
@@ -63,20 +63,20 @@ def logit_scale_of(params: Params, config: Config) -> jax.Array:
 
 
 def keep_logit_scale_in_range(params: Params) -> Params:
-    """`params` with a learned κ back within 1..100; after the update, so that its gradient never vanishes."""
+    """`params` with a learned κ clipped to 1..100; applied after the update, so that its gradient never vanishes."""
     if "log_logit_scale" not in params:
         return params
     return params | {"log_logit_scale": jnp.clip(params["log_logit_scale"], 0.0, math.log(100.0))}
 
 
 def ar_logit_scale_of(params: Params, config: Config) -> jax.Array:
-    """What multiplies ⟨ẑ, e_i⟩ in the baseline's logits []: κ/R² on the sphere, κ with a raw table."""
+    """Factor [] of ⟨ẑ, e_i⟩ in the baseline's logits: κ/R² on the sphere, κ with a raw table."""
     scale = logit_scale_of(params, config)
     return scale / config.table.radius**2 if config.table.geometry == "sphere" else scale
 
 
 def vocabulary_of(params: Params, config: Config) -> Vocabulary:
-    """E and its readout; a frozen table passes no gradient. An output table of its own is taken as it is."""
+    """E and its readout. A frozen table passes no gradient; a separate output table is used unchanged."""
     table = params["table"]
     if config.table.geometry == "sphere":
         table = sphere(table, config.table.radius)

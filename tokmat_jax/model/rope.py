@@ -1,8 +1,8 @@
 """Rotary positions: pair i of a head's coordinates turns by position · frequency_i (Su et al. 2021, arXiv:2104.09864).
 
-A pair is made of coordinates i and i + D/2. The frequencies that reach longer contexts are those of linear
-interpolation (Chen et al. 2023, arXiv:2306.15595), of Llama 3.1's configuration, and of YaRN (Peng et al. 2023,
-arXiv:2309.00071); each slows down the pairs that turn less often than a bound in the original context.
+Pair i consists of coordinates i and i + D/2. Frequencies for longer contexts are those of linear interpolation
+(Chen et al. 2023, arXiv:2306.15595), of Llama 3.1's configuration, and of YaRN (Peng et al. 2023, arXiv:2309.00071).
+Each slows down the pairs that turn less often in the original context than a bound.
 """
 
 import math
@@ -15,13 +15,13 @@ from tokmat_jax.config import RopeConfig
 from tokmat_jax.errors import ConfigError
 
 _LARGEST_HEAD = 1 << 14
-"""The frequencies exist before any weight does: a config from elsewhere must not claim memory with them."""
+"""Limit on D: frequencies are computed before weights are checked, so a foreign config must not make them huge."""
 
 
 def frequencies(config: RopeConfig, head_size: int) -> np.ndarray:
     """Radians per position of each pair [D/2], float32; raises ConfigError for a head larger than any in use."""
     if head_size > _LARGEST_HEAD:
-        raise ConfigError(f"heads of {head_size} numbers are not supported with rotary positions; they may have "
+        raise ConfigError(f"heads of width {head_size} are not supported with rotary positions; the maximum is "
                           f"{_LARGEST_HEAD}")
     plain = config.theta ** -(np.arange(0, head_size, 2) / head_size)
     match config.scaling:
@@ -43,12 +43,12 @@ def frequencies(config: RopeConfig, head_size: int) -> np.ndarray:
 
 
 def _pair_with_turns(config: RopeConfig, head_size: int, turns: float) -> float:
-    """The pair, as a real number, that turns `turns` times in the original context."""
+    """Index, as a real number, of the pair that turns `turns` times in the original context."""
     return head_size * math.log(config.original_positions / (2 * math.pi * turns)) / (2 * math.log(config.theta))
 
 
 def apply_rope(x: jax.Array, positions: jax.Array, config: RopeConfig) -> jax.Array:
-    """`x` [B, T, H, D], each pair turned by its position in `positions` [B, T]; angles are taken in float32."""
+    """`x` [B, T, H, D] with each pair rotated by its position in `positions` [B, T]; angles are in float32."""
     angle = positions[..., None].astype(jnp.float32) * frequencies(config, x.shape[-1])[None, None, :]
     cos, sin = (config.attention_factor * f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)

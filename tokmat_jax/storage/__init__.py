@@ -1,1 +1,1 @@
-"""What lies on disk: files (`files`, `npy`), a run's folder (`workdir`), checkpoints (`checkpoint`, `integrity`)."""
+"""Data on disk: files (`files`, `npy`), a run's folder (`workdir`), checkpoints (`checkpoint`, `integrity`)."""

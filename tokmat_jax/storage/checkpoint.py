@@ -2,8 +2,8 @@
 
 Generation reads the parameters alone. Saving is asynchronous; a step is listed only when all its items are complete.
 Nothing in a checkpoint depends on the mesh or on the number of processes that wrote it. The item `data` describes the
-arrays (see `integrity.py`), so that damage is found whatever file it is in. The first checkpoint that a process writes
-is read again at once, in part: what cannot be read must not be found out after days.
+arrays (see `integrity.py`), so damage is found in whichever file it is. A process reads part of the first checkpoint
+that it writes back at once: if checkpoints cannot be read, this must not be found out after days.
 """
 
 import contextlib
@@ -29,25 +29,25 @@ from tokmat_jax.storage.plain_path import plain_path
 from tokmat_jax.storage.workdir import CHECKPOINTS, DAMAGED
 
 RETRY_SECONDS = 30.0
-"""At least so long after a checkpoint could not be saved it is tried again."""
+"""Minimum delay in seconds before a failed save is retried."""
 
 LAST_RETRIES = 20
-"""So often it is tried again where there is nothing else left to do."""
+"""Number of retries for the final save."""
 
 
 _MACHINE = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_EXCEEDED", "Out of memory",
             "Permission denied", "Cannot allocate memory", "Too many open files", "Input/output error",
             "Stale file handle")
-"""What errors say that do not come from what a file holds."""
+"""Words in error messages that are caused by the machine, not by the file."""
 
 
 _RAISED_TOO = ("_SignalingThread.run() raised an exception", "Save Finalize thread", "Checkpointer failed",
                "Failed to write metadata", "Failed to update metadata", "Failed to run")
-"""Errors that Orbax logs with their tracebacks and raises as well; a save that fails brings up to ten of them."""
+"""Errors that Orbax both logs with a traceback and raises; a failed save logs up to ten of them."""
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether what Orbax, or its event loop, logs is more than the exception that reaches us and becomes a line."""
+    """Whether a log record of Orbax or its event loop says more than the exception that we catch and report."""
     if record.name == "asyncio":  # after a save or a read has failed, the other arrays fail too
         return "exception was never retrieved" not in record.getMessage()
     return not (record.exc_info and any(words in str(record.msg) for words in _RAISED_TOO))
@@ -58,7 +58,7 @@ for _name in ("absl", "asyncio"):
 
 
 class _DamageError(Exception):
-    """What is wrong with the files of a checkpoint."""
+    """The files of a checkpoint are damaged; the message says how."""
 
 
 def _open_manager(
@@ -84,7 +84,7 @@ class Checkpoints:
         self._proved = False
 
     def _open(self) -> ocp.CheckpointManager:
-        """Removes what was left half-written: Orbax would do so beside what comes next, and not wait for it."""
+        """Opens a manager, after removing half-written checkpoints: Orbax would remove them in the background."""
         on_first(self._clean_up)
         return _open_manager(self._workdir, ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True))
 
@@ -93,14 +93,14 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def latest_step(self) -> int | None:
-        """The newest complete step, None where there is none."""
+        """The newest complete step, None if there is none."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, position: int) -> None:
         """Starts saving `state` and the `position` in the data; returns before it is on disk.
 
-        The first one is waited for; raises UserError if it is on disk then and cannot be read. If saving fails a line
-        says so, and `due` asks for another attempt; several processes all end.
+        Only the first save is waited for; raises UserError if what is then on disk cannot be read. If saving fails, a
+        warning is printed and `due` asks for another attempt; if there are several processes, all end instead.
         """
         step = int(state.step)
         if step == self.latest_step():
@@ -123,7 +123,7 @@ class Checkpoints:
                 self._proved = True
 
     def due(self) -> bool:
-        """Whether what was last saved could not be written, and it is time for another attempt."""
+        """Whether the last save failed and it is time for another attempt."""
         if self._failed_at is None and not self._manager.is_saving_in_progress():
             self._attempt(self._manager.wait_until_finished)
         if self._failed_at is not None:
@@ -131,7 +131,7 @@ class Checkpoints:
         return self._failed_at is not None and time.monotonic() >= self._failed_at + RETRY_SECONDS
 
     def finish(self, state: TrainState, position: int) -> None:
-        """Saves, and returns when it is on disk; raises UserError where it cannot be written, after some attempts."""
+        """Saves, and returns when it is on disk; raises UserError if it cannot be written after all retries."""
         for attempt in range(1 + LAST_RETRIES):
             if attempt:
                 time.sleep(RETRY_SECONDS)
@@ -144,7 +144,7 @@ class Checkpoints:
                         f"make room there and run the same command again")
 
     def newest(self) -> str:
-        """The newest checkpoint in words, once everything that was saved is on disk."""
+        """Waits until everything saved is on disk, and describes the newest checkpoint in words."""
         self._attempt(self._manager.wait_until_finished)
         return self._newest()
 
@@ -159,20 +159,20 @@ class Checkpoints:
         except Exception as error:
             if jax.process_count() > 1:
                 leave_broken_cluster(f"cannot save a checkpoint ({one_line(error)})")
-            # A manager does not get over a failure; a new one removes what is half-written.
+            # A manager cannot be used after a failure. Before a new one is opened, half-written files are removed.
             with contextlib.suppress(Exception):
                 self._manager.close()
             self._manager = self._open()
             self._failed_at = time.monotonic()
-            print(f"warning: cannot save a checkpoint in {self._workdir} ({one_line(error)}); {self._newest()}, and it "
-                  f"is tried again", file=sys.stderr, flush=True)
+            print(f"warning: cannot save a checkpoint in {self._workdir} ({one_line(error)}); {self._newest()}, and "
+                  f"saving is retried", file=sys.stderr, flush=True)
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, int]:
         """The newest state that is not damaged, placed as `shapes` says, and its position in the data.
 
-        Damaged ones before it are moved aside, and a line names each. Raises UserError where none can be read, where
-        something else than the files is to blame, and where the names, shapes or types are not those of `shapes`;
-        nothing is moved then.
+        Damaged checkpoints newer than it are moved aside, with a warning for each. Raises UserError if no checkpoint
+        can be read, if the machine is at fault and not the files, or if the names, shapes or types are not those of
+        `shapes`; nothing is moved then.
         """
         expected = {"params": shapes.params, "optimizer": {"step": shapes.step, "opt_state": shapes.opt_state}}
         damaged: dict[int, str] = {}
@@ -187,8 +187,8 @@ class Checkpoints:
             optimizer = found["optimizer"]
             return TrainState(optimizer["step"], found["params"], optimizer["opt_state"]), position
         reasons = "; ".join(f"{step} is damaged ({reason})" for step, reason in damaged.items())
-        raise UserError(f"no checkpoint in {self._workdir / CHECKPOINTS} can be read: {reasons}: bring one back from a "
-                        f"copy, or start again in another --workdir")
+        raise UserError(f"no checkpoint in {self._workdir / CHECKPOINTS} can be read: {reasons}: restore one from a "
+                        f"backup, or start again in another --workdir")
 
     def _move_aside(self, damaged: dict[int, str], good: int) -> None:
         checkpoints, folder = self._workdir / CHECKPOINTS, self._workdir / DAMAGED
@@ -201,15 +201,15 @@ class Checkpoints:
                   f"going on from step {good}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Ends what is being saved; where that fails a line says so."""
+        """Waits for pending saves; if that fails, prints a warning."""
         self._attempt(self._manager.wait_until_finished)
         self._manager.close()
 
 
 def _check_room(folder: Path, size: int) -> None:
-    """Raises OSError, in every process, where `size` bytes of arrays will not fit.
+    """Raises OSError, in every process, if `size` bytes of arrays will not fit.
 
-    A failure in the midst of writing costs more.
+    A failure in the middle of writing would cost more.
     """
     free = shutil.disk_usage(folder).free
     if not everywhere(free >= size):
@@ -219,10 +219,10 @@ def _check_room(folder: Path, size: int) -> None:
 def save_params(workdir: Path, params: Params) -> None:
     """Writes `params` (JAX arrays) as step 0 of a workdir that holds a model and no training.
 
-    Beside them, little more than the largest one takes memory. Raises UserError if they cannot be read again.
+    This needs little more extra memory than the largest array. Raises UserError if they cannot be read again.
     """
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    # Typed as a whole number of gigabytes; any number is taken, and an array above the limit is refused.
+    # Typed as a whole number of gigabytes, but any number is accepted. An array above the limit is refused.
     handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1.1 * largest / 1e9 + 0.05)  # pyright: ignore[reportArgumentType]
     options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
     facts = seal({"step": 0, "position": 0, "arrays": summed({"params": params})})
@@ -234,7 +234,7 @@ def save_params(workdir: Path, params: Params) -> None:
 
 @contextlib.contextmanager
 def open_checkpoints(workdir: Path, keep: int) -> Iterator[Checkpoints]:
-    """The checkpoints of `workdir`; what is being saved is finished on the way out."""
+    """The checkpoints of `workdir`; pending saves are finished when the block ends."""
     checkpoints = Checkpoints(workdir, keep)
     try:
         yield checkpoints
@@ -245,12 +245,12 @@ def open_checkpoints(workdir: Path, keep: int) -> Iterator[Checkpoints]:
 def load_params(workdir: Path, shapes: Params) -> tuple[Params, int]:
     """Parameters of the newest checkpoint of `workdir` and its step.
 
-    Raises UserError where there is none, where it is damaged, and where it does not fit `shapes`.
+    Raises UserError if there is none, if it is damaged, or if it does not fit `shapes`.
     """
     missing = UserError(f"{workdir} has no checkpoint yet: train it with train.py --workdir {workdir}")
     if not (workdir / CHECKPOINTS).is_dir():
         raise missing
-    # Orbax warns that a manager which only reads creates and saves nothing; that is what it is for.
+    # Orbax warns that a read-only manager creates and saves nothing, which is what we want.
     with _without_warnings():
         opened = _open_manager(workdir, ocp.CheckpointManagerOptions(read_only=True))
     with opened as manager:
@@ -263,18 +263,18 @@ def load_params(workdir: Path, shapes: Params) -> tuple[Params, int]:
                 return found["params"], step
             except _DamageError as error:
                 damage = error
-            # A run that goes on meanwhile removes its old checkpoints.
+            # If the run is training meanwhile, it removes its old checkpoints.
             if _place(manager, step).exists():
                 break
             manager.reload()
         others = [other for other in manager.all_steps() if other != step]
-        rest = f"delete it to go on from step {max(others)}" if others else "there is no other one"
+        rest = f"delete it to continue from step {max(others)}" if others else "there is no other one"
         raise UserError(f"{workdir / CHECKPOINTS / str(step)} is damaged ({damage}): {rest}")
 
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Without what the checkpoint library logs below the level of an error."""
+    """Silences what the checkpoint library logs below the level of an error."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -285,9 +285,9 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _read(manager: ocp.CheckpointManager, step: int, shapes: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The items of `shapes` as arrays that are proved to be what was saved, and the position in the data.
+    """The items of `shapes` as arrays, verified to be what was saved, and the position in the data.
 
-    Raises _DamageError in every process if it is found in one of them, and UserError where what was saved does not fit.
+    Raises _DamageError in every process if one of them finds damage, and UserError if what was saved does not fit.
     """
     where = _place(manager, step)
     facts, said = _tried(where, lambda: _facts(manager, step))
@@ -308,7 +308,7 @@ def _read(manager: ocp.CheckpointManager, step: int, shapes: dict[str, Any]) -> 
 def _prove(manager: ocp.CheckpointManager, step: int, items: dict[str, Any]) -> None:
     """Raises UserError unless the seal of a checkpoint just written and the smallest array of each item can be read.
 
-    All of it would take as much memory again as the `items` (arrays) do.
+    Reading everything would take as much memory again as the `items` (arrays).
     """
     place = _place(manager, step)
 
@@ -324,7 +324,7 @@ def _prove(manager: ocp.CheckpointManager, step: int, items: dict[str, Any]) -> 
 
 
 def _smallest(folder: Path, item: Any) -> Any:
-    """The smallest array of `item`, read from `folder`, in as much of its tree as leads to it."""
+    """The smallest array of `item`, read from `folder`, in the tree of `item` with None for all others."""
     path, leaf = min(jax.tree_util.tree_leaves_with_path(item), key=lambda pair: pair[1].nbytes)
     shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     one = jax.tree_util.tree_map_with_path(lambda where, _: shape if where == path else None, item)
@@ -334,14 +334,14 @@ def _smallest(folder: Path, item: Any) -> Any:
 
 
 def _place(manager: ocp.CheckpointManager, step: int) -> Path:
-    """The folder of a checkpoint as the library knows it; messages name what it resolves to."""
+    """The folder of a checkpoint as the library knows it; messages show its resolved path."""
     return Path(manager.directory) / str(step)
 
 
 def _facts(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """`position`, `arrays` by name, and the `items` whose arrays these are.
 
-    Raises _DamageError where the seal is broken. A checkpoint from before there were seals is taken at Orbax's word.
+    Raises _DamageError if the seal is broken. If a checkpoint is older than seals, Orbax's metadata is trusted.
     """
     imported = step == 0 and not (_place(manager, step) / "data").exists()
     found = {"position": 0} if imported else manager.restore(
@@ -355,9 +355,9 @@ def _facts(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def _tried(where: Path, read: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What `read` returns, or None and what is wrong with the files, which lie in `where`.
+    """The result of `read` and None; or None and a text that says what is wrong with the files in `where`.
 
-    Raises UserError where it is not them, but the machine: nothing says then that the next attempt fails as well.
+    Raises UserError if the machine is at fault and not the files: another attempt may then succeed.
     """
     with _without_tracebacks():
         try:
@@ -366,14 +366,14 @@ def _tried(where: Path, read: Callable[[], Any]) -> tuple[Any, str | None]:
             said = _innermost(error).replace(str(where), str(where.resolve()))
             if isinstance(error, MemoryError) or any(word in said for word in _MACHINE):
                 raise UserError(f"{where.resolve()} cannot be read now: {said}") from None
-        # What was being read beside it fails too, some of it a little later; only now nothing holds its futures.
+        # Parallel reads fail too, some a little later. Their futures are collected here, without tracebacks.
         time.sleep(0.3)
         gc.collect()
         return None, said
 
 
 def _innermost(error: Exception) -> str:
-    """What went wrong first, which names the file."""
+    """The message of the first error in the chain, which names the file."""
     while isinstance(cause := error.__cause__ or error.__context__, Exception):
         error = cause
     return one_line(error)[:200]
@@ -381,7 +381,7 @@ def _innermost(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Without those of threads and futures, which Python would print for each array that cannot be read."""
+    """Silences tracebacks of threads and futures, which Python would print for each array that cannot be read."""
     hooks = sys.excepthook, sys.unraisablehook
     sys.excepthook = sys.unraisablehook = lambda *_: None
     try:

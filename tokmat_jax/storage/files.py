@@ -1,4 +1,4 @@
-"""Files that appear whole, JSON objects, and the lock that keeps other processes out."""
+"""Files that are written atomically, JSON objects, and the lock that keeps other processes out."""
 
 import contextlib
 import fcntl
@@ -13,11 +13,11 @@ from typing import IO, Any
 from tokmat_jax.errors import UserError, one_line, refusal
 
 UNFINISHED = ".unfinished"
-"""Ends the name of a file that is still being written."""
+"""Suffix of a file that is still being written."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes or replaces a file; a reader of `path` never sees half of it. Raises OSError if it cannot be written."""
+    """Writes or replaces a file atomically: no reader of `path` sees half of it. Raises OSError if this fails."""
     unfinished = path.with_name(path.name + UNFINISHED)
     unfinished.write_bytes(content)
     os.replace(unfinished, path)
@@ -37,15 +37,15 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no object")
+        raise UserError(f"{path} is damaged: it does not hold a JSON object")
     return found
 
 
 @contextlib.contextmanager
 def appears_whole(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` at the end; if the block fails, nothing is left.
+    """Yields a folder to fill, which becomes `folder` at the end; if the block fails, nothing is left.
 
-    Raises UserError if `folder` exists and is not empty, or cannot be made.
+    Raises UserError if `folder` exists and is not empty, or cannot be created.
     """
     if (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
         raise UserError(f"{folder} already exists: choose another place, or delete it first")
@@ -64,11 +64,11 @@ def appears_whole(folder: Path) -> Iterator[Path]:
 
 
 def lock(path: Path, if_held: Callable[[str], None], if_refused: Callable[[OSError], None] | None = None) -> IO[str]:
-    """Locks the file at `path` against other processes, until the file that is returned is closed or this one ends.
+    """Locks the file at `path` against other processes, until the returned file is closed or this process ends.
 
-    If another process holds the lock, `if_held` is called once with what that process wrote about itself; it raises,
-    or the lock is waited for. If the file system has no locks, `if_refused` is called and the file is returned without
-    one. Raises OSError if the file cannot be written, or locked without `if_refused`.
+    If another process holds the lock, `if_held` is called once with what that process wrote about itself. It may raise;
+    otherwise, this waits for the lock. If the file system has no locks, `if_refused` is called and the file is returned
+    without one. Raises OSError if the file cannot be written, or cannot be locked and `if_refused` is None.
     """
     waits = False
     while True:
@@ -93,7 +93,7 @@ def lock(path: Path, if_held: Callable[[str], None], if_refused: Callable[[OSErr
 
 
 def _locked_at_once(file: IO[str]) -> bool:
-    """Locks the file unless another process holds its lock."""
+    """Locks the file, and returns whether that was possible: False if another process holds its lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -102,7 +102,7 @@ def _locked_at_once(file: IO[str]) -> bool:
 
 
 def _is_at(path: Path, file: IO[str]) -> bool:
-    """False if the holder has removed its file: what is locked then is no longer what other processes find."""
+    """False if the holder has removed its file: other processes then no longer find the locked file."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False
@@ -114,7 +114,7 @@ def _holder(file: IO[str]) -> str:
 
 
 def _sign(file: IO[str]) -> None:
-    """Says who holds the lock. The lock is what counts: on a full disk it goes without a name."""
+    """Writes who holds the lock into its file. On a full disk this is left out; the lock itself still holds."""
     with contextlib.suppress(OSError):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

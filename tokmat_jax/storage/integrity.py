@@ -1,6 +1,6 @@
-"""What a checkpoint says of itself, so that damage is found when it is read: names, shapes, types and sums of bits.
+"""Names, shapes, types and checksums in a checkpoint, by which damage is found when it is read.
 
-A sum does not depend on how an array is split over devices.
+A checksum does not depend on how an array is split over devices.
 """
 
 import functools
@@ -20,8 +20,8 @@ _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 def bit_sum(array: jax.Array) -> jax.Array:
     """Σ bits_i · (2 i + 1) modulo 2³², uint32 [], over the elements i of `array` in order.
 
-    Weights are odd, so that a flip of any one bit changes it; they differ, so that an exchange of two elements does
-    (but for one chance in many).
+    The weights are odd, so flipping any one bit changes the sum. They differ, so swapping two elements almost always
+    changes it.
     """
     bits = jax.lax.bitcast_convert_type(array, _BITS[array.dtype.itemsize]).astype(jnp.uint32)
     weight, stride = jnp.ones(array.shape, jnp.uint32), 2
@@ -46,7 +46,7 @@ def describe(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def summed(tree: Any) -> dict[str, dict[str, Any]]:
-    """As `describe`, of arrays, with the `sum` of each leaf's bits. Every process of a run must call it."""
+    """As `describe`, for arrays, with the `sum` of each leaf's bits. Every process of a run must call it."""
     leaves = jax.tree.leaves(tree)
     where = leaves[0].sharding
     sums = jax.device_get(_sums(leaves, where.mesh if isinstance(where, NamedSharding) else None)).tolist()
@@ -54,12 +54,12 @@ def summed(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def seal(facts: dict[str, Any]) -> dict[str, Any]:
-    """`facts` (JSON data) with a `digest` of them."""
+    """`facts` (JSON data) with their `digest` added."""
     return {**facts, "digest": _digest(facts)}
 
 
 def is_sealed(facts: Any) -> bool:
-    """Whether `facts` are as `seal` left them."""
+    """Whether `facts` are unchanged since `seal` returned them."""
     return isinstance(facts, dict) and facts.get("digest") == _digest(
         {name: value for name, value in facts.items() if name != "digest"})
 

@@ -1,4 +1,4 @@
-"""Arrays in files from elsewhere: what a header claims is held against the file before anything of that size exists."""
+"""Arrays in untrusted files: the size that a header claims is checked against the file before it is allocated."""
 
 import contextlib
 import math
@@ -16,25 +16,25 @@ from tokmat_jax.errors import UserError, one_line
 _UNPACKED = 64 << 20
 """Bytes that any `.npz` may unpack to, whatever its size."""
 _RATIO = 100
-"""How many times its own size a larger one may unpack to: numbers that a model has computed hardly shrink."""
+"""A larger `.npz` may unpack to this many times its own size: numbers computed by a model hardly compress."""
 
-# What zip, its compression and NumPy's own format raise for damage, between them.
+# Exceptions that zip, its compression and NumPy's own format raise for damaged files.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, ArithmeticError,
            SyntaxError, RecursionError, MemoryError, RuntimeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what NumPy says of a header that only damage can have."""
+    """Silences NumPy's warnings about headers that only damaged files have."""
     with warnings.catch_warnings(), np.errstate(over="raise"):
         warnings.simplefilter("ignore")
         yield
 
 
 def open_npy(path: str | Path) -> np.ndarray:
-    """The numbers of an `.npy` file, mapped into memory: no more of it is read than is used.
+    """The numbers of an `.npy` file, mapped into memory: only the parts that are used are read.
 
-    Raises UserError where the file is missing, is something else, holds anything but numbers, or is shorter than its
+    Raises UserError if the file is missing, is something else, holds anything but numbers, or is shorter than its
     header says.
     """
     try:
@@ -50,10 +50,10 @@ def open_npy(path: str | Path) -> np.ndarray:
 def read_npz(
     path: str | Path, names: Sequence[str], what: str, optional: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
-    """The arrays of numbers called `names` in an `.npz` file, of which those that are `optional` may be missing.
+    """The arrays of numbers called `names` in an `.npz` file; those that are `optional` may be missing.
 
-    Raises UserError, which says that it is no `what`, where the file is missing or damaged, or claims to unpack to far
-    more than its own size.
+    Raises UserError, saying that it is no `what`, if the file is missing or damaged, or claims to unpack to far more
+    than its own size.
     """
     try:
         with zipfile.ZipFile(path) as archive, _quiet():
@@ -79,7 +79,7 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
         read_header = (np.lib.format.read_array_header_1_0 if version == (1, 0) else
                        np.lib.format.read_array_header_2_0)
         shape, _, dtype = read_header(stream)
-        # `file_size` bounds what the stream gives, so that an array of that size is the largest that is ever made.
+        # The stream yields at most `file_size` bytes, so no larger array is ever created.
         if dtype.kind not in "biuf" or min(shape, default=0) < 0 \
                 or math.prod(shape) * dtype.itemsize != member.file_size - stream.tell():
             raise ValueError(f"{member.filename} does not hold the numbers that its header says, {dtype} {shape}")

@@ -1,7 +1,8 @@
 """Paths that a library cannot misread.
 
-Orbax looks for its own files with the absolute path of a checkpoint as a pattern, TensorStore takes a backslash for a
-slash, and both take `gs:/` for a bucket: in a folder with such a name weights are written that nothing reads again.
+Orbax searches for its own files with the absolute path of a checkpoint as a pattern, TensorStore reads a backslash as a
+slash, and both read `gs:/` as a bucket. In a folder with such a name, weights would be written that cannot be read
+again.
 """
 
 import functools
@@ -17,7 +18,7 @@ _MISREAD = re.compile(r"[*?\[\]\\\ud800-\udfff]|:/")
 
 
 def plain_path(folder: Path) -> Path:
-    """An absolute path of `folder`, which must exist, without characters that a library gives a meaning.
+    """An absolute path of `folder`, which must exist, without characters that have a special meaning for a library.
 
     Raises UserError if the system has no such path, or several processes would have to agree on one.
     """
@@ -30,8 +31,8 @@ def plain_path(folder: Path) -> Path:
 
 @functools.cache
 def _through_descriptor(folder: Path, _device: int, _inode: int) -> Path:
-    """The folder by its open descriptor. It stays open: libraries keep what they read by path, so the number of one
-    folder must not become that of another."""
+    """The path of a folder through its open descriptor. The descriptor stays open: libraries cache what they read by
+    path, so its number must not be reused for another folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     path = Path(f"/proc/self/fd/{descriptor}")
     if not path.is_dir() or jax.process_count() > 1:

@@ -1,15 +1,15 @@
-"""A run's folder: enough by itself to generate and to go on.
+"""A run's folder, which is all that is needed to generate or to resume.
 
     config.json      the run's Config, as data
-    corpus.json      what the corpus was made from; its fingerprint must not change
+    corpus.json      what the corpus was made from; the fingerprint must not change
     tokenizer/       see `data/tokenizer.py`
     checkpoints/     see `checkpoint.py`
     damaged/         checkpoints that could not be read, moved aside
     metrics.jsonl    one row per logged step; `tensorboard/` holds the same
-    samples.jsonl    what was printed during training
+    samples.jsonl    samples that were printed during training
     spikes.jsonl     steps whose loss stood out or that were skipped, with the position of their batch
     lock             held by the process that trains
-    imported.json    where the weights come from, if they were not trained here
+    imported.json    source of the weights, if they were not trained here
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ _WRITTEN = (CONFIG, CORPUS, TOKENIZER, CHECKPOINTS, DAMAGED, LOCK, "metrics.json
 
 
 def save_config(config: Config, workdir: Path) -> None:
-    """Writes `config` into `workdir`; a reader never sees half of it."""
+    """Writes `config` into `workdir` atomically."""
     write_json(workdir / CONFIG, dataclasses.asdict(config))
 
 
 def make_workdir(workdir: Path, flag: str = "--workdir") -> None:
-    """Creates the folder that `flag` names; raises UserError where that, or writing into it, is not possible."""
+    """Creates the folder that `flag` names; raises UserError if it cannot be created or written to."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
@@ -49,9 +49,9 @@ def make_workdir(workdir: Path, flag: str = "--workdir") -> None:
 
 
 def lock_workdir(workdir: Path) -> IO[str]:
-    """Keeps every other run out of `workdir` until the file that is returned is closed, or the process ends.
+    """Keeps every other run out of `workdir` until the returned file is closed or the process ends.
 
-    Raises UserError if another process has it.
+    Raises UserError if another process holds the lock.
     """
 
     def in_use(holder: str) -> None:
@@ -67,31 +67,32 @@ def lock_workdir(workdir: Path) -> IO[str]:
 
 
 def refuse_links(workdir: Path) -> None:
-    """Raises UserError where a link in `workdir` leads out of it: through it a run would write elsewhere."""
+    """Raises UserError if a link in `workdir` leads out of it: a run would write elsewhere through the link."""
     whole = workdir.resolve()
     written = [path for path in whole.iterdir() if path.name.removesuffix(UNFINISHED) in _WRITTEN]
     for path in itertools.chain(written, *(path.rglob("*") for path in written)):
         if path.is_symlink() and not path.resolve().is_relative_to(whole):
-            raise UserError(f"{path} is a link to {path.resolve()}, out of the workdir, where a run must not write: "
-                            f"make the whole --workdir a link instead, which it may be")
+            raise UserError(f"{path} is a link to {path.resolve()}, outside the workdir, where a run must not write: "
+                            f"make the whole --workdir a link instead")
 
 
 def known_corpus(workdir: Path) -> dict[str, Any]:
-    """The facts of the corpus that the run in `workdir` has learned from, with its `fingerprint`.
+    """The facts of the corpus that the run in `workdir` was trained on, with its `fingerprint`.
 
     Raises UserError if they are missing or damaged.
     """
     facts = read_json(workdir / CORPUS)
     if not isinstance(facts.get("fingerprint"), str):
-        raise UserError(f"{workdir / CORPUS} is damaged: this run cannot tell which corpus it has learned from")
+        raise UserError(f"{workdir / CORPUS} is damaged: it no longer says which corpus this run was trained on")
     return facts
 
 
 def load_config(workdir: Path) -> Config:
-    """The Config of a run; raises UserError where there is none, or one that is damaged or has unknown fields."""
+    """The Config of a run; raises UserError if it is missing or damaged, or has unknown fields."""
     path = workdir / CONFIG
     if not path.is_file():
-        raise UserError(f"{workdir} is no run: it has no {CONFIG}; train one with train.py --workdir {workdir}")
+        raise UserError(f"{workdir} is not a run directory: {CONFIG} is missing; train a model with train.py "
+                        f"--workdir {workdir}")
     try:
         return parse_config_json(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:

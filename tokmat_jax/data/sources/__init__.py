@@ -1,7 +1,7 @@
-"""Where text comes from: a stream of documents out of a package, files or a TFDS dataset.
+"""Where text comes from: a stream of documents from a package, files or a TFDS dataset.
 
-Nothing is read further than it is consumed, so that a corpus may be larger than memory. A source falls into units,
-which several processes can read at the same time.
+Sources are read lazily, so a corpus may be larger than memory. A source is divided into units, which several processes
+can read at the same time.
 
 `data.source` is KIND:REST. A kind is a module with the functions of `Source`, and a line in `_KINDS`.
 """
@@ -28,7 +28,7 @@ class Source(Protocol):
         ...
 
     def identity(self, rest: str, config: DataConfig, /) -> list[Any]:
-        """What tells its text from any other, as JSON data, wherever it lies."""
+        """JSON data that identifies its text, independent of where it is stored."""
         ...
 
 
@@ -38,9 +38,9 @@ _KINDS: dict[str, Source] = {"package": package, "files": files, "tfds": tfds}
 def units(config: DataConfig) -> list[Unit]:
     """The parts of `config.source`, in the order of its documents.
 
-    A part is a text file, row groups of a Parquet file that are about 64 MB of it, some thousand records of a
-    TFDS split, or a package. Raises UserError for an unknown source, no files, a damaged Parquet file or one without
-    the text field, and a TFDS split that cannot be read.
+    A part is a text file, about 64 MB of a Parquet file in whole row groups, some thousand records of a TFDS split, or
+    a package. Raises UserError for an unknown source, no files, a damaged Parquet file or one without the text field,
+    and a TFDS split that cannot be read.
     """
     source, rest = _source(config)
     return source.units(rest, config)
@@ -48,17 +48,17 @@ def units(config: DataConfig) -> list[Unit]:
 
 @dataclass
 class Tally:
-    """What was met while documents were read."""
+    """Counts made while documents are read."""
 
     nulls: int = 0
-    """Records that were passed over because their text is null."""
+    """Number of records that were skipped because their text is null."""
 
 
 def documents(config: DataConfig, unit: Unit | None = None, tally: Tally | None = None) -> Iterator[str]:
     """The documents of `unit`, or of all `config.source`, without surrounding white space, empty ones left out.
 
     Their order is fixed: one after the other, the `units` have the same documents as the source. Records whose text is
-    null are passed over, and counted in `tally`. Raises UserError for an unknown source, a file that is missing, empty,
+    null are skipped, and counted in `tally`. Raises UserError for an unknown source, a file that is missing, empty,
     damaged, not what its name says or not UTF-8 (with the byte's offset), and a record without the text field.
     """
     source, rest = _source(config)
@@ -76,7 +76,7 @@ def _trimmed(text: str) -> str:
 
 
 def identity(config: DataConfig) -> list[Any]:
-    """What tells the text of `config.source` from any other, as JSON data: its kind, and versions or digests.
+    """JSON data that identifies the text of `config.source`: its kind, and versions or digests.
 
     Raises UserError for an unknown source, and a file that is missing or cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Files that are not what their name says and would be learned as text, each refused with what to do."""
+"""Files that are not what their name says and would be learned as text; each error says what to do."""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -6,7 +6,7 @@ from typing import BinaryIO
 from tokmat_jax.errors import UserError
 
 HEAD = 1 << 16
-"""Bytes from which a disguise is told."""
+"""Number of first bytes that are examined."""
 
 _POINTERS = {
     b"version https://git-lfs.github.com/spec/": "is a git-LFS pointer, not the file itself: run git lfs pull",
@@ -26,7 +26,7 @@ _PAGES = (b"<!doctype html", b"<html")
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises UserError if the file at `path` only says where its content lies."""
+    """Raises UserError if the file at `path` is only a pointer to its content (git-LFS, git-annex)."""
     with path.open("rb") as stream:
         head = stream.read(100)
     for begin, what in _POINTERS.items():
@@ -35,10 +35,10 @@ def refuse_pointer(path: Path) -> None:
 
 
 def refuse_disguise(path: Path, stream: BinaryIO, packed: str, separator: str | None) -> None:
-    """Raises UserError if the `stream`, what is unpacked of the file at `path`, is no text.
+    """Raises UserError if `stream`, the unpacked content of the file at `path`, is not text.
 
-    `packed` is the suffix of the compression that its name tells. `separator` stands between the documents of a
-    text and may have zero bytes; None for JSON lines, which are no web page.
+    `packed` is the suffix of the compression in its name. `separator` stands between the documents of a text and may
+    have zero bytes; None for JSON lines, which must not be a web page.
     """
     head = stream.read(HEAD)
     inside = f"{path} holds" if packed else f"{path} is"

@@ -1,6 +1,6 @@
 """The documents of files: text, JSON lines or Parquet, compressed or not.
 
-Every complaint names the file.
+Every error names the file.
 """
 
 import bz2
@@ -55,14 +55,14 @@ def identity(patterns: str, config: DataConfig) -> list[Any]:
 
 
 def _way_to_read(path: Path) -> str:
-    """How the file at `path` is read: with its content, all that counts of it."""
+    """How the file at `path` is read; this and its content identify it."""
     inner, packed = _kind(path)
     form = "Parquet" if inner == parquet.SUFFIX else "JSON lines" if inner in _JSON_LINES else "text"
     return f"{form}, {packed}" if packed else form
 
 
 def _kind(path: Path) -> tuple[str, str]:
-    """Suffix of what a file holds, and of the compression around it, "" for none."""
+    """Suffix of a file's content, and of the compression around it, "" if there is none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in (*_OPENERS, ".zst") else ""
     return suffixes[-1] if suffixes else "", packed
@@ -93,7 +93,7 @@ def _texts_of(path: Path, config: DataConfig, part: Unit) -> Iterator[str | None
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """What goes wrong inside is a UserError that names `path`."""
+    """Turns errors in the block into a UserError that names `path`."""
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty")
@@ -109,7 +109,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _is_foreign(error: Exception) -> bool:
-    """Whether `error` belongs to a library that is imported only where it is used."""
+    """Whether `error` belongs to a library that is imported only when it is used."""
     return any(kind.__name__ in ("ZstdError", "ArrowException") for kind in type(error).__mro__)
 
 
@@ -127,7 +127,7 @@ def _open(path: Path, packed: str) -> Iterator[BinaryIO]:
 
 
 def _decoded(path: Path, stream: BinaryIO) -> Iterator[str]:
-    """The text of `stream` in pieces, without byte-order marks: where files were joined they stand in the middle."""
+    """The text of `stream` in pieces, without byte-order marks, which are also in the middle if files were joined."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     consumed = 0
     while True:

@@ -38,7 +38,7 @@ def documents(name: str, _config: DataConfig, _part: Unit) -> Iterator[str]:
 
 
 def identity(name: str, _config: DataConfig) -> list[Any]:
-    """Name and version, None if it is not installed."""
+    """Name and version; the version is None if the package is not installed."""
     return [name, version(name)]
 
 

@@ -13,18 +13,18 @@ SUFFIX = ".parquet"
 _BUFFER = 1 << 20
 _MOST_ROWS = 256
 _AT_ONCE = 2 * records.LONGEST
-"""Bytes of rows at once, were all of them the longest text of their dictionary."""
+"""Limit in bytes on the rows read at once, if all of them were the longest text of their dictionary."""
 _UNIT_BYTES = 64 << 20
 
 
 def units(path: Path, field: str) -> Iterator[Unit]:
-    """Row groups of the file that are about 64 MB of it.
+    """Units of about 64 MB of the file, in whole row groups.
 
-    Raises UserError if there is no `field`, and what the library raises for a damaged file.
+    Raises UserError if there is no `field`; if the file is damaged, raises the library's error.
     """
     with _open(path, field) as table:
-        # Rows tell how the file falls into groups. What the metadata say of a column's bytes is not asked for: where
-        # they are damaged, the library ends the process.
+        # Sizes are estimated from row counts. The metadata on a column's bytes are not read: if they are damaged, the
+        # library ends the process.
         facts, begin, rows = table.metadata, 0, 0
         for group in range(facts.num_row_groups):
             rows += facts.row_group(group).num_rows
@@ -34,7 +34,7 @@ def units(path: Path, field: str) -> Iterator[Unit]:
 
 
 def texts(path: Path, field: str, part: Unit) -> Iterator[str | None]:
-    """The texts in the row groups of `part`, None for a null; raises as `units`, and for a value that is no text."""
+    """The texts in the row groups of `part`, None for a null; raises as `units`, and if a value is not text."""
     with _open(path, field) as table:
         groups = range(table.metadata.num_row_groups)[part.begin : part.end]
         row = sum(table.metadata.row_group(group).num_rows for group in range(part.begin))
@@ -52,8 +52,8 @@ def _open(path: Path, field: str) -> Iterator[Any]:
 
     if (packed := path.suffix.lower()) != SUFFIX:
         raise UserError(f"{path}: Parquet compresses inside; unpack the outer {packed} first")
-    # With a buffer a column is read piece by piece: a row group may be as large as its file.
-    # An absolute path is never taken for an address, as `a:b/c` would be.
+    # With a buffer, a column is read piece by piece: a row group may be as large as its file.
+    # An absolute path is never read as an address, as `a:b/c` would be.
     with pyarrow.parquet.ParquetFile(path.absolute(), buffer_size=_BUFFER) as table:
         names = table.schema_arrow.names
         if field not in names:
@@ -62,7 +62,8 @@ def _open(path: Path, field: str) -> Iterator[Any]:
 
 
 def _rows_at_once(path: Path, group: int, field: str, kind: Any) -> int:
-    """A text that many rows share is stored once, in a dictionary, but every row of a batch gets a copy."""
+    """Number of rows per batch. A text that many rows share is stored once, in a dictionary, but every row of a batch
+    gets a copy."""
     import pyarrow as pa
     from pyarrow import compute, parquet
 
@@ -72,6 +73,6 @@ def _rows_at_once(path: Path, group: int, field: str, kind: Any) -> int:
         first = next(table.iter_batches(batch_size=1, row_groups=[group], columns=[field]), None)
     if first is None or not pa.types.is_dictionary(first.column(0).type):
         return 1
-    functions: Any = compute  # made when it is imported, so that no type checker knows them
+    functions: Any = compute  # created at import time, so type checkers do not know them
     longest = functions.max(functions.binary_length(first.column(0).dictionary)).as_py() or 0
     return max(1, min(_MOST_ROWS, _AT_ONCE // max(1, longest)))

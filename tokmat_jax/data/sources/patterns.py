@@ -1,8 +1,8 @@
 """The files that `files:…` names: paths and patterns, with commas between them.
 
-A path that exists is taken as it is, whatever signs its name has. In a pattern `*`, `?` and `[…]` stand for signs of
-one name and `**` for any folders in between; `[*]`, `[[]` and `[,]` stand for the sign itself. What cannot be looked at
-is an error: a file that is left out in silence is text that is never learned.
+An existing path is taken literally, whatever characters are in its name. In a pattern, `*`, `?` and `[…]` match
+characters of one name and `**` matches any folders in between; `[*]`, `[[]` and `[,]` match the character itself. A
+path that cannot be read is an error: the text of a file that was silently skipped would never be learned.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from tokmat_jax.errors import UserError, one_line
 def find_files(text: str) -> list[Path]:
     """The files that `text` names, each once: in the order of its parts, those of a pattern sorted.
 
-    Raises UserError if a part names no file, a folder, a link to nothing, or anything else that is no regular file,
-    and if a folder cannot be listed.
+    Raises UserError if a part names no file, a folder, a broken link, or anything else that is not a regular file,
+    or if a folder cannot be listed.
     """
     with _named_folders():
         found = (path for part in _parts(text) for path in _files_of(part))
@@ -33,12 +33,12 @@ def _named_folders() -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
         place = getattr(error, "filename", None)
-        where = f"{place} cannot be looked at: " if place else ""
+        where = f"{place} cannot be read: " if place else ""
         raise UserError(f"data.source: {where}{getattr(error, 'strerror', None) or one_line(error)}") from None
 
 
 def _parts(text: str) -> Iterator[str]:
-    """What stands between commas. A path that exists may have commas in it."""
+    """The parts between commas. An existing path may have commas in its name."""
     words = re.split(r"(?<!\[),|,(?!\])", text)
     begin = 0
     while begin < len(words):
@@ -66,14 +66,14 @@ def _regular(path: Path) -> Path:
     if path.is_file():
         return path
     if path.is_symlink() and not path.exists():
-        raise UserError(f"data.source: {path} is a link to {os.readlink(path)}, which does not exist: bring that file "
-                        f"back, or remove the link")
+        raise UserError(f"data.source: {path} is a link to {os.readlink(path)}, which does not exist: restore that "
+                        f"file, or remove the link")
     raise UserError(f"data.source: {path} is no regular file: write its text into one, which can be read more than "
                     f"once")
 
 
 def _once(paths: Iterable[Path]) -> Iterator[Path]:
-    """Every file under the first of its names."""
+    """Every file once, under the first of its names."""
     seen, folders = set(), {}
     for path in paths:
         if path.is_symlink():
@@ -108,7 +108,7 @@ def _matches(folder: str, names: Sequence[str]) -> Iterator[str]:
 
 
 def _tree(folder: str) -> Iterator[str]:
-    """`folder` and all folders below it but hidden ones, through links too: each once, so that no loop is followed."""
+    """`folder` and all folders below it except hidden ones, links included: each once, so no loop is followed."""
     seen, waiting = set(), deque([folder])
     while waiting:
         one = waiting.popleft()

@@ -1,4 +1,4 @@
-"""What every kind of source shares: its units, and the text of a record."""
+"""Units and the text of a record, for every kind of source."""
 
 import itertools
 from collections.abc import Iterable
@@ -8,9 +8,9 @@ from typing import Any
 from tokmat_jax.errors import UserError
 
 MARK = "\ufeff"
-"""The byte-order mark, which is no text."""
+"""The byte-order mark, which is not part of a text."""
 LONGEST = 128 << 20
-"""The most of one document, in bytes of a line or characters of a text: a few kilobytes can unpack to any length."""
+"""Limit on a document, in bytes of a line or characters of a text: a few kilobytes can unpack to any length."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Unit:
     begin: int = 0
     """First row group of a Parquet file, or first record of a TFDS split."""
     end: int | None = None
-    """The one after the last; None if the part ends with its file or its source."""
+    """The index after the last; None if the part ends with its file or its source."""
 
 
 def record_text(record: Any, field: str, where: str) -> str | None:
-    """The text of a record, None if it is null; raises UserError, which names `where`, if there is no such text."""
+    """The text of a record, None if it is null; raises UserError, naming `where`, if the record has no such text."""
     if not isinstance(record, dict) or field not in record:
         found = listed(record) if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{where} has no field {field!r}, found: {found}; set --data.text-field")
@@ -47,12 +47,12 @@ def record_text(record: Any, field: str, where: str) -> str | None:
 
 
 def listed(names: Iterable[Any]) -> str:
-    """The first of some names from a file; what a terminal would obey is spelt out."""
+    """The first of some names from a file; control characters are escaped."""
     shown = [name if name.isprintable() else repr(name) for name in map(str, itertools.islice(names, 20))]
     return ", ".join(name[:80] for name in shown)
 
 
 def too_long(where: str) -> UserError:
-    """The complaint about the document at `where`."""
-    return UserError(f"{where} is longer than {LONGEST >> 20} MB, the most that one document may have: split it, "
-                     f"or name what parts the documents of a text (--data.separator)")
+    """The error for a document at `where` that is too long."""
+    return UserError(f"{where} is longer than {LONGEST >> 20} MB, the limit for one document: split it, or give the "
+                     f"string between the documents of a text (--data.separator)")

@@ -14,13 +14,13 @@ _UNIT_RECORDS = 16_384
 
 
 def units(dataset: str, config: DataConfig) -> list[Unit]:
-    """Some thousand records each; raises UserError if the split cannot be read."""
+    """Units of some thousand records each; raises UserError if the split cannot be read."""
     total = len(_records(dataset, config))
     return [Unit(None, begin, min(begin + _UNIT_RECORDS, total)) for begin in range(0, total, _UNIT_RECORDS)]
 
 
 def documents(dataset: str, config: DataConfig, part: Unit) -> Iterator[str | None]:
-    """The texts of the records of `part`; raises UserError, with its number, for a record that cannot be read."""
+    """The texts of the records of `part`; if a record cannot be read, raises UserError with its index."""
     records, (name, _) = _records(dataset, config), _name_and_split(dataset)
     for index in range(len(records))[part.begin : part.end]:
         where = f"tfds:{name} record {index}"
@@ -32,7 +32,7 @@ def documents(dataset: str, config: DataConfig, part: Unit) -> Iterator[str | No
 
 
 def identity(dataset: str, config: DataConfig) -> list[Any]:
-    """The split, and what the files of a folder hold or the name of the dataset."""
+    """The split, and digests of the files of a folder or the name of the dataset."""
     name, split = _name_and_split(dataset)
     if Path(name).is_dir():
         return [split, folder_digests(Path(name), Path(config.prepared_dir))]
@@ -62,7 +62,7 @@ def _records(dataset: str, config: DataConfig) -> Any:
         near = difflib.get_close_matches(name.split("/")[0], known, 3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise UserError(f"data.source: TFDS knows no dataset {name!r} and it is no folder{hint} "
-                        f"(some built-in sets are known only where TensorFlow is installed)") from None
+                        f"(some built-in sets are known only if TensorFlow is installed)") from None
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"data.source: TFDS cannot read {name!r}, split {split!r}: {reason}") from None
