@@ -39,7 +39,7 @@ CONTROLS["all"] = ALL
 
 def setting(length, most, name, **more):
     return GenerationConfig(**{"tail_length": length, "max_commit": most, "commit": "verified", "max_new_tokens": NEW,
-                               "tail_noise": 0.5, **CONTROLS[name], **more})
+                               "tail_noise": 0.5, "draft": "tail", **CONTROLS[name], **more})
 
 
 def immediate(one):

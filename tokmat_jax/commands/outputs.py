@@ -52,7 +52,7 @@ def _identity(path: Path) -> tuple[int, int] | str:
 
 
 def _try(flag: str, path: Path) -> None:
-    """Raises UserError or OSError unless `path` can be written; creates and removes no file and no link."""
+    """Raises UserError or OSError unless `path` can be written; leaves files and links as they were."""
     if path.is_dir():
         raise UserError(f"{flag}: {path} is a folder")
     if path.exists() and not path.is_file():

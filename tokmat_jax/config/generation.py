@@ -73,7 +73,7 @@ class GenerationConfig(Section, name="generation"):
     prediction itself (η_0 = 1), and drafts for the tokens after it as long as the same pass confirms them."""
     max_commit: int = setting(4, above=0, of_stable=True, of_verified=True)
     """Maximum number of tokens that a step of `stable` or `verified` commits (never more than K)."""
-    draft: Draft = setting("tail", of_verified=True)
+    draft: Draft = setting("both", of_verified=True)
     """Drafts that `verified` checks. `tail`: the nearest tokens of the slots; `lookup`: the tokens that followed when
     the last tokens occurred before; `both`: `lookup` if it finds any, else `tail`. Changes the speed, never the
     text."""
