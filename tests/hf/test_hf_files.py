@@ -229,7 +229,7 @@ def test_a_source_without_its_parts_says_which(source, tmp_path):
 def test_a_source_that_is_neither_here_nor_on_the_hub(tmp_path):
     gone = tmp_path / "gone"
     assert refusal(gone, tmp_path / "out") == f"SOURCE {str(gone)!r} does not exist"
-    assert "'no-such/model' is neither a file or folder here nor" in refusal("no-such/model", tmp_path / "out")
+    assert "'no-such/model' is not a file or folder here" in refusal("no-such/model", tmp_path / "out")
     (tmp_path / "weights.safetensors").write_bytes(b"")
     assert "is a file but no .gguf" in refusal(tmp_path / "weights.safetensors", tmp_path / "out")
 

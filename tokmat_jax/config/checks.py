@@ -21,7 +21,7 @@ def setting(
 
     `symbol` is its name in the paper. Among the `facts`, `free` means that a resumed run may change the field, `paired`
     that a maturation run and its baseline must agree on it, and `own` that a run which starts from another model
-    chooses it itself. A field inherits the facts that it does not state from its section.
+    chooses it itself. If a field does not state a fact, it inherits that of its section.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     return dataclasses.field(default=default, metadata={"bounds": bounds, "symbol": symbol, **facts})

@@ -44,7 +44,7 @@ class DecodeState:
     num_born: jax.Array
     """Number of embryos that each row has had [B]; the index of the next one's noise."""
     key: jax.Array
-    """One key per row [B]; a row's noise depends on no other."""
+    """One key per row [B], on which alone its noise depends."""
     budget: jax.Array
     """[B], n at which a row stops."""
     done: jax.Array
