@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -381,3 +382,20 @@ def test_a_long_run_stays_small(opened):
     page.keyboard.press("End")
     # Two elements a token and what one step shows, but none per step and slot.
     assert page.locator("*").count() < 2 * 512 + 16 * 30 + 300
+
+
+def test_what_a_step_checked_is_shown_with_what_was_wrong(opened):
+    one = made(4, committed=[1, 2, 3, 1], text=[1, 2, 3, 4])
+    drafts = np.array([[-1, -1], [one.tokens[1, 0], 5], one.tokens[2, :2], [6, 7]])
+    page = opened(page_of(dataclasses.replace(one, drafts=drafts)))
+    assert page.locator(".drafts").text_content() == "nothing to check"
+    scrub(page, 2)
+    assert listed(page, ".drafts .fate") == [label(one.tokens[1, 0])]
+    assert listed(page, ".drafts .rejected") == [label(5)]
+    scrub(page, 3)
+    assert listed(page, ".drafts .fate") == [label(token) for token in one.tokens[2, :2]]
+    assert page.locator(".drafts .rejected").count() == 0
+    scrub(page, 4)
+    assert page.locator(".drafts .fate").count() == 0
+    # Without drafts there is no such line.
+    assert opened(page_of(made(3))).locator(".drafts").is_hidden()
