@@ -1,6 +1,8 @@
 """A run that starts from another one's model."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import shutil
 
@@ -23,7 +25,7 @@ from tokmat_jax.hf.convert import import_weights
 from tokmat_jax.model.backbone import make_forward
 from tokmat_jax.model.params import init_params, vocabulary_of
 from tokmat_jax.storage.workdir import load_config
-from tokmat_jax.training import start_from
+from tokmat_jax.training import climbing, start_from
 from tokmat_jax.training.climbing import ClimbWatch
 from tokmat_jax.training.start_from import fit_head, initial_params
 
@@ -153,7 +155,7 @@ def test_the_tail_is_generated_as_it_was_trained_unless_that_is_given():
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """The import of a tiny Llama, and the flags of a short run on the corpus beside it."""
+    """A folder with the import of a tiny Llama and a `run` of one step from it; its flags, and what it printed."""
     folder = tmp_path_factory.mktemp("llama")
     runs.write_corpus(folder)
     (folder / "hf").mkdir()
@@ -161,7 +163,11 @@ def llama(tmp_path_factory):
     flags = {"init-from": folder / "import", "data.source": f"files:{folder}/corpus.txt", "data.seq-len": 48,
              "data.holdout": 0.2, "data.prepared-dir": folder / "prepared", "train.batch-size": 4,
              "train.num-steps": 1, "train.eval-batches": 4, "train.num-samples": 0, "mesh.data": 4}
-    return folder, [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words += ["--objective.negatives", "uniform", "--generation.repulsion=0.0"]  # the defaults, but given
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        go(*words, "--workdir", str(folder / "run"))
+    return folder, words, printed.getvalue()
 
 
 def go(*flags):
@@ -179,10 +185,7 @@ def validations(workdir):
 
 
 def test_a_pretrained_model_matures_with_settings_of_its_own_that_are_said_once(llama, capsys, monkeypatch):
-    folder, flags = llama
-    given = ["--objective.negatives", "uniform", "--generation.repulsion=0.0"]  # the defaults, but given
-    go(*flags, *given, "--workdir", str(folder / "run"))
-    printed = capsys.readouterr().out
+    folder, flags, printed = llama
     assert (f"from {folder / 'import'}: optimizer.learning_rate 0.0001, optimizer.warmup_steps 20, "
             "maturation.tail_noise 1.0, maturation.max_maturity 0.6, generation.tail_noise 1.0, "
             "generation.max_maturity 0.6; give a flag to choose otherwise\n") in printed
@@ -194,7 +197,7 @@ def test_a_pretrained_model_matures_with_settings_of_its_own_that_are_said_once(
 
     # What would follow now is something else: the run goes on with what it began with.
     monkeypatch.setattr(adopting, "_PRETRAINED", {"optimizer.learning_rate": 3e-4, "optimizer.warmup_steps": 5})
-    go(*flags, *given, "--workdir", str(folder / "run"), "--train.num-steps", "2")
+    go(*flags, "--workdir", str(folder / "run"), "--train.num-steps", "2")
     printed = capsys.readouterr().out
     assert "resuming after step 1" in printed
     assert "give a flag" not in printed
@@ -208,11 +211,10 @@ def test_a_pretrained_model_matures_with_settings_of_its_own_that_are_said_once(
 
 
 def test_a_head_fitted_to_the_sphere_begins_better_than_a_small_one(llama, monkeypatch):
-    folder, flags = llama
-    go(*flags, "--workdir", str(folder / "fitted"))
+    folder, flags, _ = llama
     monkeypatch.setattr(start_from, "sphere_changes", lambda *_: False)
     go(*flags, "--workdir", str(folder / "small"))
-    fitted, small = (validations(folder / name)[0] for name in ("fitted", "small"))
+    fitted, small = (validations(folder / name)[0] for name in ("run", "small"))
     assert fitted["validation/info_nce"] < small["validation/info_nce"] - 0.5
     assert fitted["validation/top1/maturity_1"] > small["validation/top1/maturity_1"] + 0.1
 
@@ -233,13 +235,14 @@ def test_the_less_text_there_is_the_more_of_the_head_stays():
     np.testing.assert_allclose(length, config.model.head_init * config.table.radius, rtol=1e-4)
 
 
-def test_a_loss_that_climbs_is_said_once_with_its_cure(runs_dir, tmp_path, capsys):
+def test_a_loss_that_climbs_is_said_once_with_its_cure(runs_dir, tmp_path, capsys, monkeypatch):
     shutil.copy(runs_dir / "corpus.txt", tmp_path)
-    runs.run(tmp_path, "run", "--objective.kind", "ar", "--optimizer.learning-rate", "3", "--train.num-steps", "70",
-             "--train.num-samples", "0", "--train.eval-every", "100", "--train.checkpoint-every", "100")
+    for name, value in (("WINDOW", 2), ("SHARE", 0.0), ("LEAST", -100.0)):  # whatever the loss does is a climb
+        monkeypatch.setattr(climbing, name, value)
+    runs.run(tmp_path, "run", "--objective.kind", "ar", "--train.num-samples", "0")
     [line] = [line for line in capsys.readouterr().out.splitlines() if "the loss climbs" in line]
-    assert line.startswith("warning: step ")
-    assert line.endswith("lower --optimizer.learning-rate (now 3), in a new --workdir")
+    assert line.startswith("warning: step 4: the loss climbs: ")
+    assert line.endswith("lower --optimizer.learning-rate (now 0.002), in a new --workdir")
 
 
 @pytest.mark.parametrize(("later", "climbs"), [(1.2, False), (1.3, True), (0.1, False)])
