@@ -1,6 +1,9 @@
 """A run that starts from another one's model."""
 
+import contextlib
 import dataclasses
+import io
+import json
 import shutil
 
 import jax
@@ -8,17 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import checkpoints
 import runs
 import tiny
+from tokmat_jax.commands import train
 from tokmat_jax.commands.flags import parse_config
-from tokmat_jax.config import ObjectiveConfig
-from tokmat_jax.config.adopt import adopt, check_source
+from tokmat_jax.config import MaturationConfig, ObjectiveConfig, OptimizerConfig
+from tokmat_jax.config import adopt as adopting
+from tokmat_jax.config.adopt import FOLLOWING, adopt, check_source, follow, value_at
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
+from tokmat_jax.hf.convert import import_weights
 from tokmat_jax.model.backbone import make_forward
 from tokmat_jax.model.params import init_params, vocabulary_of
 from tokmat_jax.storage.workdir import load_config
-from tokmat_jax.training.start_from import initial_params
+from tokmat_jax.training import climbing, start_from
+from tokmat_jax.training.climbing import ClimbWatch
+from tokmat_jax.training.start_from import fit_head, initial_params
 
 AR = dataclasses.replace(tiny.CONFIG, objective=ObjectiveConfig(kind="ar"))
 IDS = jax.random.randint(jax.random.key(9), (3, 48), 0, tiny.VOCAB)
@@ -112,3 +121,132 @@ def test_a_run_that_has_begun_needs_its_source_no_more(runs_dir, tmp_path):
     assert Generator.from_workdir(workdir).generate(["the cat"])[0].tokens
     with pytest.raises(UserError, match="is not a run directory"):
         parse_config([*flags, "--init-from", str(source), "--workdir", str(tmp_path / "another")])
+
+
+def source_config(kind, geometry="sphere", **optimizer):
+    """Config of a source of `kind`; with a `raw` table it is pretrained."""
+    head = "linear" if geometry == "sphere" else "identity"
+    return dataclasses.replace(
+        AR, model=dataclasses.replace(AR.model, head=head), table=dataclasses.replace(AR.table, geometry=geometry),
+        objective=ObjectiveConfig(kind), optimizer=OptimizerConfig(**optimizer))
+
+
+@pytest.mark.parametrize(("source", "kind", "want"), [
+    (source_config("ar", "raw"), "maturation", (1e-4, 20, "full", 1.0, 0.6, 1.0, 0.6, 0.5)),
+    (source_config("ar", "raw"), "ar", (1e-4, 20, "uniform", 0.3, 0.9, 0.3, 0.9, 0.0)),
+    (source_config("ar", learning_rate=7e-4), "maturation", (7e-4, 50, "full", 1.0, 0.6, 1.0, 0.6, 0.5)),
+    (source_config("maturation", learning_rate=7e-4), "maturation", (2e-3, 50, "uniform", 0.3, 0.9, 0.3, 0.9, 0.0)),
+])
+def test_settings_follow_from_the_source(source, kind, want):
+    config = dataclasses.replace(tiny.CONFIG, objective=ObjectiveConfig(kind))
+    found, changed = follow(config, source, (), begun=False)
+    values = dict(zip(FOLLOWING, want, strict=True))
+    assert {name: value_at(found, name) for name in FOLLOWING} == values
+    assert changed == {name: value for name, value in values.items() if value != value_at(config, name)}
+
+
+def test_the_tail_is_generated_as_it_was_trained_unless_that_is_given():
+    config = dataclasses.replace(tiny.CONFIG, maturation=MaturationConfig(tail_noise=0.7))
+    found, changed = follow(config, source_config("ar"), ("maturation.tail_noise", "generation.max_maturity"), False)
+    assert (found.maturation.tail_noise, found.generation.tail_noise) == (0.7, 0.7)
+    assert (found.maturation.max_maturity, found.generation.max_maturity) == (0.6, 0.9)
+    assert changed.keys() & {"maturation.tail_noise", "generation.max_maturity"} == set()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A folder with the import of a tiny Llama and a `run` of one step from it; its flags, and what it printed."""
+    folder = tmp_path_factory.mktemp("llama")
+    runs.write_corpus(folder)
+    (folder / "hf").mkdir()
+    import_weights(str(checkpoints.write(folder / "hf")), folder / "import")
+    flags = {"init-from": folder / "import", "data.source": f"files:{folder}/corpus.txt", "data.seq-len": 48,
+             "data.holdout": 0.2, "data.prepared-dir": folder / "prepared", "train.batch-size": 4,
+             "train.num-steps": 1, "train.eval-batches": 4, "train.num-samples": 0, "mesh.data": 4}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words += ["--objective.negatives", "uniform", "--generation.repulsion=0.0"]  # the defaults, but given
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        go(*words, "--workdir", str(folder / "run"))
+    return folder, words, printed.getvalue()
+
+
+def go(*flags):
+    """Trains in this process."""
+    with jax.numpy_dtype_promotion("standard"):
+        train.main(flags)
+
+
+def validations(workdir):
+    """{step: validation row} of a run; each step is there once."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = [row for row in found if "validation/loss" in row]
+    assert len({row["step"] for row in found}) == len(found)
+    return {row["step"]: row for row in found}
+
+
+def test_a_pretrained_model_matures_with_settings_of_its_own_that_are_said_once(llama, capsys, monkeypatch):
+    folder, flags, printed = llama
+    assert (f"from {folder / 'import'}: optimizer.learning_rate 0.0001, optimizer.warmup_steps 20, "
+            "maturation.tail_noise 1.0, maturation.max_maturity 0.6, generation.tail_noise 1.0, "
+            "generation.max_maturity 0.6; give a flag to choose otherwise\n") in printed
+    assert "step 0 validation  mse " in printed
+    begun = load_config(folder / "run")
+    assert (begun.optimizer.learning_rate, begun.objective.negatives, begun.generation.repulsion) == (
+        1e-4, "uniform", 0.0)
+    assert validations(folder / "run").keys() == {0, 1}
+
+    # What would follow now is something else: the run goes on with what it began with.
+    monkeypatch.setattr(adopting, "_PRETRAINED", {"optimizer.learning_rate": 3e-4, "optimizer.warmup_steps": 5})
+    go(*flags, "--workdir", str(folder / "run"), "--train.num-steps", "2")
+    printed = capsys.readouterr().out
+    assert "resuming after step 1" in printed
+    assert "give a flag" not in printed
+    assert "step 0" not in printed
+    assert load_config(folder / "run").optimizer == begun.optimizer
+    file = folder / "config.py"
+    file.write_text("from tokmat_jax.config import Config, OptimizerConfig\n\n\n"
+                    "def get_config():\n    return Config(optimizer=OptimizerConfig(learning_rate=5e-4))\n")
+    found = parse_config(["--config", str(file), *flags, "--workdir", str(folder / "other")])
+    assert (found.optimizer.learning_rate, found.optimizer.warmup_steps) == (5e-4, 5)
+
+
+def test_a_head_fitted_to_the_sphere_begins_better_than_a_small_one(llama, monkeypatch):
+    folder, flags, _ = llama
+    monkeypatch.setattr(start_from, "sphere_changes", lambda *_: False)
+    go(*flags, "--workdir", str(folder / "small"))
+    fitted, small = (validations(folder / name)[0] for name in ("run", "small"))
+    assert fitted["validation/info_nce"] < small["validation/info_nce"] - 0.5
+    assert fitted["validation/top1/maturity_1"] > small["validation/top1/maturity_1"] + 0.1
+
+
+def test_the_less_text_there_is_the_more_of_the_head_stays():
+    config = adopt(tiny.CONFIG, source_config("ar", "raw"), "imported", "maturation")
+    params = tiny.shaken_params(config)
+    ids, inner = IDS[:, :20], jnp.eye(16) + 0.1
+    outer = jax.random.normal(jax.random.key(3), (16, 16)) + 4 * jnp.eye(16)
+    before = np.asarray(params["backbone"]["head"]["kernel"])
+
+    def cosine(count):
+        now = np.asarray(fit_head(params, (inner, outer), count, ids, config)["backbone"]["head"]["kernel"])
+        return np.vdot(now, before) / np.linalg.norm(now) / np.linalg.norm(before)
+
+    assert cosine(1_000_000) < 0.9 < 0.999 < cosine(1e-3)
+    length = np.linalg.norm(predict(fit_head(params, (inner, outer), 99, IDS, config), config)[0], axis=-1).mean()
+    np.testing.assert_allclose(length, config.model.head_init * config.table.radius, rtol=1e-4)
+
+
+def test_a_loss_that_climbs_is_said_once_with_its_cure(runs_dir, tmp_path, capsys, monkeypatch):
+    shutil.copy(runs_dir / "corpus.txt", tmp_path)
+    for name, value in (("WINDOW", 2), ("SHARE", 0.0), ("LEAST", -100.0)):  # whatever the loss does is a climb
+        monkeypatch.setattr(climbing, name, value)
+    runs.run(tmp_path, "run", "--objective.kind", "ar", "--train.num-samples", "0")
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "the loss climbs" in line]
+    assert line.startswith("warning: step 4: the loss climbs: ")
+    assert line.endswith("lower --optimizer.learning-rate (now 0.002), in a new --workdir")
+
+
+@pytest.mark.parametrize(("later", "climbs"), [(1.2, False), (1.3, True), (0.1, False)])
+def test_a_loss_climbs_if_its_median_leaves_its_start_by_a_clear_margin(later, climbs):
+    watch = ClimbWatch()
+    losses = [*[2.0] * 20, *[later * 2.0] * 10, float("nan"), 90.0, *[later * 2.0] * 40]
+    assert [found for loss in losses if (found := watch.climbed(loss))] == ([(2.0, 2.6)] if climbs else [])

@@ -10,13 +10,13 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
 from tokmat_jax.commands import shipped
 from tokmat_jax.config import Config
-from tokmat_jax.config.adopt import adopt
+from tokmat_jax.config.adopt import FOLLOWING, adopt, follow, value_at
 from tokmat_jax.distributed.processes import settle_jax
 from tokmat_jax.errors import UserError, one_line, shown
 from tokmat_jax.output import logged_warnings, protect_output, warn_of_loss
@@ -166,19 +166,31 @@ def parse_config(args: Sequence[str]) -> Config:
     With `--init-from WORKDIR`, or a file that sets `init_from`, the shape of that model and its tokenizer come too; a
     run that has begun from it has them in its own config, and needs it no more.
     """
-    args = list(args)
+    return parse_run(args)[0]
+
+
+def parse_run(args: Sequence[str]) -> tuple[Config, dict[str, Any]]:
+    """The Config of `parse_config`, and the settings in it that follow from the model of `--init-from` {name: value}.
+
+    A flag, or a value of the file that is not the default, counts as given and is never changed.
+    """
+    args, followed = list(args), {}
     default = Config()
     if (path := value_of(args, "--config", remove=True)) is not None:
         default = load_config_file(path)
     path = value_of(args, "--init-from") or default.init_from
     description = "Train a model; start from a file with --config FILE.py, or from a shipped one with --config NAME."
     if path not in (None, "None"):
-        source = _begun(Path(value_of(args, "--workdir") or default.workdir), path) or load_config(Path(path))
+        own = _begun(Path(value_of(args, "--workdir") or default.workdir), path)
+        source = own or load_config(Path(path))
+        given_ones = [name for name in FOLLOWING if value_of(args, flag_of(name)) is not None
+                      or value_at(default, name) != value_at(Config(), name)]
         # What the flags say counts already for what is adopted: a shorter window, another objective.
         with contextlib.suppress(UserError):
             default = parse(Config, args, default, description)
         default = adopt(default, source, path, default.objective.kind)
-    return parse(Config, args, default, description)
+        default, followed = follow(default, source, given_ones, begun=own is not None)
+    return parse(Config, args, default, description), followed
 
 
 def _begun(workdir: Path, init_from: str) -> Config | None:

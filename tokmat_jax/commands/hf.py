@@ -67,6 +67,7 @@ def run_import(flags: Import) -> None:
         print(f"note: {note}")
     print(f'write with it:   python generate.py --workdir {flags.out} --prompt "…"')
     print(f"mature it:       python train.py --init-from {flags.out} --workdir runs/NAME --data.source …")
+    print("                 (its learning rate, noise and negatives follow from the weights; it prints what it chose)")
 
 
 def run_export(flags: Export) -> None:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tokmat_jax.commands.flags import parse_config
+from tokmat_jax.commands.flags import parse_run
 from tokmat_jax.config import Config
 from tokmat_jax.config.saved import check_same_run
 from tokmat_jax.data.corpus import Corpus, corpus_of_run, prepare
@@ -48,7 +48,7 @@ from tokmat_jax.storage.workdir import (
     save_config,
 )
 from tokmat_jax.training.loop import Loop
-from tokmat_jax.training.start_from import initial_params, load_source
+from tokmat_jax.training.start_from import starting_params
 from tokmat_jax.training.step import make_train_functions
 from tokmat_jax.training.stopping import stop_signals
 from tokmat_jax.training.throughput import flops_per_token
@@ -107,12 +107,15 @@ def keep(config: Config, corpus: Corpus, workdir: Path) -> None:
 
 def main(args: Sequence[str]) -> None:
     """Trains the run that `args` describe, from the start or from its newest checkpoint."""
-    config = parse_config(args)
+    config, followed = parse_run(args)
     join_cluster(config.cluster)
     use_compilation_cache(config.compute)
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
     with on_first(lambda: open_workdir(Path(config.workdir))) or contextlib.nullcontext():
+        if followed:
+            chosen = ", ".join(f"{name} {value}" for name, value in followed.items())
+            say(f"from {config.init_from}: {chosen}; give a flag to choose otherwise")
         code = run(config, mesh)
     if code:
         sys.exit(code)
@@ -140,12 +143,9 @@ def run(config: Config, mesh: Mesh) -> int:
             table = initial_table(config, vocab_size)
             state = functions.init(seed_key(config.train.seed), table)
             if config.init_from is not None:
-                source, of_source = load_source(config, corpus.tokenizer, mesh)
-                windows = corpus.windows("train")
-                ids = np.stack([windows[index]["tokens"] for index in range(min(4, len(windows)))])
-                placed = jax.tree.map(lambda s: s.sharding, functions.shapes.params)
-                start = jax.jit(initial_params, static_argnums=(3, 4), out_shardings=placed)
-                state = dataclasses.replace(state, params=start(source, state.params, ids, of_source, config))
+                params, of_source = starting_params(state.params, corpus.windows("train"), corpus.tokenizer, config,
+                                                    mesh)
+                state = dataclasses.replace(state, params=params)
                 say(f"starting from {config.init_from} ({of_source.objective.kind})")
         else:
             state, position = checkpoints.restore(functions.shapes)

@@ -2,12 +2,25 @@
 
 import dataclasses
 import operator
+from collections.abc import Collection
+from typing import Any
 
 from tokmat_jax.config.checks import facts_of
 from tokmat_jax.config.model import ModelConfig
 from tokmat_jax.config.run import Config
 from tokmat_jax.config.text import TokenizerConfig
 from tokmat_jax.errors import UserError
+
+FOLLOWING = (
+    "optimizer.learning_rate", "optimizer.warmup_steps", "objective.negatives", "maturation.tail_noise",
+    "maturation.max_maturity", "generation.tail_noise", "generation.max_maturity", "generation.repulsion",
+)
+"""Settings that follow from the source if nobody gives them."""
+_PRETRAINED = {"optimizer.learning_rate": 1e-4, "optimizer.warmup_steps": 20}
+"""The rate for raw tables, which only pretrained weights have: 2e-3 ruins SmolLM2 (docs/research-log.md)."""
+_MATURED = {"objective.negatives": "full", "maturation.tail_noise": 1.0, "maturation.max_maturity": 0.6,
+            "generation.repulsion": 0.5}
+"""What matures a language model; the tail is then generated with the noise and the maturity of training."""
 
 
 def adopt(config: Config, source: Config, path: str, kind: str) -> Config:
@@ -27,6 +40,51 @@ def adopt(config: Config, source: Config, path: str, kind: str) -> Config:
                                         learn_logit_scale=source.objective.learn_logit_scale)
     return dataclasses.replace(config, init_from=path, model=model, table=table, objective=objective,
                                tokenizer=TokenizerConfig(kind="workdir", name=path))
+
+
+def follow(config: Config, source: Config, given: Collection[str], begun: bool) -> tuple[Config, dict[str, Any]]:
+    """`config` with the settings of `FOLLOWING` that suit the model of `source`; those that are `given` stay.
+
+    Also returns those that changed, {dotted name: value}. If this run has `begun`, `source` is its own config: its
+    values are kept and none is chosen again, so the dict is empty. A source that is matured already changes nothing.
+    """
+    before = config
+    values = {name: value_at(source, name) for name in FOLLOWING} if begun else _suited(config, source)
+    config = _with(config, {name: value for name, value in values.items() if name not in given})
+    if not begun and {*_MATURED} & {*values}:
+        tail = {f"generation.{name}": getattr(config.maturation, name) for name in ("tail_noise", "max_maturity")}
+        config = _with(config, {name: value for name, value in tail.items() if name not in given})
+    changed = {name: value_at(config, name) for name in FOLLOWING if value_at(config, name) != value_at(before, name)}
+    return config, {} if begun else changed
+
+
+def _suited(config: Config, source: Config) -> dict[str, Any]:
+    """Values for a run of `config` that starts from the language model `source`; none if the source is matured."""
+    if source.objective.kind != "ar":
+        return {}
+    # A baseline of ours goes on at the rate that it was trained with.
+    rates = _PRETRAINED if source.table.geometry == "raw" else {name: value_at(source, name) for name in _PRETRAINED}
+    return rates | (_MATURED if config.objective.kind == "maturation" else {})
+
+
+def value_at(config: Config, name: str) -> Any:
+    """The value of the dotted field `name`."""
+    return operator.attrgetter(name)(config)
+
+
+def _with(config: Config, values: dict[str, Any]) -> Config:
+    """`config` with other `values` {section.field: value}."""
+    for name, value in values.items():
+        section, field = name.split(".")
+        changed = dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{section: changed})
+    return config
+
+
+def sphere_changes(config: Config, source: Config) -> bool:
+    """Whether maturing `source` replaces a raw, tied table of a language model by rows on the sphere."""
+    return (config.objective.kind == "maturation" and source.objective.kind == "ar"
+            and source.table.geometry == "raw" and source.table.tied)
 
 
 def check_source(config: Config, source: Config) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
-from tokmat_jax.config import Config, MeshConfig
+from tokmat_jax.config import Config, MeshConfig, OptimizerConfig
 from tokmat_jax.data.corpus import Corpus
 from tokmat_jax.data.loader import Batches, validation_batches
 from tokmat_jax.distributed.mesh import make_mesh, put_rows, put_whole
@@ -22,6 +22,7 @@ from tokmat_jax.model.backbone import Params
 from tokmat_jax.model.params import TrainState
 from tokmat_jax.progress import Bar
 from tokmat_jax.storage.checkpoint import Checkpoints
+from tokmat_jax.training.climbing import WINDOW, ClimbWatch
 from tokmat_jax.training.metrics_log import JsonLines, MetricsLog
 from tokmat_jax.training.spikes import LossWatch
 from tokmat_jax.training.step import TrainFunctions, eval_means
@@ -77,10 +78,11 @@ class Loop:
         self.config, self.workdir, self.corpus, self.functions = config, workdir, corpus, functions
         self.state, self.progress, self.mesh = state, progress, mesh
         self.unigram = put_whole(corpus.unigram(), mesh)
-        self.log = MetricsLog(workdir, int(state.step)) if is_first() else None
-        self.samples = JsonLines(workdir / "samples.jsonl", int(state.step)) if is_first() else None
-        self.spikes = JsonLines(workdir / "spikes.jsonl", int(state.step)) if is_first() else None
-        self.watch, self.skipped_in_a_row = LossWatch(), 0
+        kept = int(state.step) or -1  # a run that begins again validates step 0 again
+        self.log = MetricsLog(workdir, kept) if is_first() else None
+        self.samples = JsonLines(workdir / "samples.jsonl", kept) if is_first() else None
+        self.spikes = JsonLines(workdir / "spikes.jsonl", kept) if is_first() else None
+        self.watch, self.climb, self.skipped_in_a_row = LossWatch(), ClimbWatch(), 0
         self.tracing = Tracing(config.train.profile if is_first() else None, workdir / "profile")
         self.generator: Generator | None = None
 
@@ -89,6 +91,8 @@ class Loop:
         train = self.config.train
         waiting: list[tuple[int, dict[str, jax.Array]]] = []
         first = int(self.state.step) + 1
+        if first == 1 and self.config.init_from is not None:
+            self.validate(0)  # what the other model is worth here, before anything is learned
         watch = Stopwatch(first - 1)
         for step in range(first, train.num_steps + 1):
             self.tracing.before(step)
@@ -138,6 +142,8 @@ class Loop:
         """Notes a step that was skipped or whose loss stands out; raises UserError where too many were skipped."""
         loss, skipped = float(row["loss"]), bool(row["skipped"])
         expected = self.watch.expected(loss)
+        if not skipped and (climbed := self.climb.climbed(loss)) is not None:
+            self.progress.print(climb_warning(step, *climbed, self.config.optimizer))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if not skipped and expected is None:
             return
@@ -207,6 +213,15 @@ class Loop:
         for file in (self.log, self.samples, self.spikes):
             if file is not None:
                 file.close()
+
+
+def climb_warning(step: int, first: float, last: float, optimizer: OptimizerConfig) -> str:
+    """The line that says that the loss has climbed from `first` to `last`, and what to do."""
+    rates = f"--optimizer.learning-rate (now {optimizer.learning_rate:g})"
+    if optimizer.name == "muon":
+        rates += f" and --optimizer.muon-learning-rate (now {optimizer.muon_learning_rate:g})"
+    return (f"warning: step {step}: the loss climbs: {last:.3f} over the last {WINDOW} steps, {first:.3f} over the "
+            f"first {WINDOW}; lower {rates}, in a new --workdir")
 
 
 def speed(means: dict[str, float]) -> str:
