@@ -152,7 +152,8 @@ def padded(forward: Forward, size: int) -> Forward:
         length = z.shape[1]
         room = size - length
         z = jnp.pad(z, ((0, 0), (0, room), (0, 0)))
-        maturity, positions = (jnp.pad(x, ((0, 0), (0, room))) for x in (maturity, positions))
+        maturity, tail_length, positions = (
+            jnp.pad(x, ((0, 0), (0, room))) for x in (maturity, tail_length, positions))
         mask = jnp.pad(mask, ((0, 0), (0, room), (0, room))) | jnp.eye(size, dtype=bool)[None]
         prediction, live = compiled(params, z, maturity, tail_length, positions, mask)
         return prediction[:, :length], live

@@ -57,8 +57,8 @@ def padded_forward(config: Config = CONFIG):
         length = z.shape[1]
         room = size - length
         z = np.pad(z, ((0, 0), (0, room), (0, 0)))
-        maturity, tail_length, positions = (
-            np.pad(x, ((0, 0), (0, room))) for x in (maturity, tail_length, positions))
+        maturity, tail_length, positions = (  # K of a row stays as it is
+            np.pad(x, ((0, 0), (0, room))) if x.ndim == 2 else x for x in (maturity, tail_length, positions))
         mask = np.pad(mask, ((0, 0), (0, room), (0, room))) | np.eye(size, dtype=bool)[None]
         output, live = forward(params, z, maturity, tail_length, positions, mask)
         return np.asarray(output)[:, :length], live

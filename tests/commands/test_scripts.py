@@ -283,6 +283,16 @@ def test_verified_commits_say_how_often_each_draft_was_right(runs_dir, tmp_path,
     assert row["passes"] + sum(row["accepted"]) == len(row["tokens"])
 
 
+def test_compared_commits_are_told_apart(runs_dir, capsys):
+    shown = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "the cat", "--commit", "verified",
+                      "--show-tail", "--compare", "max-commit=2").err
+    assert "max commit 4: committed when verified" in shown
+    assert "max commit 2: committed when verified" in shown
+    shown = generated(capsys, "--workdir", runs_dir / "run", "--prompt", "the cat", "--show-tail", "--compare",
+                      "commit=verified").err
+    assert shown.count("committed when") == 1
+
+
 def test_a_steering_vector_from_a_file_is_the_words(runs_dir, tmp_path, capsys):
     direction = Generator.from_workdir(runs_dir / "run").direction(["sea"])
     np.save(tmp_path / "v.npy", direction.astype(np.float64))
@@ -343,9 +353,9 @@ def test_a_prompt_holds_whatever_does_not_end_its_line(name, write, end, tmp_pat
     (["--prompt", "x", "--steering-slots", "4"], "steering_slots must lie in 0..3 (K = 4), found (4,)"),
     (["--prompt", "x", "--commit", "stable", "--max-commit", "0"], "max_commit must be positive, found 0"),
     (["--prompt", "x", "--commit", "stable", "--tolerance", "0"], "tolerance must be positive, found 0.0"),
-    (["--prompt", "x", "--draft", "lookup"], "--draft says how --commit verified commits: give that too"),
-    (["--prompt", "x", "--max-commit", "2"], "--max-commit says how --commit stable or verified commits"),
-    (["--prompt", "x", "--commit", "verified", "--patience", "2"], "--patience says how --commit stable commits"),
+    (["--prompt", "x", "--draft", "lookup"], "--draft has no effect without --commit verified: add it"),
+    (["--prompt", "x", "--max-commit", "2"], "--max-commit has no effect without --commit stable or verified"),
+    (["--prompt", "x", "--commit", "verified", "--patience", "2"], "--patience has no effect without --commit stable"),
     (["--prompt", "x", "--commit", "verified", "--model-tail-length", "-1"], "must not be negative, found -1"),
     (["--prompt", "x", "--entropy-candidates", "0"], "entropy_candidates must be at least 1, found 0"),
     (["--prompt", "x", "--commit", "stable", "--patience", "-1"], "patience must not be negative, found -1"),

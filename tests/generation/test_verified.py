@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import tiny
 from tokmat_jax.config import GenerationConfig, TokenizerConfig
 from tokmat_jax.data.tokenizer import make_tokenizer
+from tokmat_jax.evaluation.passes import reference_of
 from tokmat_jax.generation import cache
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.generation.reference import generate_by_reference
@@ -40,13 +41,6 @@ CONTROLS["all"] = ALL
 def setting(length, most, name, **more):
     return GenerationConfig(**{"tail_length": length, "max_commit": most, "commit": "verified", "max_new_tokens": NEW,
                                "tail_noise": 0.5, "draft": "tail", **CONTROLS[name], **more})
-
-
-def immediate(one):
-    """The reference: K = 1 and η = 1, with the same K told."""
-    told = one.tail_length if one.model_tail_length is None else one.model_tail_length
-    short = dataclasses.replace(one, commit="front", rate=None).with_tail_length(1)
-    return dataclasses.replace(short, rate=1.0, model_tail_length=told)
 
 
 def tail_of(one):
@@ -105,7 +99,7 @@ def written(prompts, tail, keys, pins=None, disturb=None):
 def referenced(prompt, one, key, pins=None):
     params, _, vocabulary = tiny.model()
     model = functools.partial(tiny.padded_forward(), params)
-    return generate_by_reference(model, vocabulary, prompt, NEW, key, tail_of(immediate(one)), END, pins=pins)[0]
+    return generate_by_reference(model, vocabulary, prompt, NEW, key, tail_of(reference_of(one)), END, pins=pins)[0]
 
 
 def check(length, most, name, draft, prompts, seed, rate=None, pins=None, told=None):
@@ -133,8 +127,8 @@ def test_the_text_is_that_of_immediate_projection(length, most, name, draft, pro
 
 
 @pytest.mark.slow
-@settings(max_examples=300)
-@given(length=st.integers(1, 7), most=st.integers(1, 7), name=st.sampled_from(list(CONTROLS)),
+@settings(max_examples=40)
+@given(length=st.sampled_from([2, 4, 7]), most=st.sampled_from([2, 3, 7]), name=st.sampled_from(list(CONTROLS)),
        draft=st.sampled_from(["tail", "lookup", "both"]), told=st.sampled_from([None, 1, 5]),
        pins=st.dictionaries(st.integers(0, 6), st.integers(1, tiny.VOCAB - 1)), **drawn)
 def test_the_text_is_that_of_immediate_projection_at_length(length, most, name, draft, told, pins, prompts, seed, rate):
@@ -226,7 +220,7 @@ PROMPTS = ["a b a b a b", [5, 6, 5, 6, 5, 6, 5], "the cat", ""]
 
 def test_a_generator_writes_the_references_text_and_tells_how():
     samples = generator().generate(PROMPTS, SETTINGS, num_samples=2)
-    plain = generator().generate(PROMPTS, immediate(SETTINGS), num_samples=2)
+    plain = generator().generate(PROMPTS, reference_of(SETTINGS), num_samples=2)
     for one, other in zip(samples, plain, strict=True):
         assert (one.tokens, one.text, one.finished) == (other.tokens, other.text, other.finished)
         assert len(one.accepted) == 2

@@ -42,13 +42,16 @@ def heard(stop):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 4), (signal.SIGHUP, 4), (signal.SIGUSR1, 4),
                                               (signal.SIGINT, 130)])
 def test_a_signal_is_an_exit_code_and_afterwards_what_it_was_before(number, code):
-    before = signal.getsignal(number)
-    with stopping.stop_signals() as stop:
-        assert stop.after(1) is None
-        os.kill(os.getpid(), number)
-        assert heard(stop) == code
-    assert signal.getsignal(number) is before
-    assert signal.set_wakeup_fd(-1) == -1
+    outside = signal.signal(number, signal.default_int_handler)  # under nohup a hangup would be ignored
+    try:
+        with stopping.stop_signals() as stop:
+            assert stop.after(1) is None
+            os.kill(os.getpid(), number)
+            assert heard(stop) == code
+        assert signal.getsignal(number) is signal.default_int_handler
+        assert signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(number, outside)
 
 
 def test_a_hangup_that_is_ignored_stays_so():

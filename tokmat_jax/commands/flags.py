@@ -20,7 +20,7 @@ from tokmat_jax.config.adopt import FOLLOWING, adopt, follow, value_at
 from tokmat_jax.distributed.processes import settle_jax
 from tokmat_jax.errors import UserError, one_line, shown
 from tokmat_jax.output import logged_warnings, protect_output, warn_of_loss
-from tokmat_jax.storage.workdir import CONFIG, load_config
+from tokmat_jax.storage.workdir import CHECKPOINTS, CONFIG, load_config
 
 T = TypeVar("T")
 WITHOUT_PREFIX = tyro.conf.arg(name="")
@@ -194,20 +194,22 @@ def parse_run(args: Sequence[str]) -> tuple[Config, dict[str, Any]]:
 
 
 def _begun(workdir: Path, init_from: str) -> Config | None:
-    """The config of the run in `workdir`, if there is one that has begun from `init_from`."""
-    own = load_config(workdir) if (workdir / CONFIG).is_file() else None
+    """The config of the run in `workdir`, if there is one that has a checkpoint and has begun from `init_from`."""
+    has_begun = (workdir / CONFIG).is_file() and any((workdir / CHECKPOINTS).glob("[0-9]*"))
+    own = load_config(workdir) if has_begun else None
     return own if own is not None and own.init_from == init_from else None
 
 
 def value_of(args: list[str], flag: str, remove: bool = False) -> str | None:
-    """What the command line gives `flag`, at last if it does so repeatedly; None if it is left out."""
+    """What the command line gives `flag`, the last value if there are several; None if it is left out."""
+    found = None
     for index, word in reversed([*enumerate(args)]):
         if word.split("=", 1)[0].replace("_", "-") == flag:
             value, used = (word.split("=", 1)[1], 1) if "=" in word else ("".join(args[index + 1 : index + 2]), 2)
+            found = value if found is None else found
             if remove:
                 del args[index : index + used]
-            return value
-    return None
+    return found
 
 
 def load_config_file(asked: str | Path) -> Config:

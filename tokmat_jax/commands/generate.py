@@ -344,22 +344,23 @@ def main(args: Sequence[str]) -> None:
         generator.check(prompts, settings, direction)
     check_files(files_of(flags, len(prompts) * flags.num_samples, len(variants)),
                 {"--prompts-file": flags.prompts_file, "--steering-vector": flags.steering_vector})
-    several: list[Sample] = []
+    written: list[list[Sample]] = [[] for _ in variants]
     with opened(flags.output) as out:
         for sample, settings in Writing(generator, prompts, variants, flags, direction).samples():
-            if settings.commit != "front":
-                several.append(sample)
+            written[[one for _, one in variants].index(settings)].append(sample)
             if out is not None:
                 row = dataclasses.asdict(sample) | {"seed": flags.seed, "settings": dataclasses.asdict(settings)}
                 if flags.steering_vector is not None:
                     row["steering_vector"] = flags.steering_vector
                 print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
-    if several:
-        print(f"committed when {flags.generation.commit}: {_of_passes(several)}", file=sys.stderr)
+    for (title, settings), samples in zip(variants, written, strict=True):
+        if settings.commit != "front" and samples:
+            named = f"{title}: " if title else ""
+            print(f"{named}committed when {settings.commit}: {_of_passes(samples)}", file=sys.stderr)
 
 
 def _of_passes(samples: Sequence[Sample]) -> str:
-    """A line with the mean number of tokens per pass, and how often each draft was right."""
+    """A line with the mean number of tokens per pass, and how often each draft was right; the settings are the same."""
     tokens, passes = sum(len(one.tokens) for one in samples), sum(one.passes for one in samples)
     right = np.array([one.accepted for one in samples]).sum(axis=0)
     drafts = f"; drafts that were right, the nearest first: {', '.join(f'{one / passes:.0%}' for one in right)}"

@@ -4,6 +4,7 @@
     --config quickstart                a shipped config, from any folder
 """
 
+import contextlib
 from pathlib import Path
 
 from tokmat_jax.errors import UserError
@@ -22,8 +23,9 @@ def find(asked: str | Path, suffix: str, flag: str) -> Path:
 
     Raises UserError, with the shipped names, if there is neither; `flag` is the option that it quotes.
     """
-    if Path(asked).is_file():
-        return Path(asked)
+    with contextlib.suppress(OSError):  # a name that no file can have
+        if Path(asked).is_file():
+            return Path(asked)
     known = {path.stem: path for path in sorted(folder().glob(f"*{suffix}")) if path.stem != "__init__"}
     if str(asked) in known:
         return known[str(asked)]

@@ -27,8 +27,9 @@ DRAFTS: tuple[Draft, ...] = ("tail", "lookup", "both")
 
 def reference_of(settings: GenerationConfig) -> GenerationConfig:
     """Immediate projection, told the K of `settings`: what verified commits write."""
+    told = settings.tail_length if settings.model_tail_length is None else settings.model_tail_length
     one = dataclasses.replace(settings, rate=None, commit="front").with_tail_length(1)
-    return dataclasses.replace(one, rate=1.0, model_tail_length=settings.tail_length)
+    return dataclasses.replace(one, rate=1.0, model_tail_length=told)
 
 
 def verified_cases(base: GenerationConfig, drafts: Sequence[int]) -> dict[str, GenerationConfig]:

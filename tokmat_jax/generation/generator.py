@@ -33,7 +33,7 @@ def settings_of(config: Config) -> GenerationConfig:
     """Default generation settings of a run: its `generation`. The default of a baseline is plain greedy decoding: it
     ignores the repulsion that the maturation run of the same config uses."""
     own = config.generation
-    return dataclasses.replace(own, repulsion=0.0) if config.objective.kind == "ar" else own
+    return dataclasses.replace(own, repulsion=0.0).immediate() if config.objective.kind == "ar" else own
 
 
 class Generator:

@@ -34,7 +34,7 @@ class Sample:
     """Number of steps, each one forward pass (two with guidance); equal to the number of tokens if each step commits
     one."""
     accepted: list[int]
-    """Number of passes in which each of the M drafts was right, front first; empty unless commits are verified."""
+    """Number of passes in which each of the M drafts was accepted, front first; empty unless commits are verified."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def starting_params(fresh: Params, windows: Sequence[dict[str, Any]], tokenizer:
     """
     source, of_source = load_source(config, tokenizer, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, fresh)
-    count = _FITTED_TOKENS // config.data.seq_len if sphere_changes(config, of_source) else 0
+    count = max(1, _FITTED_TOKENS // config.data.seq_len) if sphere_changes(config, of_source) else 0
     ids = np.stack([windows[index]["tokens"] for index in range(min(max(count, _ROWS), len(windows)))])
     start = jax.jit(initial_params, static_argnums=(3, 4), out_shardings=placed)
     params = start(source, fresh, ids[:_ROWS], of_source, config)

@@ -46,9 +46,10 @@ def tail_text(prompt: str, moment: Moment, tokenizer: Tokenizer) -> Text:
         text.append("│", _QUIET)
         text.append(visible(tokenizer.piece(token)).replace("\n", "⏎"), _tint(maturity))
     text.append("│" if moment.tail else "", _QUIET)
-    wrong = [token for token in moment.drafts[moment.committed - 1 : moment.committed] if token >= 0]
-    if wrong and moment.tokens[-1] != tokenizer.end_of_text:
-        text.append(" ✗" + visible(tokenizer.piece(wrong[0])).replace("\n", "⏎"), _QUIET)
+    # A draft that the budget cut off is the token that was committed last.
+    for draft in moment.drafts[moment.committed - 1 : moment.committed]:
+        if draft not in (-1, moment.tokens[-1]):
+            text.append(" ✗" + visible(tokenizer.piece(draft)).replace("\n", "⏎"), _QUIET)
     return text
 
 

@@ -272,9 +272,13 @@ class View {
     const {numDrafts, drafts, committed} = this.run;
     const step = this.now();
     const tokens = drafts.slice(step * numDrafts, (step + 1) * numDrafts).filter((token) => token >= 0);
+    // A draft that the budget cut off was right too: it is the token that was committed last.
+    const last = committed[step] - 1;
+    const right = (token, place) => place < last
+      || (place === last && token === this.run.at(this.run.tokens, {step, slot: last}));
     this.find('.drafts').hidden = numDrafts === 0;
     this.find('.drafts').replaceChildren(tokens.length ? 'checked ' : 'nothing to check', ...tokens.flatMap((token, place) => [
-      make('span', place < committed[step] - 1 ? 'word fate' : 'word rejected', ...spell(data.pieces[token])), ' ']));
+      make('span', right(token, place) ? 'word fate' : 'word rejected', ...spell(data.pieces[token])), ' ']));
   }
 
   drawAbout({token, slot}) {
