@@ -25,9 +25,9 @@ from tokmat_jax.hf.convert import import_weights
 from tokmat_jax.model.backbone import make_forward
 from tokmat_jax.model.params import init_params, vocabulary_of
 from tokmat_jax.storage.workdir import load_config
-from tokmat_jax.training import climbing, start_from
+from tokmat_jax.training import climbing
 from tokmat_jax.training.climbing import ClimbWatch
-from tokmat_jax.training.start_from import fit_head, initial_params
+from tokmat_jax.training.start_from import initial_params
 
 AR = dataclasses.replace(tiny.CONFIG, objective=ObjectiveConfig(kind="ar"))
 IDS = jax.random.randint(jax.random.key(9), (3, 48), 0, tiny.VOCAB)
@@ -208,31 +208,6 @@ def test_a_pretrained_model_matures_with_settings_of_its_own_that_are_said_once(
                     "def get_config():\n    return Config(optimizer=OptimizerConfig(learning_rate=5e-4))\n")
     found = parse_config(["--config", str(file), *flags, "--workdir", str(folder / "other")])
     assert (found.optimizer.learning_rate, found.optimizer.warmup_steps) == (5e-4, 5)
-
-
-def test_a_head_fitted_to_the_sphere_begins_better_than_a_small_one(llama, monkeypatch):
-    folder, flags, _ = llama
-    monkeypatch.setattr(start_from, "sphere_changes", lambda *_: False)
-    go(*flags, "--workdir", str(folder / "small"))
-    fitted, small = (validations(folder / name)[0] for name in ("run", "small"))
-    assert fitted["validation/info_nce"] < small["validation/info_nce"] - 0.5
-    assert fitted["validation/top1/maturity_1"] > small["validation/top1/maturity_1"] + 0.1
-
-
-def test_the_less_text_there_is_the_more_of_the_head_stays():
-    config = adopt(tiny.CONFIG, source_config("ar", "raw"), "imported", "maturation")
-    params = tiny.shaken_params(config)
-    ids, inner = IDS[:, :20], jnp.eye(16) + 0.1
-    outer = jax.random.normal(jax.random.key(3), (16, 16)) + 4 * jnp.eye(16)
-    before = np.asarray(params["backbone"]["head"]["kernel"])
-
-    def cosine(count):
-        now = np.asarray(fit_head(params, (inner, outer), count, ids, config)["backbone"]["head"]["kernel"])
-        return np.vdot(now, before) / np.linalg.norm(now) / np.linalg.norm(before)
-
-    assert cosine(1_000_000) < 0.9 < 0.999 < cosine(1e-3)
-    length = np.linalg.norm(predict(fit_head(params, (inner, outer), 99, IDS, config), config)[0], axis=-1).mean()
-    np.testing.assert_allclose(length, config.model.head_init * config.table.radius, rtol=1e-4)
 
 
 def test_a_loss_that_climbs_is_said_once_with_its_cure(runs_dir, tmp_path, capsys, monkeypatch):

@@ -81,12 +81,6 @@ def _with(config: Config, values: dict[str, Any]) -> Config:
     return config
 
 
-def sphere_changes(config: Config, source: Config) -> bool:
-    """Whether maturing `source` replaces a raw, tied table of a language model by rows on the sphere."""
-    return (config.objective.kind == "maturation" and source.objective.kind == "ar"
-            and source.table.geometry == "raw" and source.table.tied)
-
-
 def check_source(config: Config, source: Config) -> None:
     """Raises UserError, naming the field, if the model of `config` differs from that of `source` in shape or K_max."""
     for name, own in facts_of(ModelConfig, "own").items():

@@ -1,8 +1,7 @@
 """Starting a run from another one's model: imported weights, an autoregressive baseline, or a maturation run.
 
 A backbone that was autoregressive begins with its own function at every maturity and every K; only its head is made
-small (METHOD §2: outputs of full length destroy it). If the step onto the sphere changes what its table means, the head
-is also fitted to the new rows, by least squares on text of the corpus.
+small (METHOD §2: outputs of full length destroy it).
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokmat_jax.config import Config
-from tokmat_jax.config.adopt import check_source, sphere_changes
+from tokmat_jax.config.adopt import check_source
 from tokmat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tokmat_jax.distributed.mesh import path_name
 from tokmat_jax.errors import UserError
@@ -42,34 +41,21 @@ def load_source(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Param
     return params, source
 
 
-_FITTED_TOKENS = 12_000
-"""Tokens of the corpus to which a head is fitted."""
 _ROWS = 4
-"""Windows that go through the model at once."""
-_WEIGHT = 0.5
-"""In that fit the head as it was counts as much as this many times d tokens."""
+"""Windows on which the length of predictions is measured."""
 
 
 def starting_params(fresh: Params, windows: Sequence[dict[str, Any]], tokenizer: Tokenizer, config: Config,
                     mesh: Mesh) -> tuple[Params, Config]:
     """Parameters of a run that starts from `config.init_from`, placed as `fresh` ones are, and the source's config.
 
-    `windows` hold `tokens` [T] to measure lengths on and to fit a head to.
+    `windows` hold `tokens` [T], on which the length of predictions is measured.
     """
     source, of_source = load_source(config, tokenizer, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, fresh)
-    count = max(1, _FITTED_TOKENS // config.data.seq_len) if sphere_changes(config, of_source) else 0
-    ids = np.stack([windows[index]["tokens"] for index in range(min(max(count, _ROWS), len(windows)))])
+    ids = np.stack([windows[index]["tokens"] for index in range(min(_ROWS, len(windows)))])
     start = jax.jit(initial_params, static_argnums=(3, 4), out_shardings=placed)
-    params = start(source, fresh, ids[:_ROWS], of_source, config)
-    if count:
-        moments = jax.jit(head_moments, static_argnums=2)
-        ids = ids[: max(1, len(ids) // _ROWS) * _ROWS]
-        parts = [moments(params, ids[row : row + _ROWS], config) for row in range(0, len(ids), _ROWS)]
-        total = jax.tree.map(lambda *leaves: sum(leaves), *parts)
-        fit = jax.jit(fit_head, static_argnums=(2, 4), out_shardings=placed)
-        params = fit(params, total, ids[:, 1:].size, ids[:_ROWS], config)
-    return params, of_source
+    return start(source, fresh, ids, of_source, config), of_source
 
 
 def initial_params(source: Params, fresh: Params, ids: jax.Array, source_config: Config, config: Config) -> Params:
@@ -97,42 +83,13 @@ def initial_params(source: Params, fresh: Params, ids: jax.Array, source_config:
     return params | {"backbone": backbone}
 
 
-def head_moments(params: Params, ids: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
-    """Σ ẑᵀẑ and Σ ẑᵀe over the positions of `ids` [B, T] that have a next token, whose vector is e; each [d, d]."""
-    rows = look_up(vocabulary_of(params, config).table, ids)
-    predictions = _predictions(params, ids, config)[:, :-1]
-    size = config.model.embed_dim
-    x, y = predictions.reshape(-1, size), rows[:, 1:].reshape(-1, size)
-    return jnp.matmul(x.T, x, precision="highest"), jnp.matmul(x.T, y, precision="highest")
-
-
-def fit_head(params: Params, moments: tuple[jax.Array, jax.Array], count: int, ids: jax.Array,
-             config: Config) -> Params:
-    """`params` with a head whose predictions ẑ W are nearest to the next token's vector, as small as they were.
-
-    Minimises Σ ‖ẑ W − e‖² + λ ‖W − c I‖² over the `count` tokens of `moments` (see `head_moments`). c I is the best
-    multiple of the head as it was: the less text there is, the more of it stays. `ids` [B, T] measure the length.
-    """
-    (inner, outer), size = moments, config.model.embed_dim
-    ridge, best = _WEIGHT * jnp.trace(inner) / count, jnp.trace(outer) / jnp.trace(inner)
-    fitted = jnp.linalg.solve(inner + ridge * jnp.eye(size), outer + ridge * best * jnp.eye(size))
-    kernel = jnp.matmul(params["backbone"]["head"]["kernel"], fitted, precision="highest")
-    params = params | {"backbone": params["backbone"] | {"head": {"kernel": kernel}}}
-    small = config.model.head_init * config.table.radius / _length(params, ids, config)
-    return params | {"backbone": params["backbone"] | {"head": {"kernel": small * kernel}}}
-
-
 def _length(params: Params, ids: jax.Array, config: Config) -> jax.Array:
     """Mean ‖ẑ‖ [] over the positions of `ids` [B, T], all committed."""
-    return jnp.mean(jnp.linalg.norm(_predictions(params, ids, config), axis=-1))
-
-
-def _predictions(params: Params, ids: jax.Array, config: Config) -> jax.Array:
-    """ẑ [B, T, d] after each position of `ids` [B, T], all committed."""
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None, :], ids.shape)
     clean = look_up(vocabulary_of(params, config).table, ids)
-    told = jnp.zeros((ids.shape[0],), jnp.int32)
-    return make_forward(config)(params["backbone"], clean, jnp.ones(ids.shape), told, positions)[0]
+    no_tail = jnp.zeros((ids.shape[0],), jnp.int32)
+    prediction, _ = make_forward(config)(params["backbone"], clean, jnp.ones(ids.shape), no_tail, positions)
+    return jnp.mean(jnp.linalg.norm(prediction, axis=-1))
 
 
 def _neutral_conditioning(backbone: Params, fresh: Params, source_config: Config) -> Params:
