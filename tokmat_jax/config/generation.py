@@ -79,7 +79,7 @@ class GenerationConfig(Section, name="generation"):
     text."""
     model_tail_length: int | None = setting(None, at_least=0)
     """The K that the model is given at committed positions and at drafts; their keys, and so the text, depend on it.
-    None: `tail_length`."""
+    None: `tail_length`, or 0 if the run had many tails per window."""
     patience: int = setting(1, at_least=0, of_stable=True)
     """Updates in a row that must leave a slot's nearest token unchanged before `stable` commits it early."""
     tolerance: float = setting(0.1, above=0, of_stable=True)

@@ -7,7 +7,7 @@ from tokmat_jax.config.generation import GenerationConfig
 from tokmat_jax.config.machine import ClusterConfig, ComputeConfig, MeshConfig
 from tokmat_jax.config.model import ModelConfig, TableConfig
 from tokmat_jax.config.text import DataConfig, TokenizerConfig
-from tokmat_jax.config.training import MaturationConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from tokmat_jax.config.training import MOST_MOVED, MaturationConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class Config:
         require(self.maturation.max_tail_length < window,
                 f"maturation.max_tail_length (K_max) must be smaller than data.seq_len, so that a committed "
                 f"position is left, found {self.maturation.max_tail_length} and {window}")
+        require(self.maturation.num_tails == 0 or self.maturation.max_tail_length + MOST_MOVED < window,
+                f"maturation.num_tails: a tail of {self.maturation.max_tail_length} slots does not fit into a window "
+                f"of data.seq_len {window}")
         require(self.max_positions >= window,
                 f"model.max_positions must be at least data.seq_len, found {self.max_positions} and {window}")
         require(self.compute.attention == "xla" or (self.model.dtype == "bfloat16" and self.model.head_size % 8 == 0),

@@ -7,6 +7,9 @@ from tokmat_jax.config.checks import Section, require, setting
 
 Profile = Literal["linear", "cosine", "constant"]
 """Maturity along the tail, front first."""
+MOST_MOVED = 2
+"""With many tails per window: by how many positions at most the slots have moved up since the pass that gave them the
+model's own vectors, as a pass of the decoder moves them by the number of tokens that it commits."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,21 @@ class MaturationConfig(Section, name="maturation"):
     history_dropout: float = setting(0.1, at_least=0, at_most=1)
     """Share of rows whose tail is predicted without the history (trains the unconditional branch)."""
     self_condition_prob: float = setting(0.0, at_least=0, at_most=1)
-    """Share of rows whose tail is built from the model's own predictions instead of the truth."""
+    """Share of tails that are built from the model's own predictions, instead of the truth or, with `num_tails`, of
+    embryos."""
+    num_tails: int = setting(0, at_least=0, symbol="M")
+    """M, tails of K_max slots at random positions beside each window; 0 is the paper's one tail at its end."""
+    tails_weight: float = setting(1.0, at_least=0, symbol="μ")
+    """μ, weight of the mean loss of the slots of many tails beside that of the window."""
+    tails_target: Literal["text", "model"] = "text"
+    """What the slots of many tails learn to predict: the text, or what the model itself predicts at their positions
+    once it has read the text up to there."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.num_tails == 0 or self.max_tail_length > 1,
+                f"maturation.num_tails needs a maturation.max_tail_length (K_max) of at least 2, because the front is "
+                f"predicted without a slot; found {self.max_tail_length}")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tokmat_jax.method.guidance import guide
 from tokmat_jax.method.repulsion import Remembering, begin_trace, repel
 from tokmat_jax.method.tail import Tail
 from tokmat_jax.model.attention import causal_mask
-from tokmat_jax.model.backbone import KVCache, Model
+from tokmat_jax.model.backbone import KVCache, Model, layers_of
 
 
 def prefill(
@@ -41,7 +41,7 @@ def read_prompts(model: Model, vectors: jax.Array, tail_length: jax.Array, capac
     positions = jnp.broadcast_to(jnp.arange(length)[None, :], (batch, length))
     prediction, live = model(vectors, jnp.ones((batch, length)), tail_length, positions)
     room = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
-    return prediction, jax.tree.map(lambda x: jnp.pad(x, room), live)
+    return prediction, jax.tree.map(lambda x: jnp.pad(x, room), layers_of(live))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,14 @@ def settings_of(config: Config) -> GenerationConfig:
     """Default generation settings of a run: its `generation`. The default of a baseline is plain greedy decoding: it
     ignores the repulsion that the maturation run of the same config uses."""
     own = config.generation
-    return dataclasses.replace(own, repulsion=0.0).immediate() if config.objective.kind == "ar" else own
+    return dataclasses.replace(own, repulsion=0.0).immediate() if config.objective.kind == "ar" else _told(own, config)
+
+
+def _told(settings: GenerationConfig, config: Config) -> GenerationConfig:
+    """`settings` with the K that a model of many tails per window was told at committed positions: 0."""
+    if config.maturation.num_tails == 0 or settings.model_tail_length is not None:
+        return settings
+    return dataclasses.replace(settings, model_tail_length=0)
 
 
 class Generator:
@@ -246,7 +253,7 @@ class Generator:
     def _tail(self, settings: GenerationConfig, direction: np.ndarray | None) -> Tail:
         if self.is_autoregressive:
             return make_tail(settings.immediate())
-        return make_tail(settings, self._direction(settings, direction))
+        return make_tail(_told(settings, self.config), self._direction(settings, direction))
 
     def check(
         self, prompts: Sequence[Prompt], settings: GenerationConfig, direction: np.ndarray | None = None

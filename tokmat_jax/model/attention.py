@@ -59,8 +59,9 @@ def attend(
 
     `mask` [B or 1, Q, T] bool says which live keys the last Q queries see; the other queries are causal, as are all if
     it is None. `visible` [B, S] bool says which entries of the history every query of the row sees. The two parts share
-    one softmax without being copied into one array. H may be a multiple of the keys' H_kv: query head h reads head
-    h // (H / H_kv). Returns [B, H, T, D]; the softmax is taken in float32.
+    one softmax without being copied into one array. A history may have fewer rows, B / M: row b then reads row b // M.
+    H may be a multiple of the keys' H_kv: query head h reads head h // (H / H_kv). Returns [B, H, T, D]; the softmax is
+    taken in float32.
     """
     batch, _, length, size = query.shape
     grouped = query.reshape(batch, live.key.shape[1], -1, length, size)
@@ -101,12 +102,25 @@ def _masked(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array)
 def _with_history(
     query: jax.Array, live: LayerCache, mask: jax.Array, history: LayerCache, visible: jax.Array
 ) -> jax.Array:
-    past = _masked_scores(query, history.key, visible[:, None, None, None, :])
-    now = _masked_scores(query, live.key, mask[:, None, None])
+    batch, heads, groups, length, _ = query.shape
+    rows, capacity = history.key.shape[0], history.capacity
+    shared = batch // rows
+
+    def together(x):
+        """[B, …, T, S] → [B / M, …, M T, S]: rows that share a history become one."""
+        x = jnp.moveaxis(x.reshape(rows, shared, heads, groups, length, x.shape[-1]), 1, 3)
+        return x.reshape(rows, heads, groups, shared * length, x.shape[-1])
+
+    def apart(x):
+        x = jnp.moveaxis(x.reshape(rows, heads, groups, shared, length, x.shape[-1]), 3, 1)
+        return x.reshape(batch, heads, groups, length, x.shape[-1])
+
+    seen = jnp.broadcast_to(visible.reshape(rows, shared, 1, capacity), (rows, shared, length, capacity))
+    past = _masked_scores(together(query), history.key, seen.reshape(rows, 1, 1, shared * length, capacity))
+    now = together(_masked_scores(query, live.key, mask[:, None, None]))
     weight = jax.nn.softmax(jnp.concatenate([past, now], axis=-1), axis=-1).astype(query.dtype)
-    capacity = history.capacity
-    return jnp.einsum("bhgts,bhsd->bhgtd", weight[..., :capacity], history.value) + jnp.einsum(
-        "bhgts,bhsd->bhgtd", weight[..., capacity:], live.value
+    return apart(jnp.einsum("bhgts,bhsd->bhgtd", weight[..., :capacity], history.value)) + jnp.einsum(
+        "bhgts,bhsd->bhgtd", apart(weight[..., capacity:]), live.value
     )
 
 

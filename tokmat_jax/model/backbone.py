@@ -23,9 +23,12 @@ from tokmat_jax.model.rope import apply_rope
 Params = Any
 KVCache = tuple[LayerCache, ...]
 """Keys and values of some positions, one LayerCache per layer."""
-Forward = Callable[..., tuple[jax.Array, KVCache]]
-"""(params, z, maturity, tail_length, positions, …) → (predictions, keys and values), see `make_forward`."""
-Model = Callable[..., tuple[jax.Array, KVCache]]
+StackedCache = LayerCache
+"""As `KVCache`, but the layers are a leading axis of one LayerCache, as a scan over stacked blocks needs it."""
+Forward = Callable[..., tuple[jax.Array, Any]]
+"""(params, z, maturity, tail_length, positions, …) → (predictions, keys and values: a KVCache, or a StackedCache if the
+blocks of the parameters are stacked), see `make_forward`."""
+Model = Callable[..., tuple[jax.Array, Any]]
 """A Forward with its parameters bound: (z, maturity, tail_length, positions, …)."""
 
 _MATURITY_RANGE = 1000.0
@@ -137,9 +140,9 @@ class Backbone(nn.Module):
         tail_length: jax.Array,
         positions: jax.Array,
         mask: jax.Array | None = None,
-        history: KVCache | None = None,
+        history: KVCache | StackedCache | None = None,
         visible: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[jax.Array, KVCache | StackedCache]:
         """Predictions for the positions after those given.
 
         Args:
@@ -148,12 +151,13 @@ class Backbone(nn.Module):
           tail_length: K [B], or per position [B, T]; 0 = no tail.
           positions: absolute positions [B, T], below `max_positions`.
           mask: which of the T positions the last Q see, [B or 1, Q, T] bool; the others are causal, as are all if None.
-          history: keys and values of earlier positions, one LayerCache per layer; only for unstacked blocks.
+          history: keys and values of earlier positions, stacked exactly if the blocks are. Its rows may be shared by M
+            rows of `z`: row b reads row b // M.
           visible: which entries of the history may be read, [B, S] bool.
 
         Returns:
           vectors [B, T, d], index t predicting position `positions[:, t]` + 1, in float32; and the keys and
-          values of the T positions, one LayerCache per layer.
+          values of the T positions, stacked if the blocks are.
         """
         config, size = self.config, self.config.embed_dim
         h = z.astype(config.dtype) * (config.input_norm / self.radius)
@@ -167,17 +171,16 @@ class Backbone(nn.Module):
         h = constrain_activations(h)
         rest = (tail_length, positions, mask, visible)
         if self.stacked:
-            assert history is None
             blocks = nn.scan(
                 _rematerialised(self.compute),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast,) * 5,  # pyright: ignore[reportArgumentType]
+                in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
                 length=config.num_layers,
             )
-            h, stack = blocks(config, self.compute, self.max_tail_length, name="blocks")(h, None, *rest)
-            live = tuple(jax.tree.map(lambda x, layer=layer: x[layer], stack) for layer in range(config.num_layers))
+            h, live = blocks(config, self.compute, self.max_tail_length, name="blocks")(h, history, *rest)
         else:
+            assert not isinstance(history, LayerCache)
             live = ()
             for layer in range(config.num_layers):
                 block = Block(config, self.compute, self.max_tail_length, name=f"block_{layer}")
@@ -215,6 +218,13 @@ def unstack_blocks(params: Params) -> Params:
     return {name: value for name, value in params.items() if name != "blocks"} | own
 
 
+def layers_of(live: KVCache | StackedCache) -> KVCache:
+    """`live` with one LayerCache per layer; one that is not stacked is returned unchanged."""
+    if not isinstance(live, LayerCache):
+        return live
+    return tuple(jax.tree.map(lambda x, layer=layer: x[layer], live) for layer in range(live.key.shape[0]))
+
+
 def conditioning_of_committed(params: Params, config: Config, tail_length: int) -> tuple[jax.Array, jax.Array]:
     """Effect of maturity 1 and K = `tail_length` on the input h of a backbone with `film="once"`: a ⊙ h + b.
 
@@ -241,11 +251,13 @@ def make_backbone(config: Config, stacked: bool = True) -> Backbone:
 def make_forward(config: Config) -> Forward:
     """f(params, z, maturity, tail_length, positions, …) of `Backbone.__call__`, as a pure function.
 
-    The blocks of `params` may be stacked; if there is a history they are unstacked here.
+    The blocks of `params` may be stacked; if there is a history of separate layers they are unstacked here.
     """
 
-    def forward(params: Params, *args, history: KVCache | None = None, **kwargs) -> tuple[jax.Array, KVCache]:
-        params = params if history is None else unstack_blocks(params)
+    def forward(
+        params: Params, *args, history: KVCache | StackedCache | None = None, **kwargs
+    ) -> tuple[jax.Array, Any]:
+        params = unstack_blocks(params) if isinstance(history, tuple) else params
         backbone = make_backbone(config, stacked="blocks" in params)
         return backbone.apply({"params": params}, *args, history=history, **kwargs)  # pyright: ignore[reportReturnType]
 

@@ -10,7 +10,8 @@ from flax import struct
 
 from tokmat_jax.config import Config
 from tokmat_jax.method import losses, maturation
-from tokmat_jax.method.table import Vocabulary, look_up
+from tokmat_jax.method.many_tails import draw_tails, earlier_slots, embryo_slots, matured_slots, slot_maturity
+from tokmat_jax.method.table import Vocabulary, look_up, read
 from tokmat_jax.model.attention import history_mask
 from tokmat_jax.model.backbone import Forward, Params
 from tokmat_jax.model.params import ar_logit_scale_of, logit_scale_of, vocabulary_of
@@ -45,7 +46,7 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
     tokens = vocabulary_of(params, config)
     clean = look_up(tokens.table, ids)
     batch, length = ids.shape
-    positions = jnp.broadcast_to(jnp.arange(length)[None, :], (batch, length))
+    positions = _positions(ids)
 
     def predict(z, maturity, tail_length, mask):
         return forward(params["backbone"], z, maturity, tail_length, positions, mask)[0]
@@ -74,6 +75,62 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
     return PredictedWindows(tokens, ids[:, 1:], maturity[:, 1:], output[:, :-1])
 
 
+def run_with_tails(
+    params: Params, ids: jax.Array, keys: jax.Array, config: Config, forward: Forward
+) -> tuple[PredictedWindows, PredictedWindows]:
+    """Predicts every position of `ids` [B, T] from clean vectors, told K = 0, and the positions from the anchors of M
+    tails on. Returns the windows, and the tails as windows of M K targets [B, M K], whose weights are 1, or 0 for a
+    front that the window predicts already.
+
+    The keys of the window are computed once. A self-conditioned tail runs twice over them: first with embryos, from an
+    earlier anchor, then with the vectors that this predicted (`method/many_tails.py`).
+    """
+    tokens, settings = vocabulary_of(params, config), config.maturation
+    batch, length = ids.shape
+    backbone, table, count = params["backbone"], tokens.table, settings.max_tail_length
+    draw = draw_tails(keys, settings, length, config.model.embed_dim, config.table.radius)
+    prediction, history = forward(backbone, look_up(table, ids), jnp.ones(ids.shape), jnp.zeros((batch,), jnp.int32),
+                                  _positions(ids))
+    alpha = slot_maturity(settings)
+    maturity = jnp.concatenate([jnp.ones((1,)), alpha])
+    told = jnp.where(jnp.arange(count) == 0, 0, count)
+
+    def rows(x):
+        """[B, M, …] → [B M, …]: a tail is a row of its own, which shares the history of its window."""
+        return x.reshape(-1, *x.shape[2:])
+
+    def run(anchor, slots, backbone, table, history):
+        newest = look_up(table, jnp.take_along_axis(ids, anchor - 1, axis=1))[:, :, None]
+        where = rows(anchor[:, :, None] - 1 + jnp.arange(count))
+        visible = (jnp.arange(length) < anchor[:, :, None] - 1) & ~draw.history_dropped[:, :, None]
+        ahead, _ = forward(backbone, rows(jnp.concatenate([newest, slots], axis=2)),
+                           jnp.broadcast_to(maturity, where.shape), jnp.broadcast_to(told, where.shape), where,
+                           history=history, visible=rows(visible))
+        return ahead.reshape(batch, -1, count, ahead.shape[-1])
+
+    slots = embryo_slots(draw, count - 1)
+    if settings.self_condition_prob > 0:
+        fixed = jax.lax.stop_gradient((backbone, table, history))
+        own = run(draw.anchor - draw.moved, earlier_slots(draw, count - 1), *fixed)
+        slots = matured_slots(draw, own, alpha)
+    ahead = run(draw.anchor, slots, backbone, table, history)
+    place = (draw.anchor[:, :, None] + jnp.arange(count)).reshape(batch, -1)
+    said = ids
+    if settings.tails_target == "model":
+        own_choice, _ = read(jax.lax.stop_gradient(prediction), tokens, 1.0)
+        said = jnp.concatenate([ids[:, :1], own_choice[:, :-1]], axis=1)
+    front = (jnp.arange(count) == 0) & ~draw.history_dropped[:, :, None]
+    weight = 1.0 - front.astype(jnp.float32)
+    windows = PredictedWindows(tokens, ids[:, 1:], jnp.ones((batch, length - 1)), prediction[:, :-1])
+    tails = PredictedWindows(tokens, jnp.take_along_axis(said, place, axis=1), weight.reshape(batch, -1),
+                             ahead.reshape(batch, -1, ahead.shape[-1]))
+    return windows, tails
+
+
+def _positions(ids: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(ids.shape[1])[None, :], ids.shape)
+
+
 def weighted_sums(
     windows: PredictedWindows, params: Params, negatives: losses.Negatives, config: Config
 ) -> dict[str, jax.Array]:
@@ -91,10 +148,27 @@ def weighted_sums(
     return {"loss": mse + config.objective.nce_weight * nce, "mse": mse, "info_nce": nce, "weight": total}
 
 
+def sums_with_tails(
+    windows: PredictedWindows, tails: PredictedWindows, params: Params, negatives: losses.Negatives, config: Config
+) -> dict[str, jax.Array]:
+    """As `weighted_sums` of `windows`, with the sums of `tails` beside them (`tails_…`), scaled so that both are
+    divided by `weight`: the loss is the mean over clean positions plus μ times the mean over slots."""
+    sums = weighted_sums(windows, params, negatives, config)
+    # A constant number of slots, so that micro-batches and devices add up.
+    slots = tails.weight.size * (1.0 - 1.0 / config.maturation.max_tail_length)
+    scale = windows.weight.size / slots
+    of_tails = weighted_sums(tails, params, negatives, config)
+    own = {f"tails_{name}": scale * of_tails[name] for name in ("loss", "mse", "info_nce")}
+    return sums | own | {"loss": sums["loss"] + config.maturation.tails_weight * own["tails_loss"]}
+
+
 def loss_sums(
     params: Params, ids: jax.Array, keys: jax.Array, negatives: losses.Negatives, config: Config, forward: Forward
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Σ w_t L_t, and the sums of each term with `weight` = Σ w_t; a mean is a sum divided by `weight`."""
-    windows = run_windows(params, ids, keys, config, forward)
-    sums = weighted_sums(windows, params, negatives, config)
+    if config.objective.kind == "maturation" and config.maturation.num_tails > 0:
+        sums = sums_with_tails(*run_with_tails(params, ids, keys, config, forward), params, negatives, config)
+    else:
+        windows = run_windows(params, ids, keys, config, forward)
+        sums = weighted_sums(windows, params, negatives, config)
     return sums["loss"], sums

@@ -104,18 +104,26 @@ def eval_sums(
 ) -> dict[str, jax.Array]:
     """Sums over one validation batch [B, T]; `eval_means` turns their totals into metrics.
 
-    Tails are drawn as in training, but without history dropout and self-conditioning. The loss terms are weighted as
-    in training. `top1`, `top5` (the target is the nearest token to ẑ, among the five nearest) and `entropy`
-    (softmax(cos(ẑ, E)), τ = 1, nats) are unweighted sums over positions, by maturity of the target.
+    Tails are drawn as in training, but without history dropout; of many tails, all hold the model's own vectors, and a
+    single tail never does. The loss terms are weighted as in training. `top1`, `top5` (the target is the nearest token
+    to ẑ, among the five nearest) and `entropy` (softmax(cos(ẑ, E)), τ = 1, nats) are unweighted sums over positions, by
+    maturity of the target; `top1` of many tails also by slot.
     """
-    plain = dataclasses.replace(config.maturation, history_dropout=0.0, self_condition_prob=0.0)
+    settings = config.maturation
+    many = config.objective.kind == "maturation" and settings.num_tails > 0
+    plain = dataclasses.replace(settings, history_dropout=0.0, self_condition_prob=1.0 if many else 0.0)
     config = dataclasses.replace(config, maturation=plain)
     key = jax.random.fold_in(jax.random.fold_in(seed_key(config.train.seed), _EVAL), index)
     negatives_key, rows_key = jax.random.split(key)
     negatives = losses.draw_negatives(negatives_key, config.objective, ids[:, 1:], unigram)
-    keys = objective.row_keys(rows_key, ids.shape[0])
-    windows = objective.run_windows(params, ids, keys, config, make_forward(config))
-    sums = objective.weighted_sums(windows, params, negatives, config)
+    keys, forward = objective.row_keys(rows_key, ids.shape[0]), make_forward(config)
+    if many:
+        windows, tails = objective.run_with_tails(params, ids, keys, config, forward)
+        sums = objective.sums_with_tails(windows, tails, params, negatives, config)
+        sums |= _by_slot(tails, settings.max_tail_length)
+    else:
+        windows = objective.run_windows(params, ids, keys, config, forward)
+        sums = objective.weighted_sums(windows, params, negatives, config)
     rank, entropy = rank_and_entropy(windows.prediction, windows.target_ids, windows.vocabulary)
     edges = (*MATURITY_BINS, jnp.inf)
     for low, high in itertools.pairwise(edges):
@@ -123,6 +131,15 @@ def eval_sums(
         for name, value in (("top1", rank < 1), ("top5", rank < 5), ("entropy", entropy), ("count", 1.0)):
             sums[f"{name}/maturity_{low:g}"] = jnp.sum(jnp.where(inside, value, 0.0))
     return sums
+
+
+def _by_slot(tails: objective.PredictedWindows, length: int) -> dict[str, jax.Array]:
+    """Sums [] of `top1` and `count` of tails of `length` K for the slots 1..K − 1; slot j becomes the token that
+    follows the front by j, which the front's text does not show."""
+    rank, _ = rank_and_entropy(tails.prediction, tails.target_ids, tails.vocabulary)
+    right = jnp.sum((rank < 1).reshape(-1, length), axis=0)
+    return {f"{name}/slot_{slot}": value for slot in range(1, length)
+            for name, value in (("top1", right[slot]), ("count", jnp.float32(rank.size / length)))}
 
 
 def eval_means(totals: dict[str, Any]) -> dict[str, float]:
