@@ -9,10 +9,17 @@ from tokmat_jax.config.machine import AttentionKernel, ClusterConfig, ComputeCon
 from tokmat_jax.config.model import ModelConfig, RopeConfig, TableConfig
 from tokmat_jax.config.run import Config
 from tokmat_jax.config.text import DataConfig, TokenizerConfig
-from tokmat_jax.config.training import MaturationConfig, ObjectiveConfig, OptimizerConfig, Profile, TrainConfig
+from tokmat_jax.config.training import (
+    AdapterConfig,
+    MaturationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    Profile,
+    TrainConfig,
+)
 
 __all__ = [
-    "AttentionKernel", "ClusterConfig", "Commit", "ComputeConfig", "Config", "DataConfig", "Draft", "GenerationConfig",
-    "MaturationConfig", "MeshConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig", "Profile", "Remat",
-    "RopeConfig", "SteeringSchedule", "TableConfig", "TokenizerConfig", "TrainConfig",
+    "AdapterConfig", "AttentionKernel", "ClusterConfig", "Commit", "ComputeConfig", "Config", "DataConfig", "Draft",
+    "GenerationConfig", "MaturationConfig", "MeshConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig",
+    "Profile", "Remat", "RopeConfig", "SteeringSchedule", "TableConfig", "TokenizerConfig", "TrainConfig",
 ]

@@ -7,7 +7,14 @@ from tokmat_jax.config.generation import GenerationConfig
 from tokmat_jax.config.machine import ClusterConfig, ComputeConfig, MeshConfig
 from tokmat_jax.config.model import ModelConfig, TableConfig
 from tokmat_jax.config.text import DataConfig, TokenizerConfig
-from tokmat_jax.config.training import MOST_MOVED, MaturationConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from tokmat_jax.config.training import (
+    MOST_MOVED,
+    AdapterConfig,
+    MaturationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Config:
     model: ModelConfig = section(ModelConfig, paired=True)
     maturation: MaturationConfig = section(MaturationConfig)
     objective: ObjectiveConfig = section(ObjectiveConfig)
+    adapter: AdapterConfig = section(AdapterConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig, paired=True)
     train: TrainConfig = section(TrainConfig)
     mesh: MeshConfig = section(MeshConfig, free=True)
@@ -49,6 +57,11 @@ class Config:
             require(self.table.geometry == "sphere" and self.table.tied and self.model.head == "linear",
                     f"maturation needs table.geometry 'sphere', one tied table and model.head 'linear', found "
                     f"{self.table.geometry!r}, table.tied {self.table.tied} and {self.model.head!r}")
+        require(self.adapter.rank is None or self.init_from is not None,
+                f"adapter.rank {self.adapter.rank} needs a model to adapt: give init_from")
+        require((self.adapter.rank or 0) <= self.model.embed_dim,
+                f"adapter.rank must not exceed model.embed_dim ({self.model.embed_dim}), the full rank, found "
+                f"{self.adapter.rank}")
         require(self.init_from is None or self.table.initial is None,
                 "init_from brings a table of its own: leave out table.initial")
         require(self.generation.steering == 0.0 or bool(self.generation.steering_words),
@@ -56,6 +69,11 @@ class Config:
         require(self.generation.tail_length <= self.max_positions - 2,
                 f"generation.tail_length (K) must be smaller than the model's positions by at least 2 (a prompt and a "
                 f"new token), found {self.generation.tail_length} and {self.max_positions}")
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether the whole model is trained, not only what is added to another one."""
+        return self.adapter.rank is None and self.objective.kind != "tail"
 
     @property
     def max_positions(self) -> int:

@@ -1,7 +1,7 @@
 """Settings of training: the simulated tail, the loss, the optimiser, the loop."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from tokmat_jax.config.checks import Section, require, setting
 
@@ -72,6 +72,31 @@ class ObjectiveConfig(Section, name="objective"):
         require(self.logit_scale > 0 and (not self.learn_logit_scale or 1.0 <= self.logit_scale <= 100.0),
                 f"objective.logit_scale must be positive, and within [1, 100] if it is learned, "
                 f"found {self.logit_scale}")
+
+
+Matrix = Literal["query", "key", "value", "attention_out", "mlp_in", "mlp_gate", "mlp_out"]
+"""A matrix of a block."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig(Section, name="adapter"):
+    """What is trained of a model that a run starts from: all of it, or an adapter (LoRA) beside it."""
+
+    rank: int | None = setting(None, at_least=0)
+    """r, rank of the adapters. None trains the whole model. With a rank, the model that the run starts from is frozen;
+    the adapters and what maturation adds (maturity MLP, FiLM, head, κ) are trained, or only the latter if it is 0."""
+    matrices: tuple[Matrix, ...] = get_args(Matrix)
+    """The matrices of each block that have an adapter."""
+    scale: float = setting(2.0, above=0)
+    """s, factor of an adapter's output."""
+    dropout: float = setting(0.0, at_least=0, below=1)
+    """Probability with which an input of an adapter is dropped in training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wrong = [name for name in self.matrices if name not in get_args(Matrix)]
+        require(not wrong, f"adapter.matrices: a block has {', '.join(get_args(Matrix))}, found {wrong}")
+        require(not self.rank or bool(self.matrices), "adapter.rank needs adapter.matrices to adapt, found none")
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tokmat_jax.config import ComputeConfig, Config, ModelConfig
+from tokmat_jax.config import AdapterConfig, ComputeConfig, Config, ModelConfig
 from tokmat_jax.distributed.mesh import constrain_activations
 from tokmat_jax.model.attention import LayerCache, attend
+from tokmat_jax.model.lora import adapter_output
 from tokmat_jax.model.rope import apply_rope
 
 Params = Any
@@ -76,6 +77,27 @@ def _norm(config: ModelConfig, name: str) -> nn.Module:
     return nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name=name)
 
 
+class Dense(nn.Module):
+    """A matrix of a block, with its adapter if it has one: [B, T, in] → [B, T, features]."""
+
+    features: int
+    use_bias: bool
+    dtype: str
+    kernel_init: Any
+    adapter: AdapterConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, gate: jax.Array | None, keys: jax.Array | None) -> jax.Array:
+        x = x.astype(self.dtype)
+        # Rows and positions become one axis: contracting them separately costs a copy in the backward pass.
+        y = x.reshape(-1, x.shape[-1]) @ self.param(
+            "kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        y = y.reshape(*x.shape[:-1], self.features)
+        return y + adapter_output(self.param, str(self.name), x, self.features, self.adapter, gate, keys)
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP on the residual stream h [B, T, d].
 
@@ -84,18 +106,18 @@ class Block(nn.Module):
     """
 
     config: ModelConfig
+    adapter: AdapterConfig
     compute: ComputeConfig
     max_tail_length: int
 
     @nn.compact
-    def __call__(self, h, history, tail_length, positions, mask, visible):
+    def __call__(self, h, history, keys, gate, tail_length, positions, mask, visible):
         config = self.config
         residual_init = nn.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "truncated_normal")
 
         def dense(features, name, bias, init=_fan_in):
-            layer = nn.Dense(features, use_bias=bias, dtype=config.dtype, kernel_init=init, name=name)
-            # Rows and positions become one axis: contracting them separately costs a copy in the backward pass.
-            return lambda x: layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+            layer = Dense(features, bias, config.dtype, init, self.adapter, name=name)
+            return lambda x: layer(x, gate, keys)
 
         if config.film == "per_layer":
             h = TailLengthFilm(config, self.max_tail_length, name="film")(h, tail_length)
@@ -126,6 +148,7 @@ class Backbone(nn.Module):
     """f_θ. `radius` is R, `max_tail_length` K_max; `stacked`: the blocks' parameters are stacked (`unstack_blocks`)."""
 
     config: ModelConfig
+    adapter: AdapterConfig
     compute: ComputeConfig
     max_positions: int
     max_tail_length: int
@@ -142,6 +165,7 @@ class Backbone(nn.Module):
         mask: jax.Array | None = None,
         history: KVCache | StackedCache | None = None,
         visible: jax.Array | None = None,
+        dropout: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | StackedCache]:
         """Predictions for the positions after those given.
 
@@ -154,6 +178,7 @@ class Backbone(nn.Module):
           history: keys and values of earlier positions, stacked exactly if the blocks are. Its rows may be shared by M
             rows of `z`: row b reads row b // M.
           visible: which entries of the history may be read, [B, S] bool.
+          dropout: keys [L, B] for the dropout of an adapter; None drops nothing.
 
         Returns:
           vectors [B, T, d], index t predicting position `positions[:, t]` + 1, in float32; and the keys and
@@ -168,23 +193,25 @@ class Backbone(nn.Module):
         h += MaturityConditioning(config, name="maturity")(maturity)
         if config.film == "once":
             h = TailLengthFilm(config, self.max_tail_length, name="film")(h, tail_length)
-        h = constrain_activations(h)
-        rest = (tail_length, positions, mask, visible)
+        h, gate = constrain_activations(h), None
+        rest = (gate, tail_length, positions, mask, visible)
         if self.stacked:
             blocks = nn.scan(
                 _rematerialised(self.compute),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
+                in_axes=(0, 0, *(nn.broadcast,) * 5),  # pyright: ignore[reportArgumentType]
                 length=config.num_layers,
             )
-            h, live = blocks(config, self.compute, self.max_tail_length, name="blocks")(h, history, *rest)
+            h, live = blocks(config, self.adapter, self.compute, self.max_tail_length, name="blocks")(
+                h, history, dropout, *rest)
         else:
             assert not isinstance(history, LayerCache)
             live = ()
             for layer in range(config.num_layers):
-                block = Block(config, self.compute, self.max_tail_length, name=f"block_{layer}")
-                h, own = block(h, None if history is None else history[layer], *rest)
+                block = Block(config, self.adapter, self.compute, self.max_tail_length, name=f"block_{layer}")
+                own_history, keys = (None if x is None else x[layer] for x in (history, dropout))
+                h, own = block(h, own_history, keys, *rest)
                 live += (own,)
         h = _norm(config, "final_norm")(h)
         if config.head == "identity":
@@ -244,8 +271,8 @@ def maturity_of_committed(params: Params, config: Config) -> jax.Array:
 
 def make_backbone(config: Config, stacked: bool = True) -> Backbone:
     """The backbone that `config` describes; parameters are only initialised `stacked`."""
-    return Backbone(config.model, config.compute, config.max_positions, config.maturation.max_tail_length,
-                    config.table.radius, stacked)
+    return Backbone(config.model, config.adapter, config.compute, config.max_positions,
+                    config.maturation.max_tail_length, config.table.radius, stacked)
 
 
 def make_forward(config: Config) -> Forward:

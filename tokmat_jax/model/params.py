@@ -13,6 +13,7 @@ from tokmat_jax.distributed.mesh import place
 from tokmat_jax.keys import seed_key
 from tokmat_jax.method.table import Vocabulary, make_vocabulary, sphere
 from tokmat_jax.model.backbone import Params, make_backbone
+from tokmat_jax.model.lora import join_params
 
 
 @struct.dataclass
@@ -22,10 +23,17 @@ class TrainState:
     step: jax.Array
     """Updates done, int32 []."""
     params: Params
-    """`table` [V, d] (free rows w), `backbone`, `readout` [V, d] if it is not tied to the table, and
-    `log_logit_scale` [] if κ is learned; float32."""
+    """What the run trains of `table` [V, d] (free rows w), `backbone`, `readout` [V, d] if it is not tied to the table,
+    and `log_logit_scale` [] if κ is learned; float32."""
     opt_state: Any
     """State of the optimiser, sharded like the parameters."""
+    frozen: Params = struct.field(default_factory=dict)
+    """The other parameters, which never change; {} unless the run has an adapter."""
+
+    @property
+    def whole(self) -> Params:
+        """All parameters of the model."""
+        return join_params(self.frozen, self.params)
 
 
 def init_params(key: jax.Array, config: Config, vocab_size: int, table: jax.Array | None = None) -> Params:

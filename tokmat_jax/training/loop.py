@@ -168,7 +168,7 @@ class Loop:
         rows, count = train.batch_size // train.accumulation, train.eval_batches * train.accumulation
         for index, ids in enumerate(validation_batches(windows, rows, count)):
             batch, number = put_rows(ids, slice(0, rows), rows, self.mesh), put_whole(np.asarray(index), self.mesh)
-            sums = jax.device_get(self.functions.evaluate(self.state.params, batch, self.unigram, number))
+            sums = jax.device_get(self.functions.evaluate(self.state.whole, batch, self.unigram, number))
             totals = {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
         means = eval_means(totals)
         self._write(step, "validation", means)
@@ -180,7 +180,7 @@ class Loop:
         """Continues the beginnings of held-out windows and prints them with their tail."""
         if self.config.train.num_samples == 0:
             return
-        params, here = self.state.params, self.mesh
+        params, here = self.state.whole, self.mesh
         if jax.process_count() > 1:
             # The first process writes alone, so it needs all of them.
             params, here = process_allgather(params, tiled=True), make_mesh(MeshConfig(), jax.local_devices()[:1])

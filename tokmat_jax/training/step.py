@@ -17,6 +17,7 @@ from tokmat_jax.keys import seed_key
 from tokmat_jax.method import losses
 from tokmat_jax.method.table import rank_and_entropy
 from tokmat_jax.model.backbone import Params, make_forward
+from tokmat_jax.model.lora import join_params, split_params
 from tokmat_jax.model.params import TrainState, init_params, keep_logit_scale_in_range, logit_scale_of
 from tokmat_jax.training import objective
 from tokmat_jax.training.optim import make_optimizer, make_schedule
@@ -56,9 +57,12 @@ def update(
     negatives = losses.draw_negatives(negatives_key, config.objective, ids[:, 1:], unigram)
     keys = objective.row_keys(rows_key, ids.shape[0])
 
+    def loss(params, ids, keys):
+        whole = join_params(state.frozen, params)
+        return objective.loss_sums(whole, ids, keys, negatives, config, forward)
+
     def gradient(ids, keys):
-        value_and_grad = jax.value_and_grad(objective.loss_sums, has_aux=True)
-        (_, sums), grads = value_and_grad(state.params, ids, keys, negatives, config, forward)
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(state.params, ids, keys)
         return grads, sums
 
     if config.train.accumulation == 1:
@@ -79,9 +83,9 @@ def update(
         "param_norm": param_norm,
         "skipped": 1.0 - finite.astype(jnp.float32),
         "learning_rate": schedule(state.step),
-        "logit_scale": logit_scale_of(state.params, config),
+        "logit_scale": logit_scale_of(state.whole, config),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
 
 def _accumulate(gradient: Callable, ids: jax.Array, keys: jax.Array, parts: int):
@@ -166,8 +170,8 @@ def make_train_functions(config: Config, vocab_size: int, mesh: Mesh) -> TrainFu
     has_table = config.table.initial is not None
 
     def init(key, table=None):
-        params = init_params(key, config, vocab_size, table)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        params, frozen = split_params(init_params(key, config, vocab_size, table), config)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), frozen)
 
     table_shape = jax.ShapeDtypeStruct((vocab_size, config.model.embed_dim), jnp.float32) if has_table else None
     shapes = jax.eval_shape(init, seed_key(0), table_shape)
@@ -183,7 +187,7 @@ def make_train_functions(config: Config, vocab_size: int, mesh: Mesh) -> TrainFu
     return TrainFunctions(
         init=jax.jit(init, out_shardings=placed),
         step=jax.jit(step, donate_argnums=0, in_shardings=(placed, rows, whole), out_shardings=(placed, whole)),
-        evaluate=jax.jit(evaluate, in_shardings=(placed.params, rows, whole, whole), out_shardings=whole),
+        evaluate=jax.jit(evaluate, in_shardings=(placed.whole, rows, whole, whole), out_shardings=whole),
         shapes=jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed),
     )
 
