@@ -31,9 +31,11 @@ from tokmat_jax.distributed.processes import (
 )
 from tokmat_jax.errors import UserError, one_line
 from tokmat_jax.keys import seed_key
+from tokmat_jax.model.lora import split_params
 from tokmat_jax.progress import bar
 from tokmat_jax.storage.checkpoint import open_checkpoints
 from tokmat_jax.storage.files import write_json
+from tokmat_jax.storage.model import load_base, save_base
 from tokmat_jax.storage.npy import open_npy
 from tokmat_jax.storage.plain_path import plain_path
 from tokmat_jax.storage.workdir import (
@@ -143,21 +145,29 @@ def run(config: Config, mesh: Mesh) -> int:
             table = initial_table(config, vocab_size)
             state = functions.init(seed_key(config.train.seed), table)
             if config.init_from is not None:
-                params, of_source = starting_params(state.params, corpus.windows("train"), corpus.tokenizer, config,
-                                                    mesh)
-                state = dataclasses.replace(state, params=params)
+                params, of_source, mark = starting_params(state.whole, corpus.windows("train"), corpus.tokenizer,
+                                                          config, mesh)
+                trained, frozen = split_params(params, config)
+                state = dataclasses.replace(state, params=trained, frozen=frozen)
+                if frozen:
+                    on_first(lambda: save_base(workdir, config, mark))
                 say(f"starting from {config.init_from} ({of_source.objective.kind})")
         else:
             state, position = checkpoints.restore(functions.shapes)
+            if not config.trains_all:
+                frozen = load_base(workdir, config, functions.shapes.frozen, vocab_size, mesh)
+                state = dataclasses.replace(state, frozen=frozen)
             batches.seek(position)
             for late in sorted(set(config.train.skip_batches) - known):
                 if late < position:
                     say(f"train.skip_batches: batch {late} has been learned from before step {int(state.step):,}; to "
                         f"leave it out, move the checkpoints behind it away")
             say(f"{workdir}: resuming after step {int(state.step):,}")
-        size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        say(f"{config.objective.kind} objective, {size:,} parameters, {flops_per_token(config, vocab_size) / 1e6:,.1f} "
-            f"MFLOP per token, mesh {dict(mesh.shape)}, {config.train.num_steps:,} steps of "
+        size, trained = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.whole, state.params))
+        share = "" if config.trains_all else f", of which {trained:,} are trained"
+        say(f"{config.objective.kind} objective, {size:,} parameters{share}, "
+            f"{flops_per_token(config, vocab_size) / 1e6:,.1f} MFLOP per token, mesh {dict(mesh.shape)}, "
+            f"{config.train.num_steps:,} steps of "
             f"{config.train.batch_size} × {config.data.seq_len} tokens")
         with bar("training", config.train.num_steps, int(state.step), is_first()) as progress, stop_signals() as stop:
             loop = Loop(config, workdir, corpus, functions, state, progress, mesh)

@@ -24,8 +24,8 @@ from tokmat_jax.method.steering import direction_of
 from tokmat_jax.method.table import Vocabulary, look_up
 from tokmat_jax.method.tail import Tail, make_tail
 from tokmat_jax.model.backbone import Params, unstack_blocks
-from tokmat_jax.model.params import ar_logit_scale_of, param_shapes, vocabulary_of
-from tokmat_jax.storage.checkpoint import load_params
+from tokmat_jax.model.params import ar_logit_scale_of, vocabulary_of
+from tokmat_jax.storage.model import load_plain
 from tokmat_jax.storage.workdir import TOKENIZER, load_config
 
 
@@ -56,10 +56,10 @@ class Generator:
     def from_workdir(cls, workdir: str | Path) -> "Generator":
         """A generator from the newest checkpoint of a run; raises UserError if there is none."""
         workdir = Path(workdir)
-        config = load_config(workdir)
+        load_config(workdir)  # a folder that is no run is refused by its first file
         tokenizer = load_tokenizer(workdir / TOKENIZER)
         here = replicated(make_mesh(MeshConfig(), jax.local_devices()))
-        params, _ = load_params(workdir, param_shapes(config, tokenizer.vocab_size, here))
+        params, config = load_plain(workdir, tokenizer.vocab_size, here)
         return cls(config, params | {"backbone": unstack_blocks(params["backbone"])}, tokenizer)
 
     def set_params(self, params: Params) -> None:

@@ -42,8 +42,9 @@ from tokmat_jax.model.backbone import Params, conditioning_of_committed
 from tokmat_jax.model.params import ar_logit_scale_of, init_params, param_shapes, vocabulary_of
 from tokmat_jax.output import without_torch_notice
 from tokmat_jax.progress import bar
-from tokmat_jax.storage.checkpoint import load_params, save_params
+from tokmat_jax.storage.checkpoint import save_params
 from tokmat_jax.storage.files import appears_whole, read_json, write_json
+from tokmat_jax.storage.model import load_plain
 from tokmat_jax.storage.plain_path import plain_path
 from tokmat_jax.storage.workdir import IMPORTED, TOKENIZER, load_config, save_config
 
@@ -330,9 +331,10 @@ def nested(flat: Mapping[str, Any]) -> Params:
 
 def load_flat(workdir: Path) -> tuple[Config, Tokenizer, Flat]:
     """The newest parameters of a run, on the host."""
-    config, tokenizer = load_config(workdir), load_tokenizer(workdir / TOKENIZER)
+    load_config(workdir)  # a folder that is no run is refused by its first file
+    tokenizer = load_tokenizer(workdir / TOKENIZER)
     here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    params, _ = load_params(workdir, param_shapes(config, tokenizer.vocab_size, here))
+    params, config = load_plain(workdir, tokenizer.vocab_size, here)
     flat = {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     return config, tokenizer, flat
 

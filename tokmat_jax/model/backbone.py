@@ -93,7 +93,7 @@ class Dense(nn.Module):
         y = x.reshape(-1, x.shape[-1]) @ self.param(
             "kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
         if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, :]
         y = y.reshape(*x.shape[:-1], self.features)
         return y + adapter_output(self.param, str(self.name), x, self.features, self.adapter, gate, keys)
 

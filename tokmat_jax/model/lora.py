@@ -6,6 +6,7 @@ g is 1 at every position, or, with a tail in front of a language model, only at 
 an adapter trains A and B and what maturation adds to a language model; everything else stays as it was.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +48,7 @@ def _kept(keys: jax.Array, adapter: AdapterConfig, name: str, shape: tuple[int, 
     """Factors [B, *shape] of dropout: 0 with its probability p, else 1 / (1 − p); a row depends on its key alone."""
     share, number = 1.0 - adapter.dropout, adapter.matrices.index(name)
     kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, number), share, shape))(keys)
-    return kept / share
+    return kept.astype(jnp.float32) / share
 
 
 def dropout_keys(keys: jax.Array, config: Config) -> jax.Array | None:
@@ -58,15 +59,24 @@ def dropout_keys(keys: jax.Array, config: Config) -> jax.Array | None:
     return jax.vmap(lambda layer: jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys))(layers)
 
 
-def fold_adapter(params: Any, config: Config) -> Any:
-    """`params` in which W + s A B has taken the place of every adapted W: what a plain model computes."""
+def fold_adapter(params: Any, config: Config) -> tuple[Any, Config]:
+    """The plain model that computes what `params` with their adapters do, and its config: W + s A B in the place of W.
+
+    A tail in front of a language model is returned unchanged: its adapters act at slots alone.
+    """
+    if config.adapter.rank is None or config.objective.kind == "tail":
+        return params, config
+    return _folded(params, config.adapter.scale), dataclasses.replace(config, adapter=AdapterConfig())
+
+
+def _folded(params: Any, scale: float) -> Any:
     if not isinstance(params, dict):
         return params
     if "lora_a" not in params:
-        return {name: fold_adapter(value, config) for name, value in params.items()}
+        return {name: _folded(value, scale) for name, value in params.items()}
     rest = {name: value for name, value in params.items() if not name.startswith("lora_")}
     added = jnp.matmul(params["lora_a"], params["lora_b"], precision=jax.lax.Precision.HIGHEST)
-    return rest | {"kernel": params["kernel"] + config.adapter.scale * added}
+    return rest | {"kernel": params["kernel"] + scale * added}
 
 
 def split_params(params: Any, config: Config) -> tuple[Any, Any]:

@@ -26,6 +26,7 @@ from tokmat_jax.storage.files import UNFINISHED, lock, read_json, write_json
 
 CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
 IMPORTED = "imported.json"
+BASE = "base.json"
 DAMAGED = "damaged"
 LOCK = "lock"
 

@@ -14,6 +14,7 @@ from tokmat_jax.method.many_tails import draw_tails, earlier_slots, embryo_slots
 from tokmat_jax.method.table import Vocabulary, look_up, read
 from tokmat_jax.model.attention import history_mask
 from tokmat_jax.model.backbone import Forward, Params
+from tokmat_jax.model.lora import dropout_keys
 from tokmat_jax.model.params import ar_logit_scale_of, logit_scale_of, vocabulary_of
 
 
@@ -48,8 +49,11 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
     batch, length = ids.shape
     positions = _positions(ids)
 
+    dropout = dropout_keys(keys, config)
+
     def predict(z, maturity, tail_length, mask):
-        return forward(params["backbone"], z, maturity, tail_length, positions, mask)[0]
+        kept = {} if dropout is None else {"dropout": dropout}
+        return forward(params["backbone"], z, maturity, tail_length, positions, mask, **kept)[0]
 
     if config.objective.kind == "ar":
         maturity = jnp.ones((batch, length))

@@ -20,8 +20,9 @@ from tokmat_jax.distributed.mesh import path_name
 from tokmat_jax.errors import UserError
 from tokmat_jax.method.table import look_up
 from tokmat_jax.model.backbone import Params, make_forward, maturity_of_committed
-from tokmat_jax.model.params import param_shapes, vocabulary_of
-from tokmat_jax.storage.checkpoint import load_params
+from tokmat_jax.model.lora import join_params
+from tokmat_jax.model.params import vocabulary_of
+from tokmat_jax.storage.model import fingerprint, load_plain
 from tokmat_jax.storage.workdir import TOKENIZER, load_config
 
 
@@ -32,13 +33,11 @@ def load_source(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Param
     """
     assert config.init_from is not None
     path = Path(config.init_from)
-    source = load_config(path)
-    check_source(config, source)
+    check_source(config, load_config(path))
     if not load_tokenizer(path / TOKENIZER).same_ids(tokenizer):
         raise UserError(f"init_from: {path} has another tokenizer than this run's corpus: take --tokenizer.kind "
                         f"workdir --tokenizer.name {path}")
-    params, _ = load_params(path, param_shapes(source, tokenizer.vocab_size, mesh))
-    return params, source
+    return load_plain(path, tokenizer.vocab_size, mesh)
 
 
 _ROWS = 4
@@ -46,8 +45,9 @@ _ROWS = 4
 
 
 def starting_params(fresh: Params, windows: Sequence[dict[str, Any]], tokenizer: Tokenizer, config: Config,
-                    mesh: Mesh) -> tuple[Params, Config]:
-    """Parameters of a run that starts from `config.init_from`, placed as `fresh` ones are, and the source's config.
+                    mesh: Mesh) -> tuple[Params, Config, str]:
+    """Parameters of a run that starts from `config.init_from`, placed as `fresh` ones are; the source's config, and its
+    fingerprint.
 
     `windows` hold `tokens` [T], on which the length of predictions is measured.
     """
@@ -55,7 +55,7 @@ def starting_params(fresh: Params, windows: Sequence[dict[str, Any]], tokenizer:
     placed = jax.tree.map(lambda leaf: leaf.sharding, fresh)
     ids = np.stack([windows[index]["tokens"] for index in range(min(_ROWS, len(windows)))])
     start = jax.jit(initial_params, static_argnums=(3, 4), out_shardings=placed)
-    return start(source, fresh, ids, of_source, config), of_source
+    return start(source, fresh, ids, of_source, config), of_source, fingerprint(source)
 
 
 def initial_params(source: Params, fresh: Params, ids: jax.Array, source_config: Config, config: Config) -> Params:
@@ -66,6 +66,8 @@ def initial_params(source: Params, fresh: Params, ids: jax.Array, source_config:
     """
     backbone = dict(source["backbone"])
     params = fresh | {"table": source["table"]}
+    if config.adapter.rank:
+        backbone["blocks"] = join_params(fresh["backbone"]["blocks"], backbone["blocks"])
     if "readout" in fresh:
         params["readout"] = source["readout"]
     if "log_logit_scale" in fresh and "log_logit_scale" in source:
