@@ -18,6 +18,8 @@ FOLLOWING = (
 """Settings that follow from the source if nobody gives them."""
 _PRETRAINED = {"optimizer.learning_rate": 1e-4, "optimizer.warmup_steps": 20}
 """The rate for raw tables, which only pretrained weights have: 2e-3 ruins SmolLM2 (docs/research-log.md)."""
+_IN_FRONT = {"optimizer.learning_rate": 1e-3, "objective.negatives": "full"}
+"""What trains a tail in front of a language model."""
 _MATURED = {"objective.negatives": "full", "maturation.tail_noise": 1.0, "maturation.max_maturity": 0.6,
             "generation.repulsion": 0.5}
 """What matures a language model; the tail is then generated with the noise and the maturity of training."""
@@ -26,17 +28,18 @@ _MATURED = {"objective.negatives": "full", "maturation.tail_noise": 1.0, "matura
 def adopt(config: Config, source: Config, path: str, kind: str) -> Config:
     """`config` with the model's shape and the tokenizer of the run `source`, whose workdir is `path`.
 
-    If both `kind` and the source's objective are "ar", the table's geometry, the head and κ are taken over too, so
-    that the language model continues unchanged. If `kind` is "maturation", the table is projected onto the sphere.
+    If the source's objective is "ar" and `kind` is "ar" or "tail", the table's geometry, the head and κ are taken over
+    too, so that the language model continues unchanged. If `kind` is "maturation", the table is projected onto the
+    sphere.
     """
     kept = {name: getattr(config.model, name) for name, own in facts_of(ModelConfig, "own").items() if own}
     model = dataclasses.replace(source.model, **kept, max_positions=source.max_positions)
     table = dataclasses.replace(config.table, radius=source.table.radius, initial=None)
     objective = config.objective
-    if kind == "ar" and source.objective.kind == "ar":
+    if kind in ("ar", "tail") and source.objective.kind == "ar":
         model = dataclasses.replace(model, head=source.model.head)
         table = dataclasses.replace(table, geometry=source.table.geometry, tied=source.table.tied)
-        objective = dataclasses.replace(objective, kind="ar", logit_scale=source.objective.logit_scale,
+        objective = dataclasses.replace(objective, kind=kind, logit_scale=source.objective.logit_scale,
                                         learn_logit_scale=source.objective.learn_logit_scale)
     return dataclasses.replace(config, init_from=path, model=model, table=table, objective=objective,
                                tokenizer=TokenizerConfig(kind="workdir", name=path))
@@ -63,6 +66,8 @@ def _suited(config: Config, source: Config) -> dict[str, Any]:
     if source.objective.kind != "ar":
         return {}
     # A baseline of ours goes on at the rate that it was trained with.
+    if config.objective.kind == "tail":
+        return _PRETRAINED | _IN_FRONT
     rates = _PRETRAINED if source.table.geometry == "raw" else {name: value_at(source, name) for name in _PRETRAINED}
     return rates | (_MATURED if config.objective.kind == "maturation" else {})
 
@@ -93,6 +98,9 @@ def check_source(config: Config, source: Config) -> None:
         if asked != found:
             raise UserError(f"init_from: {config.init_from} has model.{name} = {found!r}, this run asks for "
                             f"{asked!r}: leave it out, or give the same value")
+    if config.objective.kind == "tail" and source.objective.kind != "ar":
+        raise UserError(f"init_from: {config.init_from} is a run with a tail of its own; objective.kind 'tail' goes in "
+                        f"front of a language model")
     if not config.table.tied and source.table.tied:
         raise UserError(f"init_from: {config.init_from} has one tied table, this run asks for table.tied False")
     if config.model.head == "identity" and source.model.head != "identity":

@@ -57,6 +57,12 @@ class Config:
             require(self.table.geometry == "sphere" and self.table.tied and self.model.head == "linear",
                     f"maturation needs table.geometry 'sphere', one tied table and model.head 'linear', found "
                     f"{self.table.geometry!r}, table.tied {self.table.tied} and {self.model.head!r}")
+        if self.objective.kind == "tail":
+            require(self.init_from is not None, "objective.kind 'tail' needs a language model: give init_from")
+            require(self.maturation.num_tails > 0 and self.maturation.max_maturity < 1,
+                    f"objective.kind 'tail' needs maturation.num_tails, and a maturation.max_maturity below 1, by "
+                    f"which slots differ from committed positions; found {self.maturation.num_tails} and "
+                    f"{self.maturation.max_maturity}")
         require(self.adapter.rank is None or self.init_from is not None,
                 f"adapter.rank {self.adapter.rank} needs a model to adapt: give init_from")
         require((self.adapter.rank or 0) <= self.model.embed_dim,

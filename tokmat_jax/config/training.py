@@ -27,7 +27,8 @@ class MaturationConfig(Section, name="maturation"):
     tail_noise: float = setting(0.3, at_least=0)
     """σ, norm of the noise in units of R."""
     history_dropout: float = setting(0.1, at_least=0, at_most=1)
-    """Share of rows whose tail is predicted without the history (trains the unconditional branch)."""
+    """Share of tails that are predicted without the history (trains the unconditional branch); never if the objective
+    is `tail`, because the front is then not the tail's."""
     self_condition_prob: float = setting(0.0, at_least=0, at_most=1)
     """Share of tails that are built from the model's own predictions, instead of the truth or, with `num_tails`, of
     embryos."""
@@ -50,13 +51,16 @@ class MaturationConfig(Section, name="maturation"):
 class ObjectiveConfig(Section, name="objective"):
     """What is minimised: L = L_reg + λ L_nce, or the baseline's cross-entropy."""
 
-    kind: Literal["maturation", "ar"] = "maturation"
-    """`maturation`: MSE + InfoNCE on a simulated tail; `ar`: next-token cross-entropy on the tied table."""
+    kind: Literal["maturation", "ar", "tail"] = "maturation"
+    """`maturation`: MSE + InfoNCE on a simulated tail; `ar`: next-token cross-entropy on the tied table; `tail`: a tail
+    in front of the language model that the run starts from, which stays as it is, trained with MSE + InfoNCE."""
     nce_weight: float = setting(1.0, at_least=0)
     """λ."""
     logit_scale: float = 20.0
     """κ, scale of the cosines in InfoNCE and of the baseline's logits (its initial value if it is learned).
     Logits are κ ⟨ẑ, e_i⟩ / R² on the sphere and κ ⟨ẑ, e_i⟩ with a raw table."""
+    slot_logit_scale: float = setting(20.0, above=0)
+    """κ of InfoNCE for the slots of a `tail`; the other κ is then that of the language model."""
     learn_logit_scale: bool = False
     """Whether κ is a parameter (kept within 1..100)."""
     negatives: Literal["uniform", "batch", "unigram", "full", "weighted"] = "uniform"

@@ -33,7 +33,11 @@ def settings_of(config: Config) -> GenerationConfig:
     """Default generation settings of a run: its `generation`. The default of a baseline is plain greedy decoding: it
     ignores the repulsion that the maturation run of the same config uses."""
     own = config.generation
-    return dataclasses.replace(own, repulsion=0.0).immediate() if config.objective.kind == "ar" else _told(own, config)
+    if config.objective.kind == "ar":
+        return dataclasses.replace(own, repulsion=0.0).immediate()
+    if config.objective.kind == "tail":
+        return dataclasses.replace(own, repulsion=0.0, commit="verified", model_tail_length=0)
+    return _told(own, config)
 
 
 def _told(settings: GenerationConfig, config: Config) -> GenerationConfig:
@@ -233,6 +237,10 @@ class Generator:
         if not isinstance(settings, GenerationConfig):
             raise UserError(f"settings must be a GenerationConfig, found {settings!r}")
         num_samples = whole_number("num_samples", num_samples, 1)
+        if (self.config.objective.kind == "tail" and settings.commit != "verified"
+                and (settings.tail_length, settings.rate) != (1, 1.0)):
+            raise UserError(f"a tail in front of a language model never changes what that writes: commit must be "
+                            f"'verified', found {settings.commit!r}")
         if settings.repulsion > 0 and not self.config.table.tied:
             raise UserError("repulsion compares tokens as they are read with tokens as they are written, and this "
                             "model has an output table of its own: leave out --repulsion")

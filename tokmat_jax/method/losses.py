@@ -56,17 +56,22 @@ def info_nce(
 
 def summed_info_nce(
     prediction: jax.Array, target_ids: jax.Array, table: jax.Array, negatives: Negatives, logit_scale: jax.Array,
-    weight: jax.Array, dtype: jnp.dtype,
+    weight: jax.Array, dtype: jnp.dtype, radius: float | None = None,
 ) -> jax.Array:
-    """Σ w L_nce [] for `weight` [B, T]; see `info_nce`. Products use `dtype` and accumulate in float32."""
+    """Σ w L_nce [] for `weight` [B, T]; see `info_nce`. Products use `dtype` and accumulate in float32.
+
+    With a `radius`, the rows of a raw table are divided by it and not scaled to norm 1, so that the tokens rank as the
+    language model ranks them.
+    """
     direction = logit_scale * unit(prediction)
+    unit_rows = unit if radius is None else functools.partial(jnp.multiply, 1.0 / radius)
     if negatives.ids is None:
-        rows = unit(table)
+        rows = unit_rows(table)
         return _summed(direction, look_up(rows, target_ids), rows, target_ids, jnp.arange(len(table)),
                        negatives.log_weight, weight, dtype)
     # Only the rows that are needed are scaled to norm 1.
-    return _summed(direction, unit(look_up(table, target_ids)), unit(look_up(table, negatives.ids)), target_ids,
-                   negatives.ids, negatives.log_weight, weight, dtype)
+    return _summed(direction, unit_rows(look_up(table, target_ids)), unit_rows(look_up(table, negatives.ids)),
+                   target_ids, negatives.ids, negatives.log_weight, weight, dtype)
 
 
 def _among(rows: jax.Array, negatives: Negatives) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -145,7 +145,12 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """f_θ. `radius` is R, `max_tail_length` K_max; `stacked`: the blocks' parameters are stacked (`unstack_blocks`)."""
+    """f_θ. `radius` is R, `max_tail_length` K_max; `stacked`: the blocks' parameters are stacked (`unstack_blocks`).
+
+    `in_front`: this is a language model with a tail in front of it. Adapters, conditioning (slot_maturity, slot_film)
+    and a head of their own (slot_head) act at slots alone, which are the positions whose maturity is below 1; all
+    others compute what the language model does.
+    """
 
     config: ModelConfig
     adapter: AdapterConfig
@@ -154,6 +159,7 @@ class Backbone(nn.Module):
     max_tail_length: int
     radius: float
     stacked: bool
+    in_front: bool
 
     @nn.compact
     def __call__(
@@ -184,7 +190,11 @@ class Backbone(nn.Module):
           vectors [B, T, d], index t predicting position `positions[:, t]` + 1, in float32; and the keys and
           values of the T positions, stacked if the blocks are.
         """
-        config, size = self.config, self.config.embed_dim
+        config, size, gate, own = self.config, self.config.embed_dim, None, (maturity, tail_length)
+        told = self.max_tail_length
+        if self.in_front:  # the language model itself is told maturity 1 and K = 0 everywhere
+            gate, told = (maturity < 1.0)[..., None], 0
+            maturity, tail_length = jnp.ones_like(maturity), jnp.zeros_like(tail_length)
         h = z.astype(config.dtype) * (config.input_norm / self.radius)
         if config.positions == "learned":
             position_init = nn.initializers.normal(0.5 * config.input_norm / math.sqrt(size))
@@ -192,8 +202,11 @@ class Backbone(nn.Module):
                           name="position")(positions)
         h += MaturityConditioning(config, name="maturity")(maturity)
         if config.film == "once":
-            h = TailLengthFilm(config, self.max_tail_length, name="film")(h, tail_length)
-        h, gate = constrain_activations(h), None
+            h = TailLengthFilm(config, told, name="film")(h, tail_length)
+        if gate is not None:
+            conditioned = h + MaturityConditioning(config, name="slot_maturity")(own[0])
+            h = jnp.where(gate, TailLengthFilm(config, self.max_tail_length, name="slot_film")(conditioned, own[1]), h)
+        h = constrain_activations(h)
         rest = (gate, tail_length, positions, mask, visible)
         if self.stacked:
             blocks = nn.scan(
@@ -203,22 +216,25 @@ class Backbone(nn.Module):
                 in_axes=(0, 0, *(nn.broadcast,) * 5),  # pyright: ignore[reportArgumentType]
                 length=config.num_layers,
             )
-            h, live = blocks(config, self.adapter, self.compute, self.max_tail_length, name="blocks")(
+            h, live = blocks(config, self.adapter, self.compute, told, name="blocks")(
                 h, history, dropout, *rest)
         else:
             assert not isinstance(history, LayerCache)
             live = ()
             for layer in range(config.num_layers):
-                block = Block(config, self.adapter, self.compute, self.max_tail_length, name=f"block_{layer}")
+                block = Block(config, self.adapter, self.compute, told, name=f"block_{layer}")
                 own_history, keys = (None if x is None else x[layer] for x in (history, dropout))
                 h, own = block(h, own_history, keys, *rest)
                 live += (own,)
         h = _norm(config, "final_norm")(h)
-        if config.head == "identity":
-            return h.astype(jnp.float32), live
         # The norm's output has length √d, so this spread gives ‖ẑ‖ ≈ head_init · R.
         head_init = nn.initializers.normal(config.head_init * self.radius / size)
-        return nn.Dense(size, use_bias=False, dtype=jnp.float32, kernel_init=head_init, name="head")(h), live
+
+        def head(name):
+            return nn.Dense(size, use_bias=False, dtype=jnp.float32, kernel_init=head_init, name=name)(h)
+
+        prediction = h.astype(jnp.float32) if config.head == "identity" else head("head")
+        return (prediction if gate is None else jnp.where(gate, head("slot_head"), prediction)), live
 
 
 def _rematerialised(compute: ComputeConfig) -> type[Block]:
@@ -272,7 +288,7 @@ def maturity_of_committed(params: Params, config: Config) -> jax.Array:
 def make_backbone(config: Config, stacked: bool = True) -> Backbone:
     """The backbone that `config` describes; parameters are only initialised `stacked`."""
     return Backbone(config.model, config.adapter, config.compute, config.max_positions,
-                    config.maturation.max_tail_length, config.table.radius, stacked)
+                    config.maturation.max_tail_length, config.table.radius, stacked, config.objective.kind == "tail")
 
 
 def make_forward(config: Config) -> Forward:

@@ -19,7 +19,7 @@ from tokmat_jax.distributed.mesh import path_name
 
 _ADDED = r"lora_[ab]$|^backbone/(maturity|film|head)/|/film/|^log_logit_scale$"
 """Paths of what a run with an adapter trains."""
-_IN_FRONT = r"lora_[ab]$|^backbone/slots/"
+_IN_FRONT = r"lora_[ab]$|^backbone/slot_"
 """Paths of what a tail in front of a language model trains."""
 
 

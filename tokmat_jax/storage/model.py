@@ -68,7 +68,7 @@ def load_plain(workdir: Path, vocab_size: int, where: Mesh | Sharding) -> tuple[
 
 
 def _leaves_of(tree: Any, shapes: Any) -> Any:
-    """The leaves of `tree` that `shapes` names."""
+    """The leaves of `tree` that `shapes` names; of FiLM's rows, as many as it asks for."""
     if isinstance(shapes, dict):
         return {name: _leaves_of(tree[name], inner) for name, inner in shapes.items()}
-    return tree
+    return tree if tree.shape == shapes.shape else tree[tuple(map(slice, shapes.shape))]

@@ -4,6 +4,8 @@ All results are weighted sums over positions, so that micro-batches, devices and
 the result of one large batch.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -92,8 +94,13 @@ def run_with_tails(
     tokens, settings = vocabulary_of(params, config), config.maturation
     batch, length = ids.shape
     backbone, table, count = params["backbone"], tokens.table, settings.max_tail_length
+    in_front = config.objective.kind == "tail"
+    if in_front:
+        settings = dataclasses.replace(settings, history_dropout=0.0)
     draw = draw_tails(keys, settings, length, config.model.embed_dim, config.table.radius)
-    prediction, history = forward(backbone, look_up(table, ids), jnp.ones(ids.shape), jnp.zeros((batch,), jnp.int32),
+    # The window of a language model that stays as it is needs no backward pass.
+    reader = jax.lax.stop_gradient(backbone) if in_front else backbone
+    prediction, history = forward(reader, look_up(table, ids), jnp.ones(ids.shape), jnp.zeros((batch,), jnp.int32),
                                   _positions(ids))
     alpha = slot_maturity(settings)
     maturity = jnp.concatenate([jnp.ones((1,)), alpha])
@@ -144,12 +151,26 @@ def weighted_sums(
         entropy = losses.summed_cross_entropy(windows.prediction, windows.target_ids, windows.vocabulary.readout,
                                               ar_logit_scale_of(params, config), windows.weight, dtype)
         return {"loss": entropy, "cross_entropy": entropy, "weight": total}
+    if config.objective.kind == "tail":
+        return _slot_sums(windows, negatives, config)
     table = windows.vocabulary.table
     mse = jnp.sum(windows.weight * losses.regression(windows.prediction, look_up(table, windows.target_ids),
                                                      config.table.radius))
     nce = losses.summed_info_nce(windows.prediction, windows.target_ids, table, negatives,
                                  logit_scale_of(params, config), windows.weight, dtype)
     return {"loss": mse + config.objective.nce_weight * nce, "mse": mse, "info_nce": nce, "weight": total}
+
+
+def _slot_sums(windows: PredictedWindows, negatives: losses.Negatives, config: Config) -> dict[str, jax.Array]:
+    """`weighted_sums` for the slots in front of a language model: their vectors are those of its output rows, which may
+    have norms of their own."""
+    rows, radius = windows.vocabulary.readout, config.table.radius
+    mse = jnp.sum(windows.weight * losses.regression(windows.prediction, look_up(rows, windows.target_ids), radius))
+    nce = losses.summed_info_nce(windows.prediction, windows.target_ids, rows, negatives,
+                                 jnp.float32(config.objective.slot_logit_scale), windows.weight,
+                                 jnp.dtype(config.model.dtype), radius)
+    return {"loss": mse + config.objective.nce_weight * nce, "mse": mse, "info_nce": nce,
+            "weight": jnp.sum(windows.weight)}
 
 
 def sums_with_tails(
@@ -170,7 +191,9 @@ def loss_sums(
     params: Params, ids: jax.Array, keys: jax.Array, negatives: losses.Negatives, config: Config, forward: Forward
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Σ w_t L_t, and the sums of each term with `weight` = Σ w_t; a mean is a sum divided by `weight`."""
-    if config.objective.kind == "maturation" and config.maturation.num_tails > 0:
+    if config.objective.kind == "tail":
+        sums = weighted_sums(run_with_tails(params, ids, keys, config, forward)[1], params, negatives, config)
+    elif config.objective.kind == "maturation" and config.maturation.num_tails > 0:
         sums = sums_with_tails(*run_with_tails(params, ids, keys, config, forward), params, negatives, config)
     else:
         windows = run_windows(params, ids, keys, config, forward)

@@ -74,6 +74,8 @@ def initial_params(source: Params, fresh: Params, ids: jax.Array, source_config:
         params["log_logit_scale"] = source["log_logit_scale"]
     if source_config.objective.kind == "maturation":
         return params | {"backbone": backbone}
+    if config.objective.kind == "tail":
+        return _with_tail(params | {"backbone": backbone}, fresh, ids, source_config, config)
     backbone = _neutral_conditioning(backbone, fresh["backbone"], source_config)
     if config.model.head == "identity":
         return params | {"backbone": backbone}
@@ -82,6 +84,17 @@ def initial_params(source: Params, fresh: Params, ids: jax.Array, source_config:
     if config.objective.kind == "maturation":
         small = config.model.head_init * config.table.radius / _length(params | {"backbone": backbone}, ids, config)
         backbone["head"] = {"kernel": small * backbone["head"]["kernel"]}
+    return params | {"backbone": backbone}
+
+
+def _with_tail(params: Params, fresh: Params, ids: jax.Array, source_config: Config, config: Config) -> Params:
+    """`params` of a language model with the parts of a tail in front of it, whose slots predict as it does, but
+    shorter."""
+    size, backbone = config.model.embed_dim, params["backbone"]
+    small = config.model.head_init * config.table.radius / _length(params, ids, source_config)
+    kernel = backbone["head"]["kernel"] if "head" in backbone else jnp.eye(size)
+    added = {name: leaf for name, leaf in fresh["backbone"].items() if name.startswith("slot_")}
+    backbone = _with_row_zero(backbone, fresh["backbone"]) | added | {"slot_head": {"kernel": small * kernel}}
     return params | {"backbone": backbone}
 
 
@@ -98,7 +111,11 @@ def _neutral_conditioning(backbone: Params, fresh: Params, source_config: Config
     """`backbone` with conditioning that is at every maturity and K what it was at maturity 1 and K = 0."""
     out = {"kernel": jnp.zeros_like(fresh["maturity"]["out"]["kernel"]),
            "bias": maturity_of_committed(backbone, source_config)}
-    backbone = backbone | {"maturity": fresh["maturity"] | {"out": out}}
+    return _with_row_zero(backbone | {"maturity": fresh["maturity"] | {"out": out}}, fresh)
+
+
+def _with_row_zero(backbone: Params, fresh: Params) -> Params:
+    """`backbone` with as many rows of FiLM as `fresh` has, all of them that of K = 0."""
     rows_of = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)}
 
     def row_zero(path, leaf):

@@ -114,7 +114,7 @@ def eval_sums(
     maturity of the target; `top1` of many tails also by slot.
     """
     settings = config.maturation
-    many = config.objective.kind == "maturation" and settings.num_tails > 0
+    many = config.objective.kind != "ar" and settings.num_tails > 0
     plain = dataclasses.replace(settings, history_dropout=0.0, self_condition_prob=1.0 if many else 0.0)
     config = dataclasses.replace(config, maturation=plain)
     key = jax.random.fold_in(jax.random.fold_in(seed_key(config.train.seed), _EVAL), index)
@@ -123,7 +123,8 @@ def eval_sums(
     keys, forward = objective.row_keys(rows_key, ids.shape[0]), make_forward(config)
     if many:
         windows, tails = objective.run_with_tails(params, ids, keys, config, forward)
-        sums = objective.sums_with_tails(windows, tails, params, negatives, config)
+        sums = (objective.weighted_sums(tails, params, negatives, config) if config.objective.kind == "tail" else
+                objective.sums_with_tails(windows, tails, params, negatives, config))
         sums |= _by_slot(tails, settings.max_tail_length)
     else:
         windows = objective.run_windows(params, ids, keys, config, forward)
