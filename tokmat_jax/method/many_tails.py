@@ -76,7 +76,8 @@ def matured_slots(draw: TailsDraw, own: jax.Array, maturity: jax.Array) -> jax.A
     index, noise = _moved_up(draw, count - 1), embryo_slots(draw, count - 1)
     content = jnp.take_along_axis(own, jnp.minimum(index, count - 1)[..., None], axis=2)
     known = draw.self_conditioned[:, :, None] & (index < count)
-    return jnp.where(known[..., None], corrupt(content, noise, jnp.broadcast_to(maturity, known.shape)), noise)
+    mixed = corrupt(content, noise, jnp.broadcast_to(maturity[None, None, :], known.shape))
+    return jnp.where(known[..., None], mixed, noise)
 
 
 def _moved_up(draw: TailsDraw, count: int) -> jax.Array:

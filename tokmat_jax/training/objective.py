@@ -104,33 +104,33 @@ def run_with_tails(
                                   _positions(ids))
     alpha = slot_maturity(settings)
     maturity = jnp.concatenate([jnp.ones((1,)), alpha])
-    told = jnp.where(jnp.arange(count) == 0, 0, count)
+    index = jnp.arange(count)[None, None, :]
+    told = jnp.where(index[0] == 0, 0, count)
 
     def rows(x):
         """[B, M, …] → [B M, …]: a tail is a row of its own, which shares the history of its window."""
         return x.reshape(-1, *x.shape[2:])
 
-    def run(anchor, slots, backbone, table, history):
+    def run(anchor, slots):
         newest = look_up(table, jnp.take_along_axis(ids, anchor - 1, axis=1))[:, :, None]
-        where = rows(anchor[:, :, None] - 1 + jnp.arange(count))
-        visible = (jnp.arange(length) < anchor[:, :, None] - 1) & ~draw.history_dropped[:, :, None]
+        where = rows(anchor[:, :, None] - 1 + index)
+        visible = (jnp.arange(length)[None, None, :] < anchor[:, :, None] - 1) & ~draw.history_dropped[:, :, None]
         ahead, _ = forward(backbone, rows(jnp.concatenate([newest, slots], axis=2)),
-                           jnp.broadcast_to(maturity, where.shape), jnp.broadcast_to(told, where.shape), where,
+                           jnp.broadcast_to(maturity[None, :], where.shape), jnp.broadcast_to(told, where.shape), where,
                            history=history, visible=rows(visible))
         return ahead.reshape(batch, -1, count, ahead.shape[-1])
 
     slots = embryo_slots(draw, count - 1)
     if settings.self_condition_prob > 0:
-        fixed = jax.lax.stop_gradient((backbone, table, history))
-        own = run(draw.anchor - draw.moved, earlier_slots(draw, count - 1), *fixed)
-        slots = matured_slots(draw, own, alpha)
-    ahead = run(draw.anchor, slots, backbone, table, history)
-    place = (draw.anchor[:, :, None] + jnp.arange(count)).reshape(batch, -1)
+        own = run(draw.anchor - draw.moved, earlier_slots(draw, count - 1))
+        slots = matured_slots(draw, jax.lax.stop_gradient(own), alpha)
+    ahead = run(draw.anchor, slots)
+    place = (draw.anchor[:, :, None] + index).reshape(batch, -1)
     said = ids
     if settings.tails_target == "model":
         own_choice, _ = read(jax.lax.stop_gradient(prediction), tokens, 1.0)
         said = jnp.concatenate([ids[:, :1], own_choice[:, :-1]], axis=1)
-    front = (jnp.arange(count) == 0) & ~draw.history_dropped[:, :, None]
+    front = (index == 0) & ~draw.history_dropped[:, :, None]
     weight = 1.0 - front.astype(jnp.float32)
     windows = PredictedWindows(tokens, ids[:, 1:], jnp.ones((batch, length - 1)), prediction[:, :-1])
     tails = PredictedWindows(tokens, jnp.take_along_axis(said, place, axis=1), weight.reshape(batch, -1),
