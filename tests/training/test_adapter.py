@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import shutil
 
 import chex
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import checkpoints
 import runs
@@ -19,6 +21,7 @@ from tokmat_jax.config import AdapterConfig
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.hf.convert import export_weights, import_weights
+from tokmat_jax.hf.peft import export_adapter
 from tokmat_jax.method import losses
 from tokmat_jax.model.backbone import make_forward
 from tokmat_jax.model.lora import dropout_keys, fold_adapter, join_params, split_params
@@ -167,6 +170,25 @@ def test_it_is_exported_as_one_model_and_comes_back(llama, tmp_path):
     assert back.next_tokens(ids) == run.next_tokens(ids)
     plain = jax.tree.map(np.asarray, run.params["backbone"]["block_0"]["query"]["kernel"])
     np.testing.assert_array_equal(back.params["backbone"]["block_0"]["query"]["kernel"], plain)
+
+
+def test_its_adapter_alone_is_written_as_peft_reads_it(llama, tmp_path):
+    """PEFT computes x Wᵀ + (alpha / r) · x Aᵀ Bᵀ with A [r, in] and B [out, r]; that is the merged matrix."""
+    folder, _, _ = llama
+    export_adapter(folder / "run", tmp_path / "peft")
+    export_weights(folder / "run", tmp_path / "merged")
+    said = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (said["peft_type"], said["r"], said["lora_alpha"]) == ("LORA", 2, 4.0)
+    assert said["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    stored = safetensors.numpy.load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    merged = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")
+    for name in (checkpoints.QUERY, checkpoints.DOWN):
+        low, high = (stored[f"base_model.model.{name.removesuffix('weight')}lora_{part}.weight"] for part in "AB")
+        want = checkpoints.weights()[name] + said["lora_alpha"] / said["r"] * high @ low
+        np.testing.assert_allclose(merged[name], want, atol=1e-6)
+    assert len(stored) == 14
+    with pytest.raises(UserError, match="has no low-rank adapter"):
+        export_adapter(folder / "import", tmp_path / "other")
 
 
 def test_an_adapter_without_its_base_says_which_and_where(llama, tmp_path):

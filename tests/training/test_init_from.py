@@ -210,6 +210,12 @@ def test_a_pretrained_model_matures_with_settings_of_its_own_that_are_said_once(
     assert (found.optimizer.learning_rate, found.optimizer.warmup_steps) == (5e-4, 5)
 
 
+def test_a_mistake_in_a_flag_is_named_before_what_it_leads_to(llama):
+    # With the default window, which the source's 64 positions are too few for, both are wrong.
+    with pytest.raises(UserError, match=r"--optimizer.learning-rat"):
+        parse_config(["--init-from", str(llama[0] / "import"), "--optimizer.learning-rat", "1"])
+
+
 def test_a_loss_that_climbs_is_said_once_with_its_cure(runs_dir, tmp_path, capsys, monkeypatch):
     shutil.copy(runs_dir / "corpus.txt", tmp_path)
     for name, value in (("WINDOW", 2), ("SHARE", 0.0), ("LEAST", -100.0)):  # whatever the loss does is a climb

@@ -186,9 +186,15 @@ def parse_run(args: Sequence[str]) -> tuple[Config, dict[str, Any]]:
         given_ones = [name for name in FOLLOWING if value_of(args, flag_of(name)) is not None
                       or value_at(default, name) != value_at(Config(), name)]
         # What the flags say counts already for what is adopted: a shorter window, another objective.
-        with contextlib.suppress(UserError):
+        mistake = None
+        try:
             default = parse(Config, args, default, description)
-        default = adopt(default, source, path, default.objective.kind)
+        except UserError as error:  # it may be none any more with what is adopted
+            mistake = error
+        try:
+            default = adopt(default, source, path, default.objective.kind)
+        except UserError as error:
+            raise mistake or error from None
         default, followed = follow(default, source, given_ones, begun=own is not None)
     return parse(Config, args, default, description), followed
 

@@ -17,6 +17,7 @@ from tokmat_jax.commands.flags import parse
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation.sphere import PROMPTS, set_on_sphere
 from tokmat_jax.hf.convert import export_weights, import_weights
+from tokmat_jax.hf.peft import export_adapter
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Import:
     """Make a workdir from a checkpoint. It generates at once, and `train.py --init-from OUT` matures it."""
 
     source: tyro.conf.Positional[str]
-    """Folder with safetensors and config.json, a .gguf file, or a name on the hub."""
+    """Folder with safetensors and config.json, a .gguf file, a name on the hub, or package:NAME for the only .gguf file
+    of an installed Python package."""
     out: tyro.conf.Positional[str]
     """Workdir to make; must not exist."""
 
@@ -41,6 +43,8 @@ class Export:
     """Type of the stored weights; left out, that of the import, and float32 for what was trained here."""
     max_shard_size: float = 5.0
     """Largest file in GB (10⁹ bytes); beyond it there are several, with an index."""
+    adapter: bool = False
+    """Write the run's low-rank adapter alone, as PEFT reads it, instead of the merged model."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,10 @@ def run_export(flags: Export) -> None:
     """Exports, and says what was written."""
     if flags.max_shard_size <= 0:
         raise UserError(f"--max-shard-size must be positive, found {flags.max_shard_size}")
+    if flags.adapter:
+        written = export_adapter(Path(flags.workdir), Path(flags.out))
+        print(f"{flags.out}: a PEFT adapter of rank {written['r']} for {', '.join(written['target_modules'])}")
+        return
     facts = export_weights(Path(flags.workdir), Path(flags.out), flags.dtype, int(flags.max_shard_size * 1e9))
     print(f"{flags.out}: {facts['model_type']}, {facts['num_parameters']:,} numbers in {facts['weights']} weights, "
           f"{facts['dtype']}")

