@@ -1,8 +1,8 @@
 """An adapter as the PEFT library stores it: `adapter_config.json` and `adapter_model.safetensors` in one folder.
 
 PEFT has a place for low-rank adapters of matrices alone. What maturation adds beside them (head, conditioning, κ) is
-not in it: for a maturation run the folder is a part of the model, and a merged export (`convert.export_weights`) is what
-keeps everything.
+not in it: for a maturation run the folder is a part of the model, and a merged export (`convert.export_weights`) keeps
+everything.
 """
 
 from pathlib import Path
