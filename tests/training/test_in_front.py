@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 
 import chex
 import jax
@@ -12,7 +13,7 @@ import pytest
 
 import checkpoints
 import runs
-from tokmat_jax.commands import train
+from tokmat_jax.commands import data, train
 from tokmat_jax.commands.flags import parse_config
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.baselines import Baselines
@@ -163,6 +164,22 @@ def test_a_tail_goes_in_front_of_a_language_model_only(made, runs_dir):
     with pytest.raises(UserError, match=r"is a run with a tail of its own; objective.kind 'tail' goes in front of a"), \
             jax.numpy_dtype_promotion("standard"):
         train.main([*words, "--workdir", str(made[0] / "other")])
+
+
+def test_a_model_writes_texts_of_its_own_and_goes_on_where_it_was_stopped(runs_dir, tmp_path, capsys):
+    flags = ["own", "--workdir", str(runs_dir / "ar"), "--drawn-tokens", "5", "--greedy-tokens", "6"]
+    data.main([*flags, "--output", str(tmp_path / "whole.jsonl"), "--texts", "34"])
+    assert "whole.jsonl: 34 texts" in capsys.readouterr().out
+    whole = (tmp_path / "whole.jsonl").read_text()
+    (tmp_path / "parted.jsonl").write_text("".join(whole.splitlines(keepends=True)[:3]))
+    data.main([*flags, "--output", str(tmp_path / "parted.jsonl"), "--texts", "34"])
+    assert (tmp_path / "parted.jsonl").read_text() == whole
+    texts = [json.loads(line)["text"] for line in whole.splitlines()]
+    assert len({*texts}) > 30
+    with pytest.raises(UserError, match="--texts must be at least 1, found 0"):
+        data.main([*flags, "--output", str(tmp_path / "none.jsonl"), "--texts", "0"])
+    with pytest.raises(UserError, match=r"--output: cannot use .*gone"):
+        data.main([*flags, "--output", str(tmp_path / "gone" / "own.jsonl")])
 
 
 def test_our_own_baseline_takes_a_tail_too(runs_dir, tmp_path):

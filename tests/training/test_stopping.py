@@ -255,7 +255,7 @@ def test_a_spike_names_its_batch_which_can_be_read_and_left_out(tmp_path, capsys
     (["batch", "--workdir", "/nowhere", "--position", "1"], "is not a run directory"),
     (["batch", "--workdir", "x", "--position", "-1"], "--position must lie in 0..1,099,511,627,775, found -1"),
     (["batch", "--workdir", "x", "--positon", "1"], "--position"),
-    (["bach"], "unknown command 'bach'; there are prepare and batch"),
+    (["bach"], "unknown command 'bach'; there are prepare, batch and own"),
 ])
 def test_what_batch_cannot_show_is_one_line(args, says):
     with pytest.raises(UserError) as caught:

@@ -10,8 +10,14 @@ run it again to continue.
 
 prints the windows of the batch at position N of a run's data, from 0, as text. `spikes.jsonl` lists the batches at
 which the loss spiked, and `train.skip_batches` skips them.
+
+    own --workdir DIR --output FILE.jsonl [--texts N]
+
+lets a language model write texts of its own, on which a tail in front of it learns what it will say. If the command was
+stopped, run it again to continue.
 """
 
+import json
 import os
 import sys
 import time
@@ -19,11 +25,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokmat_jax.commands.flags import parse, parse_config
+from tokmat_jax.commands.flags import flag_of, parse, parse_config
 from tokmat_jax.data.corpus import corpus_of_run, prepare
 from tokmat_jax.data.loader import train_batches
-from tokmat_jax.errors import UserError
+from tokmat_jax.errors import UserError, one_line
+from tokmat_jax.generation.baselines import Baselines
+from tokmat_jax.generation.generator import Generator
 from tokmat_jax.output import stop_unless_read
+from tokmat_jax.progress import bar
 from tokmat_jax.storage.workdir import load_config
 from tokmat_jax.view.terminal import visible
 
@@ -97,18 +106,76 @@ def run_batch(args: Sequence[str]) -> None:
         stop_unless_read()
 
 
+_AT_ONCE = 32
+"""Texts that are written at a time."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """Flags of `own`."""
+
+    workdir: str
+    """Folder of the language model: an import, or a run with --objective.kind ar."""
+    output: str
+    """JSONL file to write; texts that it has already are kept."""
+    texts: int = 1000
+    """Number of texts."""
+    drawn_tokens: int = 16
+    """Number of tokens at the beginning of each text that are drawn (temperature 1, top-p 0.95), so that texts differ."""
+    greedy_tokens: int = 112
+    """Number of tokens after them, all of which are the likeliest."""
+    seed: int = 0
+    """Seed of the draws."""
+
+
+def run_own(args: Sequence[str]) -> None:
+    """Writes the texts, batch by batch."""
+    asked = parse(Own, args, description="Texts that a language model writes.", prog="python -m tokmat_jax data own")
+    for name in ("texts", "drawn_tokens", "greedy_tokens"):
+        if getattr(asked, name) < 1:
+            raise UserError(f"{flag_of(name)} must be at least 1, found {getattr(asked, name)}")
+    generator = Generator.from_workdir(asked.workdir)
+    model, path = Baselines(generator), Path(asked.output)
+    try:
+        done = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+        with path.open("a", encoding="utf-8") as file, bar("writing", asked.texts, done) as progress:
+            while done < asked.texts:
+                for text in own_texts(model, asked, done):
+                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                file.flush()
+                done = min(done - done % _AT_ONCE + _AT_ONCE, asked.texts)
+                progress.update(done, "texts")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--output: cannot use {path}: {one_line(error)}") from None
+    print(f"{path}: {done:,} texts")
+
+
+def own_texts(model: Baselines, asked: Own, first: int) -> list[str]:
+    """The texts from number `first` on, at most a batch of them; a text depends on its number and the seed alone."""
+    tokenizer, begin = model.generator.tokenizer, first - first % _AT_ONCE
+    start, count = [*tokenizer.prefix] or [tokenizer.end_of_text], min(_AT_ONCE, asked.texts - begin)
+    drawn = [one.tokens for one in model.sample([start], asked.drawn_tokens, temperature=1.0, top_p=0.95,
+                                                num_samples=count, seed=asked.seed + begin)][first - begin :]
+    told = model.sample([[*start, *tokens] for tokens in drawn], asked.greedy_tokens)
+    return [tokenizer.decode([token for token in [*tokens, *more.tokens] if token != tokenizer.end_of_text])
+            for tokens, more in zip(drawn, told, strict=True)]
+
+
 def main(args: Sequence[str]) -> None:
     """Runs the command named by the first of `args`."""
     if not args:
-        raise UserError("no command given; there are prepare and batch")
+        raise UserError("no command given; there are prepare, batch and own")
     if args[0] in ("-h", "--help"):
         print(__doc__)
         sys.exit(0)
     if args[0] == "batch":
         run_batch(args[1:])
         return
+    if args[0] == "own":
+        run_own(args[1:])
+        return
     if args[0] != "prepare":
-        raise UserError(f"unknown command {args[0]!r}; there are prepare and batch")
+        raise UserError(f"unknown command {args[0]!r}; there are prepare, batch and own")
     if set(args[1:]) & {"-h", "--help"}:
         print(__doc__)
     run_prepare(args[1:])
