@@ -121,7 +121,7 @@ class Own:
     texts: int = 1000
     """Number of texts."""
     drawn_tokens: int = 16
-    """Number of tokens at the beginning of each text that are drawn (temperature 1, top-p 0.95), so that texts differ."""
+    """Number of tokens at the beginning of a text that are drawn (temperature 1, top-p 0.95), so that texts differ."""
     greedy_tokens: int = 112
     """Number of tokens after them, all of which are the likeliest."""
     seed: int = 0
