@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 
 import chex
 import jax
@@ -180,6 +181,17 @@ def test_a_model_writes_texts_of_its_own_and_goes_on_where_it_was_stopped(runs_d
         data.main([*flags, "--output", str(tmp_path / "none.jsonl"), "--texts", "0"])
     with pytest.raises(UserError, match=r"--output: cannot use .*gone"):
         data.main([*flags, "--output", str(tmp_path / "gone" / "own.jsonl")])
+
+
+def test_a_run_that_has_begun_goes_on(made, models, tmp_path):
+    folder, words = made
+    shutil.copytree(folder / "run", tmp_path / "run")
+    with jax.numpy_dtype_promotion("standard"), contextlib.redirect_stdout(io.StringIO()) as printed:
+        train.main([*words, "--workdir", str(tmp_path / "run"), "--train.num-steps", "4"])
+    assert "resuming after step 3" in printed.getvalue()
+    gone_on = Generator.from_workdir(tmp_path / "run")
+    chex.assert_trees_all_equal(gone_on.params["table"], models[0].params["table"])
+    assert np.any(gone_on.params["backbone"]["slot_head"]["kernel"] != models[1].params["backbone"]["slot_head"]["kernel"])
 
 
 def test_our_own_baseline_takes_a_tail_too(runs_dir, tmp_path):

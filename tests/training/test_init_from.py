@@ -132,10 +132,11 @@ def source_config(kind, geometry="sphere", **optimizer):
 
 
 @pytest.mark.parametrize(("source", "kind", "want"), [
-    (source_config("ar", "raw"), "maturation", (1e-4, 20, "full", 1.0, 0.6, 1.0, 0.6, 0.5)),
-    (source_config("ar", "raw"), "ar", (1e-4, 20, "uniform", 0.3, 0.9, 0.3, 0.9, 0.0)),
-    (source_config("ar", learning_rate=7e-4), "maturation", (7e-4, 50, "full", 1.0, 0.6, 1.0, 0.6, 0.5)),
-    (source_config("maturation", learning_rate=7e-4), "maturation", (2e-3, 50, "uniform", 0.3, 0.9, 0.3, 0.9, 0.0)),
+    (source_config("ar", "raw"), "maturation", (1e-4, 20, "full", 1.0, 0.6, 1.0, 0.6, 0.5, 0.9)),
+    (source_config("ar", "raw"), "ar", (1e-4, 20, "uniform", 0.3, 0.9, 0.3, 0.9, 0.0, None)),
+    (source_config("ar", learning_rate=7e-4), "maturation", (7e-4, 50, "full", 1.0, 0.6, 1.0, 0.6, 0.5, 0.9)),
+    (source_config("maturation", learning_rate=7e-4), "maturation",
+     (2e-3, 50, "uniform", 0.3, 0.9, 0.3, 0.9, 0.0, None)),
 ])
 def test_settings_follow_from_the_source(source, kind, want):
     config = dataclasses.replace(tiny.CONFIG, objective=ObjectiveConfig(kind))
@@ -143,6 +144,13 @@ def test_settings_follow_from_the_source(source, kind, want):
     values = dict(zip(FOLLOWING, want, strict=True))
     assert {name: value_at(found, name) for name in FOLLOWING} == values
     assert changed == {name: value for name, value in values.items() if value != value_at(config, name)}
+
+
+def test_a_tail_in_front_of_a_model_trains_at_a_rate_of_its_own():
+    settings = MaturationConfig(max_tail_length=4, num_tails=2)
+    config = dataclasses.replace(tiny.CONFIG, init_from="base", maturation=settings, objective=ObjectiveConfig("tail"))
+    _, changed = follow(config, source_config("ar", "raw"), (), begun=False)
+    assert changed == {"optimizer.learning_rate": 1e-3, "optimizer.warmup_steps": 20, "objective.negatives": "full"}
 
 
 def test_the_tail_is_generated_as_it_was_trained_unless_that_is_given():
@@ -188,7 +196,7 @@ def test_a_pretrained_model_matures_with_settings_of_its_own_that_are_said_once(
     folder, flags, printed = llama
     assert (f"from {folder / 'import'}: optimizer.learning_rate 0.0001, optimizer.warmup_steps 20, "
             "maturation.tail_noise 1.0, maturation.max_maturity 0.6, generation.tail_noise 1.0, "
-            "generation.max_maturity 0.6; give a flag to choose otherwise\n") in printed
+            "generation.max_maturity 0.6, generation.rate 0.9; give a flag to choose otherwise\n") in printed
     assert "step 0 validation  mse " in printed
     begun = load_config(folder / "run")
     assert (begun.optimizer.learning_rate, begun.objective.negatives, begun.generation.repulsion) == (

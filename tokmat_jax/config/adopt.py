@@ -14,6 +14,7 @@ from tokmat_jax.errors import UserError
 FOLLOWING = (
     "optimizer.learning_rate", "optimizer.warmup_steps", "objective.negatives", "maturation.tail_noise",
     "maturation.max_maturity", "generation.tail_noise", "generation.max_maturity", "generation.repulsion",
+    "generation.rate",
 )
 """Settings that follow from the source if nobody gives them."""
 _PRETRAINED = {"optimizer.learning_rate": 1e-4, "optimizer.warmup_steps": 20}
@@ -21,8 +22,9 @@ _PRETRAINED = {"optimizer.learning_rate": 1e-4, "optimizer.warmup_steps": 20}
 _IN_FRONT = {"optimizer.learning_rate": 1e-3, "objective.negatives": "full"}
 """What trains a tail in front of a language model."""
 _MATURED = {"objective.negatives": "full", "maturation.tail_noise": 1.0, "maturation.max_maturity": 0.6,
-            "generation.repulsion": 0.5}
-"""What matures a language model; the tail is then generated with the noise and the maturity of training."""
+            "generation.repulsion": 0.5, "generation.rate": 0.9}
+"""What matures a language model; the tail is then generated with the noise and the maturity of training. The rate keeps
+the noise of young slots out of the front (docs/research-log.md)."""
 
 
 def adopt(config: Config, source: Config, path: str, kind: str) -> Config:
@@ -36,7 +38,7 @@ def adopt(config: Config, source: Config, path: str, kind: str) -> Config:
     model = dataclasses.replace(source.model, **kept, max_positions=source.max_positions)
     table = dataclasses.replace(config.table, radius=source.table.radius, initial=None)
     objective = config.objective
-    if kind in ("ar", "tail") and source.objective.kind == "ar":
+    if kind in ("ar", "tail") and source.objective.kind in ("ar", kind):  # or this run itself, which has begun
         model = dataclasses.replace(model, head=source.model.head)
         table = dataclasses.replace(table, geometry=source.table.geometry, tied=source.table.tied)
         objective = dataclasses.replace(objective, kind=kind, logit_scale=source.objective.logit_scale,
