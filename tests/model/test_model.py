@@ -78,7 +78,7 @@ def test_bfloat16_computes_what_float32_does_to_its_precision():
     with jax.numpy_dtype_promotion("standard"):  # flax's LayerNorm mixes bfloat16 and float32 inside
         rounded, live = make_forward(low)(params, *args)
     assert rounded.dtype == jnp.float32
-    assert live[0].key.dtype == jnp.bfloat16
+    assert live.key.dtype == jnp.bfloat16
     # bfloat16 keeps 8 bits: errors of 2⁻⁸ per operation, some tens of them in a row.
     assert np.linalg.norm(exact - rounded) / np.linalg.norm(exact) < 0.05
 
