@@ -72,6 +72,12 @@ def test_operations_by_hand():
     assert throughput.matrix_weights(baseline, 100) == 240 + 400
     own = dataclasses.replace(config, maturation=dataclasses.replace(config.maturation, self_condition_prob=0.5))
     assert throughput.flops_per_token(own, 100) == pytest.approx(4 / 3 * throughput.flops_per_token(config, 100))
+    # Two tails of six slots beside a window of 48: a quarter of its positions, run forward, back and once before.
+    many = dataclasses.replace(own, maturation=dataclasses.replace(own.maturation, num_tails=2, max_tail_length=6))
+    whole = throughput.flops_per_token(config, 100)
+    assert throughput.flops_per_token(many, 100) == pytest.approx(whole * (1 + 4 / 3 / 4))
+    front = dataclasses.replace(many, init_from="base", objective=ObjectiveConfig("tail", num_negatives=3))
+    assert throughput.flops_per_token(front, 100) == pytest.approx(whole * (1 / 3 + 1 / 4))
 
 
 def compilers_count(config, vocab_size):

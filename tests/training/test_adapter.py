@@ -1,8 +1,6 @@
 """Runs with an adapter: what is trained, what stays, what is stored, and what it becomes."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import shutil
 
@@ -16,8 +14,8 @@ import safetensors.numpy
 import checkpoints
 import runs
 import tiny
-from tokmat_jax.commands import train
-from tokmat_jax.config import AdapterConfig
+from runs import go
+from tokmat_jax.config import AdapterConfig, MaturationConfig
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.hf.convert import export_weights, import_weights
@@ -29,6 +27,7 @@ from tokmat_jax.model.params import param_shapes
 from tokmat_jax.storage.model import load_model
 from tokmat_jax.storage.workdir import load_config
 from tokmat_jax.training import objective
+from tokmat_jax.training.step import eval_sums
 
 IDS = jax.random.randint(jax.random.key(7), (4, 48), 0, tiny.VOCAB)
 KEYS = objective.row_keys(jax.random.key(8), 4)
@@ -94,6 +93,28 @@ def test_dropout_of_a_row_depends_on_its_key_alone():
     assert dropout_keys(KEYS, adapted()) is None
 
 
+def test_every_tail_of_a_window_drops_inputs_of_its_own():
+    settings = MaturationConfig(max_tail_length=4, num_tails=2, history_dropout=0.0)
+    config = dataclasses.replace(adapted(dropout=0.5), maturation=settings)
+    params = tiny.shaken_params(config)
+
+    def tails(config, keys=KEYS):
+        return objective.run_with_tails(params, IDS, keys, config, make_forward(config))[1].prediction
+
+    dropped, order = tails(config), jnp.array([2, 0, 3, 1])
+    assert np.abs(dropped - tails(dataclasses.replace(config, adapter=AdapterConfig(rank=3)))).max() > 1e-2
+    swapped = objective.run_with_tails(params, IDS[order], KEYS[order], config, make_forward(config))[1].prediction
+    np.testing.assert_allclose(swapped, dropped[order], atol=1e-5)
+
+
+def test_validation_drops_nothing():
+    unigram = jnp.ones(tiny.VOCAB) / tiny.VOCAB
+    params = tiny.shaken_params(adapted())
+    with jax.numpy_dtype_promotion("standard"):
+        found = [eval_sums(params, IDS, unigram, jnp.int32(0), adapted(dropout=share)) for share in (0.0, 0.5)]
+    chex.assert_trees_all_equal(*found)
+
+
 def test_what_is_trained_and_what_is_frozen_are_the_whole():
     config = adapted(rank=0)
     params = tiny.shaken_params(config)
@@ -104,25 +125,12 @@ def test_what_is_trained_and_what_is_frozen_are_the_whole():
     assert split_params(params, tiny.CONFIG) == (params, {})
 
 
-def go(*flags):
-    """Trains in this process; returns what it printed."""
-    with jax.numpy_dtype_promotion("standard"), contextlib.redirect_stdout(io.StringIO()) as printed:
-        train.main(flags)
-    return printed.getvalue()
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """A folder with the `import` of a tiny Llama and a `run` of four steps with an adapter; its flags and output."""
     folder = tmp_path_factory.mktemp("adapter")
-    runs.write_corpus(folder)
-    (folder / "hf").mkdir()
-    import_weights(str(checkpoints.write(folder / "hf")), folder / "import")
-    flags = {"init-from": folder / "import", "data.source": f"files:{folder}/corpus.txt", "data.seq-len": 48,
-             "data.holdout": 0.2, "data.prepared-dir": folder / "prepared", "train.batch-size": 4,
-             "train.eval-batches": 1, "train.num-samples": 0, "mesh.data": 4, "adapter.rank": 2,
-             "adapter.dropout": 0.2, "objective.negatives": "uniform", "train.checkpoint-every": 2}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = runs.imported(folder, **{"train.eval-batches": 1, "adapter.rank": 2, "adapter.dropout": 0.2,
+                                     "objective.negatives": "uniform", "train.checkpoint-every": 2})
     return folder, words, go(*words, "--workdir", str(folder / "run"), "--train.num-steps", "4")
 
 
@@ -217,6 +225,11 @@ def test_an_adapter_without_its_base_says_which_and_where(llama, tmp_path):
 def test_an_adapter_that_cannot_be_is_refused(fields, said):
     with pytest.raises(UserError, match=said):
         adapted(**fields)
+
+
+def test_a_matrix_that_a_model_does_not_have_is_nothing_to_adapt():
+    with pytest.raises(UserError, match="this model's blocks have no mlp_gate, so that there is nothing to adapt"):
+        adapted(matrices=("mlp_gate",))
 
 
 def test_an_adapter_needs_a_model_to_adapt():

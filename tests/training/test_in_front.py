@@ -1,8 +1,6 @@
 """A tail in front of a language model: the model stays as it is, says what it said, and is told by its own tail."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import shutil
 
@@ -12,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import checkpoints
 import runs
-from tokmat_jax.commands import data, train
+from runs import go
+from tokmat_jax.commands import data, evaluate
 from tokmat_jax.commands.flags import parse_config
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.baselines import Baselines
 from tokmat_jax.generation.generator import Generator
-from tokmat_jax.hf.convert import export_weights, import_weights
+from tokmat_jax.hf.convert import export_weights
 from tokmat_jax.method import losses
 from tokmat_jax.model.backbone import make_forward
 from tokmat_jax.model.lora import split_params
@@ -32,18 +30,12 @@ PROMPTS = [[5, 6, 7], [9, 8], [30, 31, 5, 6, 7]]
 def made(tmp_path_factory):
     """A folder with the `import` of a tiny Llama and a `run` with a tail in front of it; its flags."""
     folder = tmp_path_factory.mktemp("front")
-    runs.write_corpus(folder)
-    (folder / "hf").mkdir()
-    import_weights(str(checkpoints.write(folder / "hf")), folder / "import")
-    flags = {"init-from": folder / "import", "data.source": f"files:{folder}/corpus.txt", "data.seq-len": 48,
-             "data.holdout": 0.2, "data.prepared-dir": folder / "prepared", "train.batch-size": 4,
-             "train.eval-batches": 1, "train.num-samples": 1, "train.num-steps": 3, "mesh.data": 4,
-             "objective.kind": "tail", "maturation.num-tails": 3, "maturation.max-tail-length": 4,
-             "maturation.self-condition-prob": 0.7, "adapter.rank": 2, "generation.tail-length": 4,
-             "generation.max-new-tokens": 8, "optimizer.warmup-steps": 1, "optimizer.learning-rate": 0.03}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    with jax.numpy_dtype_promotion("standard"), contextlib.redirect_stdout(io.StringIO()):
-        train.main([*words, "--workdir", str(folder / "run")])
+    words = runs.imported(folder, **{
+        "train.eval-batches": 1, "train.num-samples": 1, "train.num-steps": 3, "objective.kind": "tail",
+        "maturation.num-tails": 3, "maturation.max-tail-length": 4, "maturation.self-condition-prob": 0.7,
+        "adapter.rank": 2, "generation.tail-length": 4, "generation.max-new-tokens": 8, "optimizer.warmup-steps": 1,
+        "optimizer.learning-rate": 0.03})
+    go(*words, "--workdir", str(folder / "run"))
     return folder, words
 
 
@@ -150,6 +142,10 @@ def test_what_a_tail_cannot_do_is_said(made, models, tmp_path):
         run.generate(PROMPTS, dataclasses.replace(run.settings, commit="front"))
     with pytest.raises(UserError, match="whose weights act at slots alone and cannot be merged into it"):
         export_weights(folder / "run", tmp_path / "out")
+    with pytest.raises(UserError, match="is a tail in front of a language model, whose text it never changes"):
+        evaluate.load_pair(evaluate.Args(str(folder / "run"), str(folder / "import"), output=str(tmp_path)))
+    with pytest.raises(UserError, match="found a tail run"):
+        Baselines(run)
     for flag, value, said in (("--maturation.num-tails", "0", "objective.kind 'tail' needs maturation.num_tails"),
                               ("--maturation.max-maturity", "1.0", "a maturation.max_maturity below 1")):
         with pytest.raises(UserError, match=said):
@@ -162,9 +158,8 @@ def test_a_tail_goes_in_front_of_a_language_model_only(made, runs_dir):
     _, words = made
     words = [*words]
     words[words.index("--init-from") + 1] = str(runs_dir / "run")
-    with pytest.raises(UserError, match=r"is a run with a tail of its own; objective.kind 'tail' goes in front of a"), \
-            jax.numpy_dtype_promotion("standard"):
-        train.main([*words, "--workdir", str(made[0] / "other")])
+    with pytest.raises(UserError, match=r"is a run with a tail of its own; objective.kind 'tail' goes in front of a"):
+        go(*words, "--workdir", str(made[0] / "other"))
 
 
 def test_a_model_writes_texts_of_its_own_and_goes_on_where_it_was_stopped(runs_dir, tmp_path, capsys):
@@ -172,7 +167,7 @@ def test_a_model_writes_texts_of_its_own_and_goes_on_where_it_was_stopped(runs_d
     data.main([*flags, "--output", str(tmp_path / "whole.jsonl"), "--texts", "34"])
     assert "whole.jsonl: 34 texts" in capsys.readouterr().out
     whole = (tmp_path / "whole.jsonl").read_text()
-    (tmp_path / "parted.jsonl").write_text("".join(whole.splitlines(keepends=True)[:3]))
+    (tmp_path / "parted.jsonl").write_text("".join(whole.splitlines(keepends=True)[:4])[:-2])  # killed while writing
     data.main([*flags, "--output", str(tmp_path / "parted.jsonl"), "--texts", "34"])
     assert (tmp_path / "parted.jsonl").read_text() == whole
     texts = [json.loads(line)["text"] for line in whole.splitlines()]
@@ -186,9 +181,7 @@ def test_a_model_writes_texts_of_its_own_and_goes_on_where_it_was_stopped(runs_d
 def test_a_run_that_has_begun_goes_on(made, models, tmp_path):
     folder, words = made
     shutil.copytree(folder / "run", tmp_path / "run")
-    with jax.numpy_dtype_promotion("standard"), contextlib.redirect_stdout(io.StringIO()) as printed:
-        train.main([*words, "--workdir", str(tmp_path / "run"), "--train.num-steps", "4"])
-    assert "resuming after step 3" in printed.getvalue()
+    assert "resuming after step 3" in go(*words, "--workdir", str(tmp_path / "run"), "--train.num-steps", "4")
     gone_on = Generator.from_workdir(tmp_path / "run")
     chex.assert_trees_all_equal(gone_on.params["table"], models[0].params["table"])
     now, then = (run.params["backbone"]["slot_head"]["kernel"] for run in (gone_on, models[1]))
@@ -199,8 +192,7 @@ def test_our_own_baseline_takes_a_tail_too(runs_dir, tmp_path):
     words = runs.arguments(runs_dir, "front", "--objective.kind", "tail", "--init-from", str(runs_dir / "ar"),
                            "--maturation.num-tails", "2", "--maturation.max-tail-length", "4", "--adapter.rank", "1",
                            "--train.num-samples", "0", "--workdir", str(tmp_path / "run"), "--train.num-steps", "1")
-    with jax.numpy_dtype_promotion("standard"), contextlib.redirect_stdout(io.StringIO()):
-        train.main(words)
+    go(*words)
     base, run = Generator.from_workdir(runs_dir / "ar"), shaken(Generator.from_workdir(tmp_path / "run"))
     found = run.generate(PROMPTS, dataclasses.replace(run.settings, max_new_tokens=20))
     assert [one.tokens for one in found] == [one.tokens for one in Baselines(base).sample(PROMPTS, 20)]

@@ -1,8 +1,6 @@
 """A run that starts from another one's model."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import shutil
 
@@ -11,17 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import checkpoints
 import runs
 import tiny
-from tokmat_jax.commands import train
+from runs import go
 from tokmat_jax.commands.flags import parse_config
 from tokmat_jax.config import MaturationConfig, ObjectiveConfig, OptimizerConfig
 from tokmat_jax.config import adopt as adopting
 from tokmat_jax.config.adopt import FOLLOWING, adopt, check_source, follow, value_at
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.generator import Generator
-from tokmat_jax.hf.convert import import_weights
 from tokmat_jax.model.backbone import make_forward
 from tokmat_jax.model.params import init_params, vocabulary_of
 from tokmat_jax.storage.workdir import load_config
@@ -165,23 +161,9 @@ def test_the_tail_is_generated_as_it_was_trained_unless_that_is_given():
 def llama(tmp_path_factory):
     """A folder with the import of a tiny Llama and a `run` of one step from it; its flags, and what it printed."""
     folder = tmp_path_factory.mktemp("llama")
-    runs.write_corpus(folder)
-    (folder / "hf").mkdir()
-    import_weights(str(checkpoints.write(folder / "hf")), folder / "import")
-    flags = {"init-from": folder / "import", "data.source": f"files:{folder}/corpus.txt", "data.seq-len": 48,
-             "data.holdout": 0.2, "data.prepared-dir": folder / "prepared", "train.batch-size": 4,
-             "train.num-steps": 1, "train.eval-batches": 4, "train.num-samples": 0, "mesh.data": 4}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = runs.imported(folder, **{"train.num-steps": 1, "train.eval-batches": 4})
     words += ["--objective.negatives", "uniform", "--generation.repulsion=0.0"]  # the defaults, but given
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        go(*words, "--workdir", str(folder / "run"))
-    return folder, words, printed.getvalue()
-
-
-def go(*flags):
-    """Trains in this process."""
-    with jax.numpy_dtype_promotion("standard"):
-        train.main(flags)
+    return folder, words, go(*words, "--workdir", str(folder / "run"))
 
 
 def validations(workdir):
@@ -205,8 +187,7 @@ def test_a_pretrained_model_matures_with_settings_of_its_own_that_are_said_once(
 
     # What would follow now is something else: the run goes on with what it began with.
     monkeypatch.setattr(adopting, "_PRETRAINED", {"optimizer.learning_rate": 3e-4, "optimizer.warmup_steps": 5})
-    go(*flags, "--workdir", str(folder / "run"), "--train.num-steps", "2")
-    printed = capsys.readouterr().out
+    printed = go(*flags, "--workdir", str(folder / "run"), "--train.num-steps", "2")
     assert "resuming after step 1" in printed
     assert "give a flag" not in printed
     assert "step 0" not in printed

@@ -2,16 +2,21 @@
 
 import dataclasses
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import runs
 import tiny
 from tokmat_jax.config import DataConfig, MaturationConfig
 from tokmat_jax.errors import UserError
-from tokmat_jax.generation.generator import settings_of
+from tokmat_jax.evaluation.passes import reference_of
+from tokmat_jax.generation.generator import Generator, settings_of
+from tokmat_jax.hf.convert import export_weights, import_weights
 from tokmat_jax.method import losses
 from tokmat_jax.method.many_tails import draw_tails, embryo_slots, matured_slots, slot_maturity
 from tokmat_jax.model.attention import LayerCache, attend
@@ -190,6 +195,24 @@ def test_validation_tells_the_slots_apart_and_generation_is_told_what_training_w
     assert float(sums["count/maturity_1"]) == 4 * (T - 1)
     assert settings_of(CONFIG).model_tail_length == 0
     assert settings_of(variant(num_tails=0)).model_tail_length is None
+
+
+def test_a_run_with_many_tails_generates_as_it_was_trained_and_is_exported_so(runs_dir, tmp_path):
+    flags = runs.arguments(runs_dir, "tails", "--workdir", str(tmp_path / "run"), "--maturation.num-tails", "3",
+                           "--maturation.max-tail-length", "4", "--maturation.self-condition-prob", "0.7")
+    runs.go(*flags)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {f"validation/top1/slot_{slot}" for slot in (1, 2, 3)} <= rows[-1].keys() | rows[-2].keys()
+    assert any("train/tails_mse" in row for row in rows)
+    run = Generator.from_workdir(tmp_path / "run")
+    prompts, settings = [[5, 6, 7], [9, 8]], dataclasses.replace(run.settings, max_new_tokens=20)
+    checked = run.generate(prompts, dataclasses.replace(settings, commit="verified"))
+    assert [one.tokens for one in checked] == [one.tokens for one in run.generate(prompts, reference_of(settings))]
+    export_weights(tmp_path / "run", tmp_path / "hf")
+    shutil.rmtree(tmp_path / "hf" / "maturation")
+    import_weights(str(tmp_path / "hf"), tmp_path / "plain")
+    ids = list(range(3, 30))
+    assert Generator.from_workdir(tmp_path / "plain").next_tokens(ids) == run.next_tokens(ids)
 
 
 def test_rows_may_share_a_history():

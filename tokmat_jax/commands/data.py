@@ -33,6 +33,7 @@ from tokmat_jax.generation.baselines import Baselines
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.output import stop_unless_read
 from tokmat_jax.progress import bar
+from tokmat_jax.storage.files import write_whole
 from tokmat_jax.storage.workdir import load_config
 from tokmat_jax.view.terminal import visible
 
@@ -137,7 +138,7 @@ def run_own(args: Sequence[str]) -> None:
     generator = Generator.from_workdir(asked.workdir)
     model, path = Baselines(generator), Path(asked.output)
     try:
-        done = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+        done = _whole_lines(path)
         with path.open("a", encoding="utf-8") as file, bar("writing", asked.texts, done) as progress:
             while done < asked.texts:
                 for text in own_texts(model, asked, done):
@@ -145,20 +146,32 @@ def run_own(args: Sequence[str]) -> None:
                 file.flush()
                 done = min(done - done % _AT_ONCE + _AT_ONCE, asked.texts)
                 progress.update(done, "texts")
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
         raise UserError(f"--output: cannot use {path}: {one_line(error)}") from None
     print(f"{path}: {done:,} texts")
 
 
 def own_texts(model: Baselines, asked: Own, first: int) -> list[str]:
-    """The texts from number `first` on, at most a batch of them; a text depends on its number and the seed alone."""
+    """The texts from number `first` on, at most a batch of them, each up to its end-of-text; a text depends on its
+    number and the seed alone."""
     tokenizer, begin = model.generator.tokenizer, first - first % _AT_ONCE
     start, count = [*tokenizer.prefix] or [tokenizer.end_of_text], min(_AT_ONCE, asked.texts - begin)
     drawn = [one.tokens for one in model.sample([start], asked.drawn_tokens, temperature=1.0, top_p=0.95,
                                                 num_samples=count, seed=asked.seed + begin)][first - begin :]
     told = model.sample([[*start, *tokens] for tokens in drawn], asked.greedy_tokens)
-    return [tokenizer.decode([token for token in [*tokens, *more.tokens] if token != tokenizer.end_of_text])
-            for tokens, more in zip(drawn, told, strict=True)]
+    whole = [[*tokens, *more.tokens, tokenizer.end_of_text] for tokens, more in zip(drawn, told, strict=True)]
+    return [tokenizer.decode(ids[: ids.index(tokenizer.end_of_text)]) for ids in whole]
+
+
+def _whole_lines(path: Path) -> int:
+    """Number of lines in `path`, 0 if there is no file. What a killed process left of a line is removed."""
+    if not path.exists():
+        return 0
+    found = path.read_bytes()
+    whole = found[: found.rfind(b"\n") + 1]
+    if whole != found:
+        write_whole(path, whole)
+    return whole.count(b"\n")
 
 
 def main(args: Sequence[str]) -> None:

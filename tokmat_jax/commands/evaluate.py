@@ -74,8 +74,12 @@ def load_pair(flags: Args) -> tuple[Generator, Generator, list[str]]:
     run, baseline = Generator.from_workdir(flags.workdir), Generator.from_workdir(flags.baseline)
     if run.is_autoregressive:
         raise UserError(f"--workdir: {flags.workdir} is an autoregressive baseline, not a maturation run")
+    if run.config.objective.kind == "tail":
+        raise UserError(f"--workdir: {flags.workdir} is a tail in front of a language model, whose text it never "
+                        f"changes; a report card is of a maturation run")
     if not baseline.is_autoregressive:
-        raise UserError(f"--baseline: {flags.baseline} is a maturation run; train one with --objective.kind ar")
+        raise UserError(f"--baseline: {flags.baseline} is a {baseline.config.objective.kind} run; train one with "
+                        f"--objective.kind ar")
     found = mismatches(run, baseline, (Path(flags.workdir), Path(flags.baseline)))
     if found and not flags.allow_mismatch:
         raise UserError(f"{flags.baseline} is not a fair baseline of {flags.workdir}: {'; '.join(found)}. Train a "

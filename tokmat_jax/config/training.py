@@ -19,7 +19,7 @@ class MaturationConfig(Section, name="maturation"):
     max_tail_length: int = setting(16, at_least=1, symbol="K_max")
     """K_max; each row draws its K from 1..K_max."""
     no_tail_prob: float = setting(0.1, at_least=0, at_most=1)
-    """Probability that a row has no tail at all (K = 0)."""
+    """Probability that a row has no tail at all (K = 0); the windows of `num_tails` never read one."""
     profile: Profile = "linear"
     """Maturity along the tail, front first."""
     max_maturity: float = setting(0.9, above=0, at_most=1)

@@ -36,8 +36,8 @@ class Judge:
 
     def __init__(self, generator: Generator):
         if not generator.is_autoregressive:
-            raise UserError(f"{generator.config.workdir} cannot judge: it is a maturation run; a judge must be an "
-                            f"autoregressive model (a baseline or an import)")
+            raise UserError(f"{generator.config.workdir} cannot judge: it is a {generator.config.objective.kind} run; "
+                            f"a judge must be an autoregressive model (a baseline or an import)")
         self.generator = generator
         self.tokenizer = generator.tokenizer
         self._forward = make_forward(generator.config)

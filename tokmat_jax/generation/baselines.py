@@ -57,7 +57,7 @@ class Baselines:
     def __init__(self, generator: Generator):
         """Raises UserError unless `generator` holds an autoregressive model."""
         _require(generator.is_autoregressive, "ordinary decoding needs an autoregressive model (a run with "
-                 "--objective.kind ar, or an import), found a maturation run")
+                 f"--objective.kind ar, or an import), found a {generator.config.objective.kind} run")
         self.generator = generator
         self._compilations = 0
         self._start = jax.jit(self._trace_start, static_argnames="capacity")

@@ -36,7 +36,7 @@ def settings_of(config: Config) -> GenerationConfig:
     if config.objective.kind == "ar":
         return dataclasses.replace(own, repulsion=0.0).immediate()
     if config.objective.kind == "tail":
-        return dataclasses.replace(own, repulsion=0.0, commit="verified", model_tail_length=0)
+        return dataclasses.replace(own, commit="verified", model_tail_length=0)
     return _told(own, config)
 
 

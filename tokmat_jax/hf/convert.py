@@ -404,7 +404,7 @@ def _autoregressive_view(config: Config, flat: Flat) -> tuple[Flat, bool]:
     if config.model.film != "once":
         raise UserError("model.film 'per_layer' has no counterpart in a plain Transformer: only 'once' can be exported")
     params = nested(flat)
-    told = 0 if config.objective.kind == "ar" else 1
+    told = 0 if config.objective.kind == "ar" or config.maturation.num_tails > 0 else 1
     scale, shift = (np.asarray(x) for x in conditioning_of_committed(params["backbone"], config, told))
     input_scale = config.model.input_norm / config.table.radius
     vocabulary = vocabulary_of(params, config)

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh, Sharding
 
 from tokmat_jax.config import Config
@@ -49,15 +50,15 @@ def load_base(workdir: Path, config: Config, shapes: Params, vocab_size: int, wh
 
     Raises UserError if that model is gone, or is not the one that the adapter was trained for.
     """
-    known = read_json(workdir / BASE)
+    known = read_json(workdir / BASE).get("fingerprint")
     path = Path(str(config.init_from))
     if not path.is_dir():
         raise UserError(f"{workdir} holds an adapter of the model in {path}, which is gone: put it back, or import it "
                         f"there again")
     base, _ = load_plain(path, vocab_size, where)
-    if (found := fingerprint(base)) != known["fingerprint"]:
+    if (found := fingerprint(base)) != known:
         raise UserError(f"{workdir} holds an adapter of another model than the one in {path}: its fingerprint is "
-                        f"{found}, the adapter was trained for {known['fingerprint']}")
+                        f"{found}, the adapter was trained for {known}")
     return _leaves_of(base, shapes)
 
 
@@ -71,4 +72,6 @@ def _leaves_of(tree: Any, shapes: Any) -> Any:
     """The leaves of `tree` that `shapes` names; of FiLM's rows, as many as it asks for."""
     if isinstance(shapes, dict):
         return {name: _leaves_of(tree[name], inner) for name, inner in shapes.items()}
-    return tree if tree.shape == shapes.shape else tree[tuple(map(slice, shapes.shape))]
+    if tree.shape == shapes.shape:
+        return tree
+    return jax.device_put(tree[tuple(map(slice, shapes.shape))], shapes.sharding)

@@ -51,11 +51,10 @@ def run_windows(params: Params, ids: jax.Array, keys: jax.Array, config: Config,
     batch, length = ids.shape
     positions = _positions(ids)
 
-    dropout = dropout_keys(keys, config)
+    dropout = _dropout(keys, config)
 
     def predict(z, maturity, tail_length, mask):
-        kept = {} if dropout is None else {"dropout": dropout}
-        return forward(params["backbone"], z, maturity, tail_length, positions, mask, **kept)[0]
+        return forward(params["backbone"], z, maturity, tail_length, positions, mask, **dropout)[0]
 
     if config.objective.kind == "ar":
         maturity = jnp.ones((batch, length))
@@ -101,7 +100,7 @@ def run_with_tails(
     # The window of a language model that stays as it is needs no backward pass.
     reader = jax.lax.stop_gradient(backbone) if in_front else backbone
     prediction, history = forward(reader, look_up(table, ids), jnp.ones(ids.shape), jnp.zeros((batch,), jnp.int32),
-                                  _positions(ids))
+                                  _positions(ids), **_dropout(keys, config))
     alpha = slot_maturity(settings)
     maturity = jnp.concatenate([jnp.ones((1,)), alpha])
     index = jnp.arange(count)[None, None, :]
@@ -111,13 +110,15 @@ def run_with_tails(
         """[B, M, …] → [B M, …]: a tail is a row of its own, which shares the history of its window."""
         return x.reshape(-1, *x.shape[2:])
 
+    of_tails = rows(jax.vmap(lambda key: row_keys(key, settings.num_tails))(keys))
+
     def run(anchor, slots):
         newest = look_up(table, jnp.take_along_axis(ids, anchor - 1, axis=1))[:, :, None]
         where = rows(anchor[:, :, None] - 1 + index)
         visible = (jnp.arange(length)[None, None, :] < anchor[:, :, None] - 1) & ~draw.history_dropped[:, :, None]
         ahead, _ = forward(backbone, rows(jnp.concatenate([newest, slots], axis=2)),
                            jnp.broadcast_to(maturity[None, :], where.shape), jnp.broadcast_to(told, where.shape), where,
-                           history=history, visible=rows(visible))
+                           history=history, visible=rows(visible), **_dropout(of_tails, config))
         return ahead.reshape(batch, -1, count, ahead.shape[-1])
 
     slots = embryo_slots(draw, count - 1)
@@ -136,6 +137,13 @@ def run_with_tails(
     tails = PredictedWindows(tokens, jnp.take_along_axis(said, place, axis=1), weight.reshape(batch, -1),
                              ahead.reshape(batch, -1, ahead.shape[-1]))
     return windows, tails
+
+
+def _dropout(keys: jax.Array, config: Config) -> dict[str, jax.Array]:
+    """The argument of the forward by which an adapter drops inputs, with one of `keys` [B] per row; none if it does
+    not."""
+    found = dropout_keys(keys, config)
+    return {} if found is None else {"dropout": found}
 
 
 def _positions(ids: jax.Array) -> jax.Array:

@@ -108,15 +108,16 @@ def eval_sums(
 ) -> dict[str, jax.Array]:
     """Sums over one validation batch [B, T]; `eval_means` turns their totals into metrics.
 
-    Tails are drawn as in training, but without history dropout; of many tails, all hold the model's own vectors, and a
-    single tail never does. The loss terms are weighted as in training. `top1`, `top5` (the target is the nearest token
-    to ẑ, among the five nearest) and `entropy` (softmax(cos(ẑ, E)), τ = 1, nats) are unweighted sums over positions, by
-    maturity of the target; `top1` of many tails also by slot.
+    Tails are drawn as in training, but without history dropout, and no input of an adapter is dropped; of many tails,
+    all hold the model's own vectors, and a single tail never does. The loss terms are weighted as in training. `top1`,
+    `top5` (the target is the nearest token to ẑ, among the five nearest) and `entropy` (softmax(cos(ẑ, E)), τ = 1,
+    nats) are unweighted sums over positions, by maturity of the target; `top1` of many tails also by slot.
     """
     settings = config.maturation
     many = config.objective.kind != "ar" and settings.num_tails > 0
     plain = dataclasses.replace(settings, history_dropout=0.0, self_condition_prob=1.0 if many else 0.0)
-    config = dataclasses.replace(config, maturation=plain)
+    adapter = dataclasses.replace(config.adapter, dropout=0.0)
+    config = dataclasses.replace(config, maturation=plain, adapter=adapter)
     key = jax.random.fold_in(jax.random.fold_in(seed_key(config.train.seed), _EVAL), index)
     negatives_key, rows_key = jax.random.split(key)
     negatives = losses.draw_negatives(negatives_key, config.objective, ids[:, 1:], unigram)

@@ -42,12 +42,23 @@ def matrix_weights(config: Config, vocab_size: int) -> int:
 
 
 def flops_per_token(config: Config, vocab_size: int) -> float:
-    """Operations of a training step per token; with self-conditioning, each row has a second forward pass."""
+    """Operations of a training step per token of the windows.
+
+    A backward pass counts as two forward passes. With self-conditioning, each row, or each of the M tails beside a
+    window, has a second forward pass. In front of a language model the window has a forward pass alone, and no gradient
+    of its matrices is computed.
+    """
     model, seen = config.model, (config.data.seq_len + 1) / 2
     attention = 12.0 * model.num_layers * model.num_heads * model.head_size * seen
     flops = 6.0 * matrix_weights(config, vocab_size) + attention
-    again = config.objective.kind == "maturation" and config.maturation.self_condition_prob > 0
-    return flops * 4 / 3 if again else flops
+    kind, settings = config.objective.kind, config.maturation
+    again = flops / 3 if kind != "ar" and settings.self_condition_prob > 0 else 0.0
+    slots = settings.num_tails * settings.max_tail_length / config.data.seq_len
+    if kind == "tail":
+        return flops / 3 + slots * (flops * 2 / 3 + again)
+    if kind == "maturation" and settings.num_tails > 0:
+        return flops + slots * (flops + again)
+    return flops + again
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
