@@ -8,7 +8,7 @@ from pathlib import Path
 import tokmat_jax
 
 PACKAGE = Path(tokmat_jax.__file__).parent
-ORDER = ("errors", "keys", "output", "progress", "config", "distributed", "method", "model", "storage", "data", "hf",
+ORDER = ("errors", "keys", "output", "products", "progress", "config", "distributed", "method", "model", "storage", "data", "hf",
          "generation", "view", "training", "evaluation", "commands")
 
 

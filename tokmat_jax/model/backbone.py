@@ -20,6 +20,7 @@ from tokmat_jax.distributed.mesh import constrain_activations
 from tokmat_jax.model.attention import LayerCache, attend
 from tokmat_jax.model.lora import adapter_output
 from tokmat_jax.model.rope import apply_rope
+from tokmat_jax.products import product
 
 Params = Any
 KVCache = tuple[LayerCache, ...]
@@ -90,8 +91,8 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array, gate: jax.Array | None, keys: jax.Array | None) -> jax.Array:
         x = x.astype(self.dtype)
         # Rows and positions become one axis: contracting them separately costs a copy in the backward pass.
-        y = x.reshape(-1, x.shape[-1]) @ self.param(
-            "kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        y = product(x.reshape(-1, x.shape[-1]), kernel)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, :]
         y = y.reshape(*x.shape[:-1], self.features)
