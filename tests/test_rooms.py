@@ -8,8 +8,8 @@ from pathlib import Path
 import tokmat_jax
 
 PACKAGE = Path(tokmat_jax.__file__).parent
-ORDER = ("errors", "keys", "output", "products", "progress", "config", "distributed", "method", "model", "storage", "data", "hf",
-         "generation", "view", "training", "evaluation", "commands")
+ORDER = ("errors", "keys", "output", "products", "progress", "config", "distributed", "method", "model", "storage",
+         "data", "hf", "generation", "view", "training", "evaluation", "commands")
 
 
 def imported(path):

@@ -27,6 +27,9 @@ MODELS = {
                                                          "mlp_bias": True, "head_dim": 16}),
     "llama linear": ("llama", LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}),
     "qwen2 tied": ("qwen2", LLAMA | {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6}}),
+    "qwen3": ("qwen3", LLAMA | {"head_dim": 16}),
+    "gemma3": ("gemma3_text", LLAMA | {"head_dim": 16, "num_hidden_layers": 7, "sliding_window": 24,
+                                       "query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
     "gpt2": ("gpt2", SMALL | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 96}),
 }
 PROMPT = "the cat sat on 3 mats, and who's there?\n  ∂x"
@@ -45,13 +48,13 @@ def to_gguf(name: str, array: np.ndarray, settings: Any) -> np.ndarray:
         return permute(array, settings.num_key_value_heads)
     if settings.model_type == "gpt2" and ".c_" in name and array.ndim == 2:
         return np.ascontiguousarray(array.T)
-    return array
+    return array + 1 if settings.model_type == "gemma3_text" and name.endswith("norm.weight") else array
 
 
 def rounded(name: str, array: np.ndarray, settings: Any, kind: Any) -> np.ndarray:
     """What is left of a weight of `transformers` once it has been stored as `kind`."""
     if array.ndim == 1:
-        return array
+        return to_gguf(name, array, settings) - 1 if settings.model_type == "gemma3_text" else array
     turned = settings.model_type == "gpt2" and ".c_" in name
     kept = gguf.dequantize(gguf.quantize(array.T if turned else array, kind), kind)
     return np.ascontiguousarray(kept.T if turned else kept, np.float32)
@@ -70,13 +73,16 @@ def describe(writer: Any, settings: Any) -> None:
         return
     writer.add_head_count_kv(settings.num_key_value_heads)
     writer.add_layer_norm_rms_eps(settings.rms_norm_eps)
-    writer.add_rope_freq_base(settings.rope_parameters["rope_theta"])
+    rope = settings.rope_parameters.get("full_attention", settings.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
     if getattr(settings, "head_dim", None):
         writer.add_key_length(settings.head_dim)
         writer.add_rope_dimension_count(settings.head_dim)
-    if settings.rope_parameters["rope_type"] == "linear":
+    if settings.model_type == "gemma3_text":
+        writer.add_sliding_window(settings.sliding_window)
+    if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(settings.rope_parameters["factor"])
+        writer.add_rope_scaling_factor(rope["factor"])
 
 
 def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
@@ -115,13 +121,13 @@ class Model:
     def save_gguf(self, file: Path, kind: Any, architecture: str | None = None, tokenizer: bool = True,
                   change: Callable[[Any], None] = lambda writer: None) -> Path:
         """As GGUF; what `change` adds to the metadata replaces what is there."""
-        writer = gguf.GGUFWriter(file, architecture or self.settings.model_type)
+        own = self.settings.model_type.removesuffix("_text")
+        writer = gguf.GGUFWriter(file, architecture or own)
         describe(writer, self.settings)
         if tokenizer:
             add_tokenizer(writer, self.tokenizer)
         names = gguf.get_tensor_name_map(
-            {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2,
-             "gpt2": gguf.MODEL_ARCH.GPT2}[self.settings.model_type], self.settings.num_hidden_layers)
+            gguf.MODEL_ARCH[own.upper()], self.settings.num_hidden_layers)
         stored = {names.get_name(name, (".weight", ".bias")): to_gguf(name, array, self.settings)
                   for name, array in self.weights.items()}
         if self.settings.model_type == "gpt2":
@@ -233,6 +239,6 @@ def test_a_file_that_cannot_be_expressed_is_refused_by_name(case, llama, tmp_pat
 
 def test_another_architecture_and_a_missing_tokenizer_are_named(llama, tmp_path):
     file = llama.save_gguf(tmp_path / "mamba.gguf", F32, architecture="mamba")
-    assert refusal(file).endswith("architecture 'mamba' is not supported; supported are llama, qwen2, gpt2")
+    assert refusal(file).endswith("architecture 'mamba' is not supported; supported are llama, qwen2, qwen3, gemma3, gpt2")
     file = llama.save_gguf(tmp_path / "mute.gguf", F32, tokenizer=False)
     assert "mute.gguf has no tokenizer with an end-of-text (tokenizer.ggml.tokens, eos_token_id)" in refusal(file)

@@ -25,6 +25,10 @@ LLAMA = SMALL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers"
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+GEMMA = LLAMA | {"head_dim": 16, "num_hidden_layers": 3, "sliding_window": 6, "sliding_window_pattern": 3,
+                 "query_pre_attn_scalar": 16}
+NEOX = SMALL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "max_position_embeddings": 128}
 GPT2 = SMALL | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 
 MODELS = {
@@ -37,6 +41,22 @@ MODELS = {
     "llama llama3": ("llama", LLAMA | {"rope_parameters": LLAMA3}),
     "llama yarn": ("llama", LLAMA | {"rope_parameters": YARN, "head_dim": 16}),
     "qwen2 tied": ("qwen2", LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen2 windows": ("qwen2", LLAMA | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("qwen3", LLAMA | {"head_dim": 16}),
+    "qwen3 tied, biases, windows": ("qwen3", LLAMA | {
+        "head_dim": 16, "tie_word_embeddings": True, "attention_bias": True, "use_sliding_window": True,
+        "sliding_window": 5, "max_window_layers": 1}),
+    "mistral": ("mistral", LLAMA | {"sliding_window": None}),
+    "mistral windows": ("mistral", LLAMA | {"sliding_window": 9}),
+    "gemma3": ("gemma3_text", GEMMA),
+    "gemma3 linear, biases": ("gemma3_text", GEMMA | {
+        "attention_bias": True, "query_pre_attn_scalar": 20, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}}),
+    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox in sequence, tied": ("gpt_neox", NEOX | {
+        "use_parallel_residual": False, "tie_word_embeddings": True, "attention_bias": False, "hidden_act": "gelu_new",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}),
 }
 
 
@@ -88,9 +108,10 @@ def test_logits_gradients_and_greedy_text_are_those_of_transformers(name, tmp_pa
                      for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)}
     wanted = dict(model.named_parameters())
     for weight in families.weights(MODELS[name][0], config.model, config.table.tied):
-        for layer in range(2 if weight.per_layer else 1):
+        for layer in range(config.model.num_layers if weight.per_layer else 1):
             ours = families.get(weight, layer, flat_gradient)
-            theirs = wanted[weight.name.format(layer=layer)].grad.numpy()
+            name = weight.name.replace("embed_out", "lm_head")  # GPT-NeoX's, in files
+            theirs = wanted[name.format(layer=layer)].grad.numpy()
             assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs) + 1e-6, weight.name
 
     generator = Generator.from_workdir(tmp_path / "run")
@@ -104,7 +125,8 @@ def test_logits_gradients_and_greedy_text_are_those_of_transformers(name, tmp_pa
     assert sample.tokens == out[0, begin.shape[1]:].tolist()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama untied", "llama yarn", "qwen2 tied"])
+@pytest.mark.parametrize("name", ["gpt2", "llama untied", "llama yarn", "qwen2 tied", "qwen3 tied, biases, windows",
+                                  "mistral windows", "gemma3 linear, biases", "gpt_neox"])
 @pytest.mark.parametrize(("dtype", "shard"), [("float32", None), ("bfloat16", "20KB")])
 def test_in_and_out_again_is_bit_equal(name, dtype, shard, tmp_path):
     how = {} if shard is None else {"max_shard_size": shard}

@@ -142,8 +142,8 @@ def test_bad_weights_are_refused_in_one_line_and_nothing_is_left(case, source, t
 
 
 SETTINGS = {
-    "unsupported type": ({"model_type": "mamba"}, ["config.json", "'mamba'", "gpt2, llama, qwen2"]),
-    "no type": ({"model_type": None}, ["config.json", "None", "gpt2, llama, qwen2"]),
+    "unsupported type": ({"model_type": "mamba"}, ["config.json", "'mamba'", "gpt2, llama, mistral, qwen2, qwen3, gemma3_text, gpt_neox"]),
+    "no type": ({"model_type": None}, ["config.json", "None", "gpt2, llama, mistral, qwen2, qwen3, gemma3_text, gpt_neox"]),
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config", "dequantised"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "silu"]),
     "no number": ({"hidden_size": "wide"}, ["config.json", "hidden_size"]),

@@ -46,12 +46,18 @@ class RopeConfig(Section, name="model.rope"):
     """`yarn`: whether the two bounds are rounded to whole pairs."""
     attention_factor: float = setting(1.0, above=0)
     """`yarn`: factor by which the rotated queries and keys are scaled."""
+    partial: float = setting(1.0, above=0, at_most=1)
+    """Share of a head's coordinates that are rotated, from the first on."""
+    window_theta: float | None = setting(None, above=1)
+    """Base in the layers of `model.windowed_layers`, whose context is not extended; None: as in all others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.low_freq_factor < self.high_freq_factor and self.beta_slow < self.beta_fast,
                 f"model.rope: low_freq_factor must be below high_freq_factor and beta_slow below beta_fast, found "
                 f"{self.low_freq_factor}, {self.high_freq_factor}, {self.beta_slow}, {self.beta_fast}")
+        require(self.window_theta is None or self.attention_factor == 1,
+                f"model.rope: attention_factor must be 1 with a window_theta, found {self.attention_factor}")
 
 
 @dataclass(frozen=True)
@@ -73,14 +79,27 @@ class ModelConfig(Section, name="model"):
     """Width of a head; None means d / num_heads."""
     attention_bias: Literal["all", "qkv", "none"] = "all"
     """Which of attention's four matrices have a bias; `qkv` leaves out the output's."""
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    """A block's MLP: GELU (tanh form), or SiLU of a gate times the hidden units."""
+    query_key_norm: bool = False
+    """Whether each head's queries and keys are normalised, before they are rotated."""
+    attention_scale: float | None = setting(None, above=0)
+    """Factor of the attention scores; None means 1 / √(width of a head)."""
+    attention_window: int | None = setting(None, above=0)
+    """Number of positions that a position sees in `windowed_layers`, itself and those before it."""
+    windowed_layers: tuple[int, ...] = ()
+    """Layers with `attention_window`, from 0; all others see everything before."""
+    mlp: Literal["gelu", "gelu_exact", "swiglu", "geglu"] = "gelu"
+    """A block's MLP: GELU (tanh form, or exact), or hidden units times a gate's SiLU (`swiglu`) or GELU (`geglu`, tanh
+    form)."""
     mlp_dim: int | None = setting(None, above=0)
     """Hidden width of the MLP; None means 4 d."""
     mlp_bias: bool = True
     """Whether the MLP's matrices have a bias."""
-    norm: Literal["layer", "rms"] = "layer"
-    """LayerNorm, or RMSNorm (no mean, no bias)."""
+    norm: Literal["layer", "rms", "rms_plus_one"] = "layer"
+    """LayerNorm, or RMSNorm (no mean, no bias), whose factors are its weights or 1 + its weights."""
+    norm_placement: Literal["before", "around"] = "before"
+    """Norms before attention and MLP, or before and after them."""
+    parallel_residual: bool = False
+    """Whether the MLP reads the block's input; if False, it reads the input plus what attention adds."""
     norm_epsilon: float = setting(1e-6, above=0)
     """Added to the variance in every norm."""
     positions: Literal["learned", "rotary"] = "learned"
@@ -107,9 +126,17 @@ class ModelConfig(Section, name="model"):
                    f"model.num_heads must divide model.embed_dim, found {self.num_heads} and {self.embed_dim}")
         require(self.num_heads % self.kv_heads == 0,
                 f"model.num_kv_heads must divide model.num_heads, found {self.kv_heads} and {self.num_heads}")
+        require((self.attention_window is None) == (not self.windowed_layers),
+                f"model.attention_window and model.windowed_layers belong together, found {self.attention_window} and "
+                f"{self.windowed_layers}")
+        require(all(0 <= layer < self.num_layers for layer in self.windowed_layers),
+                f"model.windowed_layers must lie in 0..{self.num_layers - 1}, found {self.windowed_layers}")
+        require(self.rope.window_theta is None or bool(self.windowed_layers),
+                "model.rope.window_theta needs model.windowed_layers")
         require(self.embed_dim % 2 == 0, f"model.embed_dim must be even, found {self.embed_dim}")
-        require(self.head_size > 0 and (self.positions == "learned" or self.head_size % 2 == 0),
-                f"model.head_dim must be positive, and even for rotary positions, found {self.head_size}")
+        require(self.head_size > 0, f"model.head_dim must be positive, found {self.head_size}")
+        require(self.positions == "learned" or (self.rotated > 0 and self.rotated % 2 == 0),
+                f"model.head_dim times model.rope.partial must be even for rotary positions, found {self.rotated}")
 
     @property
     def kv_heads(self) -> int:
@@ -120,6 +147,16 @@ class ModelConfig(Section, name="model"):
     def head_size(self) -> int:
         """Width of a head."""
         return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotated(self) -> int:
+        """Number of a head's coordinates that rotary positions turn."""
+        return int(self.head_size * self.rope.partial)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate."""
+        return self.mlp in ("swiglu", "geglu")
 
     @property
     def mlp_size(self) -> int:

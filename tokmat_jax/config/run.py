@@ -65,7 +65,7 @@ class Config:
                     f"{self.maturation.max_maturity}")
         require(self.adapter.rank is None or self.init_from is not None,
                 f"adapter.rank {self.adapter.rank} needs a model to adapt: give init_from")
-        require(not self.adapter.rank or self.adapter.matrices != ("mlp_gate",) or self.model.mlp == "swiglu",
+        require(not self.adapter.rank or self.adapter.matrices != ("mlp_gate",) or self.model.gated,
                 "adapter.matrices: this model's blocks have no mlp_gate, so that there is nothing to adapt")
         require((self.adapter.rank or 0) <= self.model.embed_dim,
                 f"adapter.rank must not exceed model.embed_dim ({self.model.embed_dim}), the full rank, found "

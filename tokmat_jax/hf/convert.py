@@ -35,6 +35,7 @@ from tokmat_jax.distributed.mesh import path_name
 from tokmat_jax.errors import UserError, one_line, shown
 from tokmat_jax.hf import families
 from tokmat_jax.hf.families import Weight
+from tokmat_jax.hf.families.family import Family
 from tokmat_jax.hf.files import Safetensors, Stored, find_source, write_safetensors
 from tokmat_jax.hf.gguf_file import Gguf
 from tokmat_jax.keys import seed_key
@@ -48,6 +49,8 @@ from tokmat_jax.storage.model import load_plain
 from tokmat_jax.storage.plain_path import plain_path
 from tokmat_jax.storage.workdir import IMPORTED, TOKENIZER, load_config, save_config
 
+_ROUNDING = 1e-6
+"""A factor that differs from 1 by less than this is 1, rounded."""
 SIDECAR = "maturation"
 """Folder of an exported checkpoint: `run.json`, `weights.safetensors` and `tokenizer/`."""
 _RUN, _WEIGHTS = "run.json", "weights.safetensors"
@@ -110,9 +113,10 @@ def import_weights(source: str, out: Path) -> Imported:
         flat = _read(found, weights, names, shapes)
         config, norms = found.config, np.linalg.norm(flat["table"], axis=-1)
         row_norm = (float(norms.min()), float(norms.mean()), float(norms.max()))
-        if found.sidecar is None:  # R is the length of a typical row, and the backbone expects rows as they are
+        if found.sidecar is None:  # R is the length of a typical row; so far, input_norm is the factor of the rows
+            input_norm = config.model.input_norm * row_norm[1]
             config = dataclasses.replace(config, table=dataclasses.replace(config.table, radius=row_norm[1]),
-                                         model=dataclasses.replace(config.model, input_norm=row_norm[1]))
+                                         model=dataclasses.replace(config.model, input_norm=input_norm))
         facts = Imported(source, found.model_type, found.stored.dtype,
                          sum(int(np.prod(shape)) for shape in found.stored.shapes.values()), row_norm, found.notes)
         save_config(config, unfinished)
@@ -155,13 +159,13 @@ def _open_gguf(file: Path, out: Path) -> _Source:
     settings, loaded = stored.settings(), stored.tokenizer()
     model, tied = families.read_settings(settings)
     tokenizer = _fit(loaded, loaded.end_of_text, settings.vocab_size, file)
-    return _Source(stored, stored.architecture, _plain_config(model, tied, out), tokenizer, tied, (), None)
+    return _Source(stored, stored.model_type, _plain_config(model, tied, out), tokenizer, tied, (), None)
 
 
 def _check_model_type(found: Any, path: Path) -> None:
-    if found not in families.MODEL_TYPES:
+    if not isinstance(found, str) or found not in families.FAMILIES:
         raise UserError(f"{path}: model_type {shown(found)} is not supported; supported are "
-                        f"{', '.join(families.MODEL_TYPES)}")
+                        f"{', '.join(families.FAMILIES)}")
 
 
 def _folder_tokenizer(folder: Path) -> Tokenizer:
@@ -233,7 +237,7 @@ def _layers(weight: Weight, config: Config) -> range:
 
 def _match_names(found: _Source, weights: list[Weight], shapes: Shapes) -> dict[str, str]:
     """The name in the file of every weight of the family; raises UserError if names or shapes do not match."""
-    prefix = families.PREFIX[found.model_type]
+    prefix = families.FAMILIES[found.model_type].prefix
     bare = not any(name.startswith(prefix) for name in found.stored.shapes)
     names = {(prefix + name if bare and name != "lm_head.weight" else name): name for name in found.stored.shapes
              if not any(re.search(pattern, name) for pattern in families.CONSTANTS)}
@@ -361,14 +365,14 @@ def export_weights(
         raise UserError(f"{workdir} holds a tail in front of the model in {own.init_from}, whose weights act at slots "
                         f"alone and cannot be merged into it: export {own.init_from}, which the tail leaves as it is")
     config, tokenizer, flat = load_flat(workdir)
-    model_type = families.model_type_of(config.model)
+    facts = read_json(workdir / IMPORTED) if (workdir / IMPORTED).is_file() else {}
+    family = families.family_of(config, facts.get("model_type"))
     if dtype is None:
-        imported = workdir / IMPORTED
-        dtype = str(read_json(imported).get("dtype")) if imported.is_file() else "float32"
+        dtype = str(facts.get("dtype", "float32"))
         if dtype not in DTYPES:
-            raise UserError(f"{imported} is damaged: dtype = {dtype}; say which to write with --dtype")
-    stored, tied = _autoregressive_view(config, flat)
-    weights = families.weights(model_type, config.model, tied)
+            raise UserError(f"{workdir / IMPORTED} is damaged: dtype = {dtype}; say which to write with --dtype")
+    stored, tied = _autoregressive_view(config, flat, families.input_factor(family, config))
+    weights = families.weights(family.model_type, config.model, tied)
     derived = {weight.name: weight.paths[0] for weight in weights if weight.paths[0] in stored}
     shapes = {path: array.shape for path, array in (flat | stored).items()}
     places = {weight.name.format(layer=layer): (weight, layer) for weight in weights
@@ -381,7 +385,7 @@ def export_weights(
     with appears_whole(out) as unfinished:
         write_safetensors(unfinished, {name: families.stored_shape(weight, shapes) for name, (weight, _) in
                                        places.items()}, get, DTYPES[dtype], max_shard_size)
-        _write_settings(unfinished, model_type, config, tokenizer, tied, dtype)
+        _write_settings(unfinished, family, config, tokenizer, tied, dtype)
         sidecar = unfinished / SIDECAR
         sidecar.mkdir()
         own = {path: np.ascontiguousarray(array) for path, array in flat.items() if path not in verbatim}
@@ -389,24 +393,25 @@ def export_weights(
         sums = {name: _checksum(get(name).astype(DTYPES[dtype])) for name in derived}
         write_json(sidecar / _RUN, {"config": dataclasses.asdict(config), "derived": sums})
         tokenizer.save(sidecar / TOKENIZER)
-    return {"model_type": model_type, "dtype": dtype, "weights": len(places), "derived": list(derived),
+    return {"model_type": family.model_type, "dtype": dtype, "weights": len(places), "derived": list(derived),
             "num_parameters": sum(int(np.prod(shape)) for shape in
                                   (families.stored_shape(weight, shapes) for weight, _ in places.values()))}
 
 
-def _autoregressive_view(config: Config, flat: Flat) -> tuple[Flat, bool]:
+def _autoregressive_view(config: Config, flat: Flat, factor: float) -> tuple[Flat, bool]:
     """Parameters to store instead of ours so that a plain Transformer computes the same, and whether E is its head.
 
     With a = 1 + γ and b from the conditioning of committed positions, the input a ⊙ (s·e + p) + b has rows a ⊙ s·e and
     positions a ⊙ p + b (without learned positions the rows take b too); logits κ' ⟨Hx, r⟩ have output rows κ' Hᵀr.
-    If all of that is neutral, nothing is changed.
+    That Transformer multiplies its input rows by `factor`. If all of that is neutral, nothing is changed.
     """
     if config.model.film != "once":
         raise UserError("model.film 'per_layer' has no counterpart in a plain Transformer: only 'once' can be exported")
     params = nested(flat)
     told = 0 if config.objective.kind == "ar" or config.maturation.num_tails > 0 else 1
     scale, shift = (np.asarray(x) for x in conditioning_of_committed(params["backbone"], config, told))
-    input_scale = config.model.input_norm / config.table.radius
+    input_scale = config.model.input_norm / config.table.radius / factor
+    input_scale = 1.0 if abs(input_scale - 1) < _ROUNDING else input_scale
     vocabulary = vocabulary_of(params, config)
     logit_scale = float(ar_logit_scale_of(params, config))
     stored: Flat = {}
@@ -415,7 +420,7 @@ def _autoregressive_view(config: Config, flat: Flat) -> tuple[Flat, bool]:
         if config.model.positions == "learned":
             stored["backbone/position/embedding"] = scale * flat["backbone/position/embedding"] + shift
         else:
-            rows += shift
+            rows += shift / factor
         stored["table"] = rows
     if config.model.head == "identity" and logit_scale == 1 and not (config.table.tied and stored):
         return stored, config.table.tied
@@ -426,16 +431,16 @@ def _autoregressive_view(config: Config, flat: Flat) -> tuple[Flat, bool]:
 
 
 def _write_settings(
-    folder: Path, model_type: str, config: Config, tokenizer: Tokenizer, tied: bool, dtype: str
+    folder: Path, family: Family, config: Config, tokenizer: Tokenizer, tied: bool, dtype: str
 ) -> None:
     with without_torch_notice():
-        from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
 
-    fields = families.write_settings(model_type, config, tokenizer.vocab_size, tied, dtype)
-    begin = tokenizer.prefix[0] if tokenizer.prefix else None
-    architecture = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[model_type]
-    fields |= {"architectures": [architecture], "bos_token_id": begin, "eos_token_id": tokenizer.end_of_text}
-    CONFIG_MAPPING[model_type](**fields).save_pretrained(folder)
+    settings, begin = families.write_settings(family, config), tokenizer.prefix[0] if tokenizer.prefix else None
+    settings.update({
+        "vocab_size": tokenizer.vocab_size, "tie_word_embeddings": tied, "dtype": dtype,
+        "architectures": [family.architecture], "bos_token_id": begin, "eos_token_id": tokenizer.end_of_text})
+    settings.save_pretrained(folder)
     special = {"eos_token": tokenizer.fast.id_to_token(tokenizer.end_of_text)}
     if begin is not None:
         special["bos_token"] = tokenizer.fast.id_to_token(begin)

@@ -39,7 +39,17 @@ _GPT2 = {
     "blk.{layer}.ffn_up": "transformer.h.{layer}.mlp.c_fc",
     "blk.{layer}.ffn_down": "transformer.h.{layer}.mlp.c_proj",
 }
-_NAMES = {"llama": _LLAMA, "qwen2": _LLAMA, "gpt2": _GPT2}
+_QWEN3 = _LLAMA | {
+    "blk.{layer}.attn_q_norm": "model.layers.{layer}.self_attn.q_norm",
+    "blk.{layer}.attn_k_norm": "model.layers.{layer}.self_attn.k_norm",
+}
+_GEMMA3 = _QWEN3 | {
+    "blk.{layer}.post_attention_norm": "model.layers.{layer}.post_attention_layernorm",
+    "blk.{layer}.ffn_norm": "model.layers.{layer}.pre_feedforward_layernorm",
+    "blk.{layer}.post_ffw_norm": "model.layers.{layer}.post_feedforward_layernorm",
+}
+_NAMES = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _QWEN3, "gemma3": _GEMMA3, "gpt2": _GPT2}
+_LAYERS_OF_GEMMA3_27B = 62
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,7 @@ class Gguf:
         if self.architecture not in _NAMES:
             raise UserError(f"{file}: architecture {shown(self.architecture)} is not supported; supported are "
                             f"{', '.join(_NAMES)}")
+        self.model_type = {"gemma3": "gemma3_text"}.get(self.architecture, self.architecture)
         self._weights = {self._rename(weight.name): weight for weight in weights}
         head = self._weights.get("lm_head.weight")
         table = self._weights.get(f"{_NAMES[self.architecture]['token_embd']}.weight")
@@ -124,7 +135,8 @@ class Gguf:
         if self.architecture == "llama" and (part := re.search(r"self_attn\.([qk])_proj", name)):
             heads = self._fact("attention.head_count", int)
             return _unpermute(array, self._fact("attention.head_count_kv", int, heads) if part[1] == "k" else heads)
-        return array
+        # llama.cpp stores the factors of Gemma's norms, 1 + weight.
+        return array - 1 if self.architecture == "gemma3" and name.endswith("norm.weight") else array
 
     def _fact(self, name: str, kind: type, default: Any = None) -> Any:
         """The architecture's entry `name` in the metadata; raises UserError unless it is a `kind`."""
@@ -137,10 +149,10 @@ class Gguf:
     def settings(self) -> Any:
         """The config object of `transformers` that the metadata describe."""
         with without_torch_notice():
-            from transformers import GPT2Config, LlamaConfig, Qwen2Config
+            from transformers import CONFIG_MAPPING
 
-        kind, fields = {"gpt2": (GPT2Config, self._gpt2_fields), "llama": (LlamaConfig, self._llama_fields),
-                        "qwen2": (Qwen2Config, self._llama_fields)}[self.architecture]
+        kind = CONFIG_MAPPING[self.model_type]
+        fields = {"gpt2": self._gpt2_fields, "gemma3": self._gemma3_fields}.get(self.architecture, self._llama_fields)
         shared = {"tie_word_embeddings": "lm_head.weight" not in self._weights}
         try:
             return kind(**shared, **fields())
@@ -183,10 +195,24 @@ class Gguf:
             "rms_norm_eps": self._fact("attention.layer_norm_rms_epsilon", float),
             "max_position_embeddings": self._fact("context_length", int), "rope_parameters": self._rope(),
         }
+        if self.architecture == "qwen3":
+            fields |= {"head_dim": head_dim}
         if self.architecture == "llama":
             fields |= {"attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._weights,
                        "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self._weights}
         return fields
+
+    def _gemma3_fields(self) -> dict[str, Any]:
+        fields = self._llama_fields()
+        heads, layers = fields["num_attention_heads"], fields["num_hidden_layers"]
+        size = fields["head_dim"] or fields["hidden_size"] // max(heads, 1)
+        # llama.cpp knows the pattern of the windows by heart, and what the largest model scales its queries by.
+        scalar = fields["hidden_size"] // max(heads, 1) if layers == _LAYERS_OF_GEMMA3_27B else size
+        near = {"rope_type": "default", "rope_theta": self._fact("rope.freq_base_swa", float, 10_000.0)}
+        return fields | {
+            "head_dim": size, "query_pre_attn_scalar": scalar,
+            "sliding_window": self._fact("attention.sliding_window", int),
+            "rope_parameters": {"full_attention": fields["rope_parameters"], "sliding_attention": near}}
 
     def _rope(self) -> dict[str, Any]:
         kind = self._fact("rope.scaling.type", str, "none")

@@ -37,7 +37,7 @@ def export_adapter(workdir: Path, out: Path) -> dict[str, Any]:
     vocab_size = load_tokenizer(workdir / TOKENIZER).vocab_size
     params, _ = load_model(workdir, config, vocab_size, jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0]))
     flat = {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    stored, targets, model_type = {}, set(), families.model_type_of(config.model)
+    stored, targets, model_type = {}, set(), families.family_of(config).model_type
     for weight in families.weights(model_type, config.model, config.table.tied):
         ours, *others = (path.removesuffix("/kernel") for path in weight.paths)
         if not any(f"{path}/lora_a" in flat for path in (ours, *others)):

@@ -4,7 +4,8 @@
 
 The output at index t − 1 is the prediction for position t. The model contains no vocabulary. In training, the blocks
 are one scan over stacked parameters. In decoding, they are separate, because slicing a stack copies every weight at
-every step. GPT-2's parts and Llama's (rotary positions, RMSNorm, SwiGLU, grouped heads) are settings of one model.
+every step. The parts of every family of checkpoints (rotary positions, RMSNorm, gated MLPs, grouped heads, windows) are
+settings of one model.
 """
 
 import math
@@ -13,13 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from flax import struct
 
 from tokmat_jax.config import AdapterConfig, ComputeConfig, Config, ModelConfig
 from tokmat_jax.distributed.mesh import constrain_activations
-from tokmat_jax.model.attention import LayerCache, attend
+from tokmat_jax.model.attention import LayerCache, Sight, attend
 from tokmat_jax.model.lora import adapter_output
-from tokmat_jax.model.rope import apply_rope
+from tokmat_jax.model.rope import apply_rope, layer_frequencies
 from tokmat_jax.products import product
 
 Params = Any
@@ -34,6 +37,8 @@ Model = Callable[..., tuple[jax.Array, Any]]
 """A Forward with its parameters bound: (z, maturity, tail_length, positions, …)."""
 
 _MATURITY_RANGE = 1000.0
+_EVERYTHING = np.iinfo(np.int32).max
+"""Window of a layer that sees all positions."""
 _fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
@@ -72,10 +77,60 @@ class TailLengthFilm(nn.Module):
         return (1.0 + film[..., :size]) * h + film[..., size:]
 
 
+class RMSNormPlusOne(nn.Module):
+    """x / RMS(x) ⊙ (1 + scale), computed in float32."""
+
+    epsilon: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
+        scale = jnp.reshape(1.0 + scale, (1,) * (x.ndim - 1) + (-1,))
+        whole = x.astype(jnp.float32)
+        square = jnp.mean(whole * whole, axis=-1, keepdims=True)
+        return (whole * jax.lax.rsqrt(square + self.epsilon) * scale).astype(self.dtype)
+
+
 def _norm(config: ModelConfig, name: str) -> nn.Module:
-    if config.norm == "rms":
-        return nn.RMSNorm(config.norm_epsilon, dtype=config.dtype, name=name)
-    return nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name=name)
+    match config.norm:
+        case "rms":
+            return nn.RMSNorm(config.norm_epsilon, dtype=config.dtype, name=name)
+        case "rms_plus_one":
+            return RMSNormPlusOne(config.norm_epsilon, config.dtype, name=name)
+        case "layer":
+            return nn.LayerNorm(config.norm_epsilon, dtype=config.dtype, name=name)
+
+
+def _activated(config: ModelConfig, hidden: jax.Array, gate: Callable[[], jax.Array]) -> jax.Array:
+    """The hidden units [B, T, M] of an MLP after its activation; `gate` computes the gate's, if it has one."""
+    match config.mlp:
+        case "gelu":
+            return nn.gelu(hidden)
+        case "gelu_exact":
+            return nn.gelu(hidden, approximate=False)
+        case "swiglu":
+            return hidden * nn.silu(gate())
+        case "geglu":
+            return hidden * nn.gelu(gate())
+
+
+@struct.dataclass
+class LayerFacts:
+    """What differs between layers; of one layer, or of all with a leading axis L."""
+
+    turns: jax.Array | np.ndarray | None
+    """Radians per position of each rotary pair [D_r/2]; None if positions are learned."""
+    window: jax.Array | np.ndarray | None
+    """Number of positions [] that a position sees; None if every layer sees all."""
+
+
+def _layer_facts(config: ModelConfig) -> LayerFacts:
+    """Those of all layers."""
+    windowed = np.isin(np.arange(config.num_layers), config.windowed_layers)
+    return LayerFacts(
+        layer_frequencies(config) if config.positions == "rotary" else None,
+        np.where(windowed, config.attention_window or 0, _EVERYTHING).astype(np.int32) if windowed.any() else None)
 
 
 class Dense(nn.Module):
@@ -102,8 +157,8 @@ class Dense(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP on the residual stream h [B, T, d].
 
-    Returns h and the keys and values of its positions. The other arguments are those of `Backbone`; `history` is
-    this layer's.
+    Returns h and the keys and values of its positions. The other arguments are those of `Backbone`; `history` and
+    `facts` are this layer's.
     """
 
     config: ModelConfig
@@ -112,13 +167,16 @@ class Block(nn.Module):
     max_tail_length: int
 
     @nn.compact
-    def __call__(self, h, history, keys, gate, tail_length, positions, mask, visible):
+    def __call__(self, h, history, keys, facts, gate, tail_length, positions, mask, visible):
         config = self.config
         residual_init = nn.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "truncated_normal")
 
         def dense(features, name, bias, init=_fan_in):
             layer = Dense(features, bias, config.dtype, init, self.adapter, name=name)
             return lambda x: layer(x, gate, keys)
+
+        def after(name, x):
+            return _norm(config, name)(x) if config.norm_placement == "around" else x
 
         if config.film == "per_layer":
             h = TailLengthFilm(config, self.max_tail_length, name="film")(h, tail_length)
@@ -128,20 +186,23 @@ class Block(nn.Module):
             .reshape(*h.shape[:2], heads, config.head_size)
             for name, heads in (("query", config.num_heads), ("key", config.kv_heads), ("value", config.kv_heads))
         )
-        if config.positions == "rotary":
-            query, key = (apply_rope(part, positions, config.rope) for part in (query, key))
+        if config.query_key_norm:
+            query, key = _norm(config, "query_norm")(query), _norm(config, "key_norm")(key)
+        if facts.turns is not None:
+            query, key = (apply_rope(part, positions, facts.turns, config.rope.attention_factor)
+                          for part in (query, key))
         query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))
         live = LayerCache(key, value)
-        seen = attend(query, live, mask, history, visible, self.compute.attention)
+        sight = Sight(positions, facts.window, config.attention_scale)
+        seen = attend(query, live, mask, history, visible, self.compute.attention, sight)
         seen = seen.swapaxes(1, 2).reshape(*h.shape[:2], -1)
-        h = h + dense(config.embed_dim, "attention_out", config.attention_bias == "all", residual_init)(seen)
-        x = _norm(config, "mlp_norm")(h)
+        attended = dense(config.embed_dim, "attention_out", config.attention_bias == "all", residual_init)(seen)
+        entered, h = h, h + after("attention_out_norm", attended)
+        x = _norm(config, "mlp_norm")(entered if config.parallel_residual else h)
         hidden = dense(config.mlp_size, "mlp_in", config.mlp_bias)(x)
-        if config.mlp == "swiglu":
-            hidden *= nn.silu(dense(config.mlp_size, "mlp_gate", config.mlp_bias)(x))
-        else:
-            hidden = nn.gelu(hidden)
-        h = constrain_activations(h + dense(config.embed_dim, "mlp_out", config.mlp_bias, residual_init)(hidden))
+        hidden = _activated(config, hidden, lambda: dense(config.mlp_size, "mlp_gate", config.mlp_bias)(x))
+        out = dense(config.embed_dim, "mlp_out", config.mlp_bias, residual_init)(hidden)
+        h = constrain_activations(h + after("mlp_out_norm", out))
         return h, live
 
 
@@ -208,24 +269,24 @@ class Backbone(nn.Module):
             conditioned = h + MaturityConditioning(config, name="slot_maturity")(own[0])
             h = jnp.where(gate, TailLengthFilm(config, self.max_tail_length, name="slot_film")(conditioned, own[1]), h)
         h = constrain_activations(h)
-        rest = (gate, tail_length, positions, mask, visible)
+        rest, facts = (gate, tail_length, positions, mask, visible), _layer_facts(config)
         if self.stacked:
             blocks = nn.scan(
                 _rematerialised(self.compute),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, 0, *(nn.broadcast,) * 5),  # pyright: ignore[reportArgumentType]
+                in_axes=(0, 0, 0, *(nn.broadcast,) * 5),  # pyright: ignore[reportArgumentType]
                 length=config.num_layers,
             )
             h, live = blocks(config, self.adapter, self.compute, told, name="blocks")(
-                h, history, dropout, *rest)
+                h, history, dropout, facts, *rest)
         else:
             assert not isinstance(history, LayerCache)
             live = ()
             for layer in range(config.num_layers):
                 block = Block(config, self.adapter, self.compute, told, name=f"block_{layer}")
                 own_history, keys = (None if x is None else x[layer] for x in (history, dropout))
-                h, own = block(h, own_history, keys, *rest)
+                h, own = block(h, own_history, keys, jax.tree.map(lambda x, at=layer: x[at], facts), *rest)
                 live += (own,)
         h = _norm(config, "final_norm")(h)
         # The norm's output has length √d, so this spread gives ‖ẑ‖ ≈ head_init · R.

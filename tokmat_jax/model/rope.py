@@ -1,17 +1,19 @@
 """Rotary positions: pair i of a head's coordinates turns by position · frequency_i (Su et al. 2021, arXiv:2104.09864).
 
-Pair i consists of coordinates i and i + D/2. Frequencies for longer contexts are those of linear interpolation
-(Chen et al. 2023, arXiv:2306.15595), of Llama 3.1's configuration, and of YaRN (Peng et al. 2023, arXiv:2309.00071).
-Each slows down the pairs that turn less often in the original context than a bound.
+Pair i consists of coordinates i and i + D/2; only the first coordinates of a head may be rotated, D is then their
+number. Frequencies for longer contexts are those of linear interpolation (Chen et al. 2023, arXiv:2306.15595), of
+Llama 3.1's configuration, and of YaRN (Peng et al. 2023, arXiv:2309.00071). Each slows down the pairs that turn less
+often in the original context than a bound.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokmat_jax.config import RopeConfig
+from tokmat_jax.config import ModelConfig, RopeConfig
 from tokmat_jax.errors import ConfigError
 
 _LARGEST_HEAD = 1 << 14
@@ -47,10 +49,25 @@ def _pair_with_turns(config: RopeConfig, head_size: int, turns: float) -> float:
     return head_size * math.log(config.original_positions / (2 * math.pi * turns)) / (2 * math.log(config.theta))
 
 
-def apply_rope(x: jax.Array, positions: jax.Array, config: RopeConfig) -> jax.Array:
-    """`x` [B, T, H, D] with each pair rotated by its position in `positions` [B, T]; angles are in float32."""
-    angle = positions[..., None].astype(jnp.float32) * frequencies(config, x.shape[-1])[None, None, :]
-    cos, sin = (config.attention_factor * f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+def layer_frequencies(model: ModelConfig) -> np.ndarray:
+    """Radians per position of each pair [L, D_r/2], by layer, for the D_r coordinates of a head that are rotated."""
+    everywhere = frequencies(model.rope, model.rotated)
+    found = np.broadcast_to(everywhere, (model.num_layers, len(everywhere)))
+    if model.rope.window_theta is None:
+        return found
+    near = frequencies(dataclasses.replace(model.rope, theta=model.rope.window_theta, scaling="none"), model.rotated)
+    windowed = np.isin(np.arange(model.num_layers), model.windowed_layers)
+    return np.where(windowed[:, None], near, found)
+
+
+def apply_rope(x: jax.Array, positions: jax.Array, turns: jax.Array | np.ndarray, factor: float) -> jax.Array:
+    """`x` [B, T, H, D] with each pair rotated by its position in `positions` [B, T], and scaled by `factor`.
+
+    `turns` [D_r/2] are radians per position; D_r ≤ D coordinates are rotated, the others stay. Angles are in float32.
+    """
+    angle = positions[..., None].astype(jnp.float32) * turns[None, None, :]
+    cos, sin = (factor * f(angle)[:, :, None, :] for f in (jnp.cos, jnp.sin))
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    half = turns.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -33,7 +33,7 @@ def matrix_weights(config: Config, vocab_size: int) -> int:
     """Number of weights in the matrices that a token passes once in training, including the rows of the readout."""
     model, size = config.model, config.model.embed_dim
     attention = 2 * size * model.head_size * (model.num_heads + model.kv_heads)
-    mlp = (3 if model.mlp == "swiglu" else 2) * size * model.mlp_size
+    mlp = (3 if model.gated else 2) * size * model.mlp_size
     conditioning = 2 * size * size
     head = size * size if model.head == "linear" else 0
     everything = config.objective.kind == "ar" or config.objective.negatives in ("full", "weighted")
