@@ -75,6 +75,7 @@ class Numbers:
     """A tokenizer whose tokens are numbers; no token ends a sample before its budget."""
 
     end_of_text = -1
+    ends = ()
     prefix = ()
 
     def __init__(self, vocab_size: int):
@@ -174,7 +175,7 @@ def naive(flags: Args) -> Callable[[], list[int]]:
     model = functools.partial(forward, generator.backbone)
 
     def work() -> list[int]:
-        return generate_by_reference(model, generator.vocabulary, prompt, flags.naive_tokens, key, tail, -1)[0]
+        return generate_by_reference(model, generator.vocabulary, prompt, flags.naive_tokens, key, tail, ())[0]
 
     return work
 

@@ -87,7 +87,7 @@ def naively(prompt, number, seed, setting):
     name = np.array([seed, zlib.crc32(np.array(prompt, np.int32).tobytes()), number], np.uint32)
     return generate_by_reference(
         functools.partial(tiny.padded_forward(), made.backbone), made.vocabulary, prompt, setting.max_new_tokens,
-        sample_key(name), made._tail(setting, None), made.tokenizer.end_of_text,
+        sample_key(name), made._tail(setting, None), made.tokenizer.ends,
         setting.max_commit if setting.commit == "stable" else 1)[0]
 
 

@@ -37,7 +37,7 @@ def compiled(length: int, most: int = 1):
     @jax.jit
     def step(params, vocabulary, state, tail):
         predict = cache.cached_predict(functools.partial(forward, params), tail)
-        return liquid_step(state, predict, vocabulary, tail, END, Record(read_tail=True, keep_vectors=True))
+        return liquid_step(state, predict, vocabulary, tail, (END,), Record(read_tail=True, keep_vectors=True))
 
     return begin, step
 
@@ -126,7 +126,7 @@ def check_against_naive(length, name, prompts, seed, profile, rate, pins=None):
     together, tails = cached(prompts, tail, keys, seed % tiny.VOCAB, most, pins)
     model = functools.partial(tiny.padded_forward(), params)
     for row, prompt in enumerate(prompts):
-        tokens, trajectory = generate_by_reference(model, vocabulary, prompt, NEW, keys[row], tail, END, most, pins)
+        tokens, trajectory = generate_by_reference(model, vocabulary, prompt, NEW, keys[row], tail, (END,), most, pins)
         assert together[row] == tokens
         np.testing.assert_allclose(np.stack(tails[row]), trajectory, atol=1e-5)
         alone, _ = cached([prompt], tail, keys[row : row + 1], most=most, pins=pins)
@@ -231,7 +231,7 @@ def test_a_step_adds_one_position_to_the_history_and_rewrites_none():
     keys = jax.random.split(jax.random.key(3), BATCH)
     state = begin(params, vocabulary, ids, lengths, jnp.full((BATCH,), NEW), keys, tail)
     predict = cache.cached_predict(functools.partial(forward, params), tail)
-    state, _ = liquid_step(state, predict, vocabulary, tail, END)
+    state, _ = liquid_step(state, predict, vocabulary, tail, (END,))
     _, memory = predict(state)
     changed = np.any([np.any(np.asarray(new.key != old.key), axis=(1, 3))
                       for new, old in zip(memory, state.memory, strict=True)], axis=0)
@@ -253,6 +253,6 @@ def test_the_decode_loop_lowers_for_accelerators(platform, name):
     @jax.jit
     def loop(params, vocabulary, state):
         predict = cache.cached_predict(functools.partial(forward, params), tail)
-        return decode(state, predict, vocabulary, tail, END, NEW)[1]
+        return decode(state, predict, vocabulary, tail, (END,), NEW)[1]
 
     assert jax.export.export(loop, platforms=[platform])(params, vocabulary, state).platforms == (platform,)

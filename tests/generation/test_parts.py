@@ -72,8 +72,8 @@ def test_cached_decoding_is_the_oracles_for_any_parts(examples):
             sample = generator.generate([PROMPT], setting)[0]
             wanted = generate_by_reference(
                 functools.partial(padded, generator.backbone), generator.vocabulary, PROMPT, setting.max_new_tokens,
-                sample_key(np.array([0, checksum(PROMPT), 0], np.uint32)), generator._tail(kind, None), tokenizer.end_of_text,
-                kind.max_commit if kind.commit == "stable" else 1)[0]
+                sample_key(np.array([0, checksum(PROMPT), 0], np.uint32)), generator._tail(kind, None),
+                tokenizer.ends, kind.max_commit if kind.commit == "stable" else 1)[0]
             assert sample.tokens == wanted
 
     settings(max_examples=examples, deadline=None)(given(models())(check))()

@@ -62,7 +62,7 @@ def begin(params, vocabulary, ids, lengths, budgets, keys, tail):
 @jax.jit
 def step(params, vocabulary, state, tail):
     predict = cache.cached_predict(functools.partial(tiny.model()[1], params), tail)
-    return liquid_step(state, predict, vocabulary, tail, END, Record(read_tail=True, keep_vectors=True))
+    return liquid_step(state, predict, vocabulary, tail, (END,), Record(read_tail=True, keep_vectors=True))
 
 
 def started(prompts, tail, keys, pins=None):
@@ -99,7 +99,7 @@ def written(prompts, tail, keys, pins=None, disturb=None):
 def referenced(prompt, one, key, pins=None):
     params, _, vocabulary = tiny.model()
     model = functools.partial(tiny.padded_forward(), params)
-    return generate_by_reference(model, vocabulary, prompt, NEW, key, tail_of(reference_of(one)), END, pins=pins)[0]
+    return generate_by_reference(model, vocabulary, prompt, NEW, key, tail_of(reference_of(one)), (END,), pins=pins)[0]
 
 
 def check(length, most, name, draft, prompts, seed, rate=None, pins=None, told=None):

@@ -221,6 +221,79 @@ def test_a_beginning_of_text_comes_along(llama, tmp_path):
     assert load_flat(tmp_path / "run")[1].prefix == (7,)
 
 
+@pytest.mark.parametrize("kind", ["llama-bpe", "tekken"])
+def test_a_pre_tokeniser_with_which_llama_cpp_begins_texts_does_so_here(kind, llama, tmp_path):
+    def change(writer):
+        writer.add_bos_token_id(7)
+        writer.add_tokenizer_pre(kind)
+
+    import_weights(str(llama.save_gguf(tmp_path / "model.gguf", F32, change=change)), tmp_path / "run")
+    assert load_flat(tmp_path / "run")[1].prefix == (7,)
+
+
+def test_chat_template_and_special_tokens_come_along(llama, tmp_path):
+    def change(writer):
+        writer.add_chat_template("{{ messages }}")
+        writer.add_pad_token_id(0)
+        writer.add_eot_token_id(5)
+
+    import_weights(str(llama.save_gguf(tmp_path / "model.gguf", F32, change=change)), tmp_path / "run")
+    tokenizer = load_flat(tmp_path / "run")[1]
+    assert tokenizer.origin.chat_template == "{{ messages }}"
+    assert tokenizer.origin.special_tokens == {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    assert tokenizer.ends == (0, 5)
+
+
+def split(model: Model, folder: Path) -> list[Path]:
+    """The model in two files, as llama.cpp splits them: the metadata are in the first."""
+    whole, names = dict(model.weights), sorted(model.weights)
+    files = [folder / f"model-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for number, file in enumerate(files):
+        model.weights = {name: whole[name] for name in names[number::2]}
+        if number == 0:
+            model.save_gguf(file, F32)
+        else:
+            writer = gguf.GGUFWriter(file, "llama")
+            writer.data_type = None
+            found = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+            for name, array in model.weights.items():
+                writer.add_tensor(found.get_name(name, (".weight", ".bias")), to_gguf(name, array, model.settings))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+    model.weights = whole
+    return files
+
+
+def test_a_split_file_and_a_folder_with_one_file_are_read(tmp_path):
+    model = Model("llama untied")
+    import_weights(str(model.save_gguf(tmp_path / "model.gguf", F32)), tmp_path / "whole")
+    wanted = load_flat(tmp_path / "whole")[2]
+    for folder in ("split", "alone"):
+        (tmp_path / folder).mkdir()
+    first, second = split(model, tmp_path / "split")
+    (tmp_path / "model.gguf").rename(tmp_path / "alone" / "any name.gguf")
+    for number, source in enumerate((first, second, tmp_path / "split", tmp_path / "alone")):
+        import_weights(str(source), tmp_path / str(number))
+        found = load_flat(tmp_path / str(number))[2]
+        assert found.keys() == wanted.keys()
+        for path, array in wanted.items():
+            np.testing.assert_array_equal(found[path], array, err_msg=path)
+    second.unlink()
+    assert "model-00002-of-00002.gguf is not there: fetch it too" in refusal(first)
+
+
+def test_a_type_that_the_library_does_not_know_is_no_damage(llama, tmp_path):
+    file = llama.save_gguf(tmp_path / "model.gguf", F32)
+    content = bytearray(file.read_bytes())
+    name = b"output_norm.weight"
+    place = content.index(name) + len(name) + 4 + 8  # after the number of axes and the only one of them
+    content[place : place + 4] = (999).to_bytes(4, "little")
+    file.write_bytes(content)
+    assert "'output_norm.weight' has the type number 999, which the installed package gguf does not" in refusal(file)
+
+
 def test_a_number_that_is_not_finite_is_named(tmp_path):
     model = Model("llama untied")
     model.weights["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
@@ -239,6 +312,7 @@ def test_a_file_that_cannot_be_expressed_is_refused_by_name(case, llama, tmp_pat
 
 def test_another_architecture_and_a_missing_tokenizer_are_named(llama, tmp_path):
     file = llama.save_gguf(tmp_path / "mamba.gguf", F32, architecture="mamba")
-    assert refusal(file).endswith("architecture 'mamba' is not supported; supported are llama, qwen2, qwen3, gemma3, gpt2")
+    assert refusal(file).endswith(
+        "architecture 'mamba' is not supported; supported are llama, qwen2, qwen3, gemma3, gpt2")
     file = llama.save_gguf(tmp_path / "mute.gguf", F32, tokenizer=False)
     assert "mute.gguf has no tokenizer with an end-of-text (tokenizer.ggml.tokens, eos_token_id)" in refusal(file)

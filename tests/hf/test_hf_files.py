@@ -1,5 +1,6 @@
 """Damaged, foreign and incomplete checkpoints: one line says why, and nothing is left behind."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -16,11 +17,14 @@ import safetensors.numpy
 import checkpoints
 from checkpoints import DOWN, QUERY, SHAPES, SINGLE, TABLE, configure, store, weights
 from tokmat_jax.commands.hf import main
+from tokmat_jax.data.tokenizer import load_tokenizer
 from tokmat_jax.errors import UserError
+from tokmat_jax.generation.generator import Generator
 from tokmat_jax.hf.convert import export_weights, import_weights, load_flat
 from tokmat_jax.hf.files import find_source
 
 ROOT = Path(__file__).resolve().parents[2]
+KNOWN = "gpt2, llama, mistral, qwen2, qwen3, gemma3_text, gpt_neox"
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -142,8 +146,8 @@ def test_bad_weights_are_refused_in_one_line_and_nothing_is_left(case, source, t
 
 
 SETTINGS = {
-    "unsupported type": ({"model_type": "mamba"}, ["config.json", "'mamba'", "gpt2, llama, mistral, qwen2, qwen3, gemma3_text, gpt_neox"]),
-    "no type": ({"model_type": None}, ["config.json", "None", "gpt2, llama, mistral, qwen2, qwen3, gemma3_text, gpt_neox"]),
+    "unsupported type": ({"model_type": "mamba"}, ["config.json", "'mamba'", KNOWN]),
+    "no type": ({"model_type": None}, ["config.json", "None", KNOWN]),
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config", "dequantised"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "silu"]),
     "no number": ({"hidden_size": "wide"}, ["config.json", "hidden_size"]),
@@ -159,7 +163,7 @@ SETTINGS = {
                                ["factor", "0.0"]),
     "another number of rows": ({"vocab_size": 281}, [TABLE, "has shape (280, 8)", "asks for (281, 8)"]),
     "short": ({"max_position_embeddings": 2}, ["2 positions"]),
-    "end of text beyond the table": ({"eos_token_id": 5000}, ["text ends at the id 5000", "280 rows"]),
+    "end of text beyond the table": ({"eos_token_id": 5000}, ["text ends at the ids [5000]", "280 rows"]),
     "end of text no number": ({"eos_token_id": "end"}, ["config.json", "eos_token_id", "str"]),
     "larger tokenizer": ({"vocab_size": 265}, [TABLE]),
 }
@@ -287,13 +291,20 @@ def test_every_layout_gives_the_same_parameters(layout, source, tmp_path):
     np.testing.assert_array_equal(flat["backbone/blocks/mlp_out/kernel"][0], weights()[DOWN].T)
 
 
-def test_several_ends_of_text_are_reported(source, tmp_path):
+def test_a_sample_ends_at_any_of_several_ids(source, tmp_path):
     (source / "generation_config.json").write_text('{"eos_token_id": [7, 0]}')
-    assert import_weights(str(source), tmp_path / "out").notes == (
-        "the checkpoint also stops at the ids [7]; here text ends at 0 alone",)
+    import_weights(str(source), tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out" / "tokenizer").ends == (0, 7)
+    generator = Generator.from_workdir(tmp_path / "out")
+    settings = dataclasses.replace(generator.settings, max_new_tokens=4)
+    first = generator.generate(["the cat"], settings)[0].tokens[0]
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, first]}))
+    import_weights(str(source), tmp_path / "again")
+    ended = Generator.from_workdir(tmp_path / "again").generate(["the cat"], settings)[0]
+    assert (ended.tokens, ended.finished) == ([first], True)
     (source / "generation_config.json").write_text('{"eos_token_id": "end"}')
-    message = refusal(source, tmp_path / "again")
-    assert "generation_config.json" in message
+    message = refusal(source, tmp_path / "third")
+    assert "is damaged: eos_token_id = 'end' is no id" in message
     assert "'end'" in message
 
 

@@ -54,7 +54,7 @@ def test_five_commits_by_hand():
     committed = [2, 0, 1, 2, 0]
     before = np.zeros((3, 2))
     for index in range(5):
-        state, step = liquid_step(state, dream, VOCABULARY, tail, END, READ)
+        state, step = liquid_step(state, dream, VOCABULARY, tail, (END,), READ)
         after = np.array(refined[index])
         assert step.tokens[0, 0] == committed[index]
         np.testing.assert_array_equal(state.tail[0, :2], after[1:])
@@ -71,9 +71,9 @@ def test_five_commits_by_hand():
 def test_the_scan_does_what_single_steps_do():
     tail = tail_of([0.9, 0.6, 0.3], noise=0.5)
     state = start(tail, batch=2)
-    final, steps = decode(state, dream, VOCABULARY, tail, END, 5, READ)
+    final, steps = decode(state, dream, VOCABULARY, tail, (END,), 5, READ)
     for index in range(5):
-        state, step = liquid_step(state, dream, VOCABULARY, tail, END, READ)
+        state, step = liquid_step(state, dream, VOCABULARY, tail, (END,), READ)
         chex.assert_trees_all_close(step, jax.tree.map(lambda part, i=index: part[i], steps), atol=1e-6)
     chex.assert_trees_all_close(state.tail, final.tail, atol=1e-6)
 
@@ -88,12 +88,12 @@ def test_a_row_stops_at_end_of_text_or_its_budget_and_changes_no_more():
     state = start(tail, batch=3)
     state = state.replace(num_committed=jnp.array([2, 5, 5]), budget=jnp.array([9, 7, 5]),
                           done=jnp.array([False, False, True]))
-    final, steps = decode(state, ends_at_four, VOCABULARY, tail, END, 6)
+    final, steps = decode(state, ends_at_four, VOCABULARY, tail, (END,), 6)
     np.testing.assert_array_equal(np.asarray(steps.committed).sum(0), [3, 2, 0])
     np.testing.assert_array_equal(steps.tokens[:3, 0, 0], [2, 0, END])
     np.testing.assert_array_equal(final.num_committed, [5, 7, 5])
     assert np.all(final.done)
-    again, _ = decode(final, ends_at_four, VOCABULARY, tail, END, 2)
+    again, _ = decode(final, ends_at_four, VOCABULARY, tail, (END,), 2)
     jax.tree.map(np.testing.assert_array_equal, jax.random.key_data(again.key), jax.random.key_data(final.key))
     np.testing.assert_array_equal(again.tail, final.tail)
     np.testing.assert_array_equal(again.last, final.last)
@@ -124,8 +124,8 @@ def test_a_rate_of_its_own_leaves_the_maturity_alone():
 
 def test_history_noise_disturbs_what_enters_the_history_and_no_token():
     plain, noisy = tail_of([1.0, 0.5]), tail_of([1.0, 0.5], history_noise=0.5)
-    one, _ = liquid_step(start(plain, batch=2), dream, VOCABULARY, plain, END)
-    two, step = liquid_step(start(noisy, batch=2), dream, VOCABULARY, noisy, END)
+    one, _ = liquid_step(start(plain, batch=2), dream, VOCABULARY, plain, (END,))
+    two, step = liquid_step(start(noisy, batch=2), dream, VOCABULARY, noisy, (END,))
     np.testing.assert_array_equal(one.last, TABLE[step.tokens[:, 0]])
     np.testing.assert_array_equal(one.tail, two.tail)
     moved = np.asarray(two.last - one.last)
@@ -160,23 +160,23 @@ def test_steering_draws_the_chosen_slots_and_so_what_is_committed():
     refined = refine(state, dream(state)[0], VOCABULARY, towards)
     # The front dreams of token 2 at (−1, 0) and is drawn by 2 along (1, 1)/√2; the back dreams of token 0 as before.
     np.testing.assert_allclose(refined[0], [[2**0.5 - 1, 2**0.5], [0.5, 0.0]], atol=1e-6)
-    _, step = liquid_step(state, dream, VOCABULARY, towards, END)
+    _, step = liquid_step(state, dream, VOCABULARY, towards, (END,))
     assert step.tokens[0, 0] == 1
 
 
 def test_a_pinned_slot_is_its_token_until_it_is_committed_and_free_again_behind_it():
     tail = tail_of([1.0, 0.5, 0.25])
     state = start(tail, budget=4).replace(pinned=jnp.array([[-1, 3, -1]]))
-    state, step = liquid_step(state, dream, VOCABULARY, tail, end_of_text=9,
+    state, step = liquid_step(state, dream, VOCABULARY, tail, ends=(9,),
                               record=Record(read_tail=True, keep_vectors=True))
     np.testing.assert_array_equal(step.vectors[0, 1], TABLE[3])
     assert step.tokens[0, :2].tolist() == [2, 3]
     np.testing.assert_array_equal(state.pinned, [[3, -1, -1]])
-    state, step = liquid_step(state, dream, VOCABULARY, tail, end_of_text=9)
+    state, step = liquid_step(state, dream, VOCABULARY, tail, ends=(9,))
     assert step.tokens[0, 0] == 3
     np.testing.assert_array_equal(state.last, TABLE[3][None])
     np.testing.assert_array_equal(state.pinned, [[-1, -1, -1]])
-    _, step = liquid_step(state, dream, VOCABULARY, tail, end_of_text=9)
+    _, step = liquid_step(state, dream, VOCABULARY, tail, ends=(9,))
     assert step.tokens[0, 0] == 1
 
 
@@ -186,7 +186,7 @@ def test_stable_commits_by_hand():
     state = start(tail, budget=7).replace(recent=jnp.zeros((1, 3, 2)))
     committed = []
     while not state.done[0]:
-        state, step = liquid_step(state, dream, VOCABULARY, tail, END)
+        state, step = liquid_step(state, dream, VOCABULARY, tail, (END,))
         committed.append(int(step.committed[0]))
     # First nothing has settled: one. Then the three older slots have, and the newest not; the same again; the rest.
     assert committed == [1, 3, 1, 2]
@@ -203,7 +203,7 @@ def settling_of(tokens, budget=9):
 
 def test_an_end_of_text_inside_a_settled_run_is_the_last_of_it():
     tail, state = settling_of([1, END, 2, 0])
-    state, step = liquid_step(state, dream, VOCABULARY, tail, END)
+    state, step = liquid_step(state, dream, VOCABULARY, tail, (END,))
     assert (int(step.committed[0]), bool(state.done[0]), int(state.num_committed[0])) == (2, True, 4)
     np.testing.assert_array_equal(state.recent[0, 1:], TABLE[np.array([1, END])])
 
@@ -211,13 +211,13 @@ def test_an_end_of_text_inside_a_settled_run_is_the_last_of_it():
 def test_an_end_of_text_in_a_slot_that_is_not_committed_ends_nothing():
     tail, state = settling_of([1, END, 2, 0])
     tail = tail.replace(stability=Stability(jnp.int32(1), jnp.float32(9.0)))
-    state, step = liquid_step(state, dream, VOCABULARY, tail, END)
+    state, step = liquid_step(state, dream, VOCABULARY, tail, (END,))
     assert (int(step.committed[0]), bool(state.done[0])) == (1, False)
 
 
 def test_a_settled_run_never_goes_beyond_the_budget():
     tail, state = settling_of([1, 2, 0, 1], budget=2)
-    state, step = liquid_step(state, dream, VOCABULARY, tail, END)
+    state, step = liquid_step(state, dream, VOCABULARY, tail, (END,))
     assert (int(step.committed[0]), bool(state.done[0])) == (2, True)
 
 
@@ -239,7 +239,7 @@ def test_controls_that_run_with_neutral_values_change_no_bit():
                             stability=Stability(jnp.int32(0), jnp.float32(1e9)))
     # One operation after the other: two programs may be fused, and so rounded, differently.
     with jax.disable_jit():
-        ends = [decode(start(tail, batch=2), dream, VOCABULARY, tail, END, 5, READ)
+        ends = [decode(start(tail, batch=2), dream, VOCABULARY, tail, (END,), 5, READ)
                 for tail in (plain, running)]
     chex.assert_trees_all_equal(ends[0][1], ends[1][1])
     np.testing.assert_array_equal(ends[0][0].tail, ends[1][0].tail)

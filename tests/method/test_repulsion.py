@@ -78,7 +78,7 @@ def run(strength, length=1, steps=6):
     state = start_decoding(jax.random.split(jax.random.key(0), 1), vectors[:, -1:], jnp.array([1]), jnp.array([steps]),
                            repulsion.Remembering(jnp.int32(0), trace), tail, 1.0)
     predict = repulsion.repel(always(0), pushing(strength, 10.0))
-    return decode(state, predict, make_vocabulary(TABLE), tail, END, steps)
+    return decode(state, predict, make_vocabulary(TABLE), tail, (END,), steps)
 
 
 def test_the_same_place_commits_another_token_the_next_time():

@@ -30,4 +30,4 @@ def test_the_run_ends_at_the_first_slot_that_has_not_settled(patience, tolerance
 
 @pytest.mark.parametrize(("tokens", "count"), [([1, 2, 3], 3), ([1, 0, 3], 2), ([0, 0, 0], 1), ([1, 2, 0], 3)])
 def test_nothing_behind_the_first_end_of_text_is_committed(tokens, count):
-    assert up_to_end(jnp.array([tokens]), 0).tolist() == [count]
+    assert up_to_end(jnp.array([tokens]), (0,)).tolist() == [count]

@@ -21,6 +21,7 @@ from tokmat_jax.commands.flags import WITHOUT_PREFIX, flag_of, given, parse, val
 from tokmat_jax.commands.outputs import check_files, numbered, writing
 from tokmat_jax.config import GenerationConfig
 from tokmat_jax.config.checks import facts_of
+from tokmat_jax.data.tokenizer import Tokenizer
 from tokmat_jax.distributed.processes import use_compilation_cache
 from tokmat_jax.errors import ConfigError, UserError, refusal
 from tokmat_jax.generation.generator import Generator, settings_of
@@ -43,6 +44,9 @@ class Args:
     """Text to continue; repeat the flag for several prompts. An empty text starts from end-of-text."""
     prompts_file: str | None = None
     """One prompt per line (blank lines are skipped), or JSONL with a field `prompt`, such as an earlier --output."""
+    chat: bool = False
+    """Write each prompt as a user's message with the model's chat template; a line of a JSONL prompts file may have
+    `messages`, each with `role` and `content`, instead of `prompt`."""
     generation: Annotated[GenerationConfig, WITHOUT_PREFIX] = dataclasses.field(default_factory=GenerationConfig)
     """Settings of the tail, one flag per field."""
     steering_vector: str | None = None
@@ -115,17 +119,21 @@ def _shortened(own: GenerationConfig, tail_length: str | None) -> GenerationConf
     return own.with_tail_length(asked) if asked in range(1, own.tail_length) else own
 
 
-def read_prompts(args: Args) -> list[str]:
+Messages = list[dict[str, str]]
+"""A conversation: each message has `role` and `content`."""
+
+
+def read_prompts(args: Args) -> list[str | Messages]:
     """All prompts of the command line, in order; raises UserError if a file cannot be read."""
-    prompts = list(args.prompt)
+    prompts: list[str | Messages] = list(args.prompt)
     if args.prompts_file is not None:
-        prompts += _prompts_file(Path(args.prompts_file))
+        prompts += _prompts_file(Path(args.prompts_file), args.chat)
     if not prompts:
         raise UserError('no prompt: give --prompt "…" (may be empty) or --prompts-file FILE')
     return prompts
 
 
-def _prompts_file(path: Path) -> Iterator[str]:
+def _prompts_file(path: Path, chat: bool) -> Iterator[str | Messages]:
     try:
         # Only \n and \r\n end a line: the other line separators of Unicode may be part of a prompt.
         lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
@@ -140,12 +148,25 @@ def _prompts_file(path: Path) -> Iterator[str]:
             yield line
             continue
         try:
-            prompt = json.loads(line)["prompt"]
+            row: Any = json.loads(line)
+            prompt: Any = row["messages"] if chat and "messages" in row else row["prompt"]
         except (ValueError, KeyError, TypeError, RecursionError):  # ValueError: also for a number with too many digits
             prompt = None
-        if not isinstance(prompt, str):
-            raise UserError(f"--prompts-file: {path} line {number} is not a JSON object with a text field 'prompt'")
+        if not isinstance(prompt, str) and not (chat and _is_conversation(prompt)):
+            what = " or 'messages', each with 'role' and 'content'" if chat else ""
+            raise UserError(f"--prompts-file: {path} line {number} is not a JSON object with a text field 'prompt'"
+                            f"{what}")
         yield prompt
+
+
+def _is_conversation(found: Any) -> bool:
+    return isinstance(found, list) and len(found) > 0 and all(
+        isinstance(one, dict) and all(isinstance(one.get(name), str) for name in ("role", "content")) for one in found)
+
+
+def as_chat(prompt: str | Messages, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a conversation; a text is one message of a user."""
+    return tokenizer.encode_chat([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
 
 def check_settings(flags: Args, names: Sequence[str], generator: Generator) -> None:
@@ -213,8 +234,8 @@ class Writing:
     """Generates the samples of one command and shows and records them as its flags say."""
 
     def __init__(
-        self, generator: Generator, prompts: Sequence[str], variants: Sequence[Variant], flags: Args,
-        direction: np.ndarray | None,
+        self, generator: Generator, prompts: Sequence[str | list[int]], variants: Sequence[Variant],
+        flags: Args, direction: np.ndarray | None,
     ):
         self._generator, self._prompts, self._variants, self._flags = generator, prompts, variants, flags
         self._direction = direction
@@ -249,7 +270,8 @@ class Writing:
 
     def _print(self, sample: Sample) -> None:
         several = self._total * len(self._variants) > 1
-        print(visible(sample.prompt + sample.text) + ("\n---" if several else ""), flush=True)
+        before = "" if self._flags.chat else sample.prompt
+        print(visible(before + sample.text) + ("\n---" if several else ""), flush=True)
         self._check_reader()
 
     def _check_reader(self) -> None:
@@ -264,21 +286,28 @@ class Writing:
             yield moment
             self._check_reader()
 
-    def _watched(self, prompt: str, number: int) -> Iterator[tuple[Sample, GenerationConfig]]:
+    def _text(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._generator.tokenizer.decode(prompt)
+
+    def _watched(self, prompt: str | list[int], number: int) -> Iterator[tuple[Sample, GenerationConfig]]:
         """Shows a sample during generation, side by side with those of --compare."""
         generator, seed = self._generator, self._flags.seed
         runs = [(title, self._read(generator.stream(prompt, settings, number, seed, self._direction)))
                 for title, settings in self._variants]
+        shown = "" if self._flags.chat else self._text(prompt)
         if self._flags.show_tail:
-            seen = show_tails(prompt, runs, generator.tokenizer)
+            seen = show_tails(shown, runs, generator.tokenizer)
         else:
-            seen = [stream_text(prompt, moments) for _, moments in runs]
+            seen = [stream_text(shown, moments) for _, moments in runs]
         for moments, (_, settings) in zip(seen, self._variants, strict=True):
-            yield sample_of_moments(generator.tokenizer, prompt, number, moments), settings
+            yield sample_of_moments(generator.tokenizer, self._text(prompt), number, moments), settings
 
-    def _recorded(self, prompt: str, number: int, index: int) -> list[tuple[Sample, GenerationConfig]]:
+    def _recorded(
+        self, prompt: str | list[int], number: int, index: int
+    ) -> list[tuple[Sample, GenerationConfig]]:
         """Writes the tail history of a sample, with those of --compare."""
         generator, flags, runs, samples = self._generator, self._flags, [], []
+        text = self._text(prompt)
         for which, (title, settings) in enumerate(self._variants):
             found = generator.record(prompt, settings, number, flags.seed, keep_vectors=flags.keep_vectors,
                                      direction=self._direction)
@@ -288,11 +317,11 @@ class Writing:
                 with writing("--trajectory", path):
                     found.save(path)
             runs.append(Run(title, found, dataclasses.asdict(settings) | {"seed": flags.seed, "sample": number}))
-            samples.append((sample_of_trajectory(generator.tokenizer, prompt, number, found), settings))
+            samples.append((sample_of_trajectory(generator.tokenizer, text, number, found), settings))
         if flags.html is not None:
             path = numbered(flags.html, index, self._total)
             with writing("--html", path):
-                path.write_text(replay(f"{flags.workdir}: {prompt}", runs, generator.tokenizer), encoding="utf-8")
+                path.write_text(replay(f"{flags.workdir}: {text}", runs, generator.tokenizer), encoding="utf-8")
         return samples
 
 
@@ -335,9 +364,10 @@ def main(args: Sequence[str]) -> None:
     """Generates the samples that `args` describe."""
     flags = parse_for_run(args)
     check(flags)
-    prompts = read_prompts(flags)
+    asked = read_prompts(flags)
     use_compilation_cache(load_config(Path(flags.workdir)).compute)
     generator = Generator.from_workdir(flags.workdir)
+    prompts = [as_chat(one, generator.tokenizer) if flags.chat or not isinstance(one, str) else one for one in asked]
     variants = make_variants(args, flags, generator)
     direction = steering_vector(flags)
     for _, settings in variants:

@@ -2,6 +2,7 @@
 
     import SOURCE OUT     a checkpoint becomes a workdir
     export WORKDIR OUT    a workdir becomes a checkpoint
+    push WORKDIR NAME     a workdir becomes a checkpoint on the hub, with a model card
     sphere WORKDIR OUT    an imported table is set onto the sphere, and what that changes is counted
 """
 
@@ -17,6 +18,7 @@ from tokmat_jax.commands.flags import parse
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation.sphere import PROMPTS, set_on_sphere
 from tokmat_jax.hf.convert import export_weights, import_weights
+from tokmat_jax.hf.hub import push_to_hub
 from tokmat_jax.hf.peft import export_adapter
 
 
@@ -45,6 +47,22 @@ class Export:
     """Largest file in GB (10⁹ bytes); beyond it there are several, with an index."""
     adapter: bool = False
     """Write the run's low-rank adapter alone, as PEFT reads it, instead of the merged model."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """Export a workdir to a repository on the Hugging Face hub, with a model card."""
+
+    workdir: tyro.conf.Positional[str]
+    """Folder of the run or of the import."""
+    name: tyro.conf.Positional[str]
+    """OWNER/NAME of the repository; made if it does not exist."""
+    private: bool = False
+    """Only you can see it."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Type of the stored weights, as for `export`."""
+    report: str | None = None
+    """Markdown file whose text the model card includes, such as a report card."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +107,12 @@ def run_export(flags: Export) -> None:
         print(f"made from the run's own parameters: {', '.join(facts['derived'])}")
 
 
+def run_push(flags: Push) -> None:
+    """Exports and uploads."""
+    report = None if flags.report is None else Path(flags.report)
+    print(push_to_hub(Path(flags.workdir), flags.name, flags.private, flags.dtype, report))
+
+
 def run_sphere(flags: Sphere) -> None:
     """Converts, compares and prints."""
     if flags.max_new_tokens < 1:
@@ -102,7 +126,8 @@ def run_sphere(flags: Sphere) -> None:
     print(f"{flags.out}: on the sphere {changed} of {total} tokens ({changed / total:.1%}) of the greedy text change")
 
 
-_COMMANDS = {"import": (Import, run_import), "export": (Export, run_export), "sphere": (Sphere, run_sphere)}
+_COMMANDS = {"import": (Import, run_import), "export": (Export, run_export), "push": (Push, run_push),
+             "sphere": (Sphere, run_sphere)}
 
 
 def main(args: Sequence[str]) -> None:

@@ -1,12 +1,15 @@
 """Text ↔ ids. Every kind of tokenizer is stored as one `tokenizers.Tokenizer` in a file, so a workdir needs no hub."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -20,28 +23,86 @@ END_OF_TEXT = "<|endoftext|>"
 _FILE, _META = "tokenizer.json", "tokenizer_meta.json"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 """A token of one byte; SentencePiece spells characters for which it has no token with these."""
+_NO_LENGTH = 1e9
+"""A model_max_length from here on means none."""
 _MOST_IDS = 1 << 24
 """Limit on the number of ids: tables have as many rows, so a file must not claim any number."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint says beside its ids; an export hands it on."""
+
+    chat_template: str | None = None
+    """How a conversation is written, in Jinja."""
+    special_tokens: dict[str, Any] = field(default_factory=dict)
+    """By the names that `transformers` gives them, such as `pad_token`."""
+    max_length: int | None = None
+    """Longest text, in tokens, that the tokenizer wants to be used for."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Its generation_config.json."""
+
+    def __post_init__(self) -> None:
+        kinds = (str | None, dict, int | None, dict)
+        if not all(isinstance(value, kind) for value, kind in zip(vars(self).values(), kinds, strict=True)):
+            raise ValueError("its origin is no chat template, special tokens, length and generation settings")
 
 
 class Tokenizer:
     """A vocabulary of `vocab_size` V ids, one of which, `end_of_text`, separates documents.
 
-    `prefix` are the ids that precede every text: none, or a beginning-of-text. Text that spells a special token is
-    read as ordinary text. If an imported model has more rows than its tokenizer has ids, V counts the rows.
+    A sample ends at any of `ends`, the first of which is `end_of_text`. `prefix` are the ids that precede every text:
+    none, or a beginning-of-text. Text that spells a special token is read as ordinary text, except in a chat. V counts
+    the rows of an imported model; its tokenizer may have fewer ids. `origin` holds what a checkpoint says of its
+    tokenizer and of generation; an export hands it on.
     """
 
-    def __init__(self, fast: FastTokenizer, end_of_text: int, prefix: Iterable[int] = (), num_rows: int = 0):
+    def __init__(
+        self, fast: FastTokenizer, end_of_text: int, prefix: Iterable[int] = (), num_rows: int = 0,
+        other_ends: Iterable[int] = (), origin: "Origin | None" = None,
+    ):
         fast.encode_special_tokens = True
         fast.no_truncation()
         fast.no_padding()
         self.fast = fast
         self.end_of_text = end_of_text
         self.prefix = tuple(prefix)
+        self.ends = (end_of_text, *(end for end in other_ends if end != end_of_text))
+        self.origin = Origin() if origin is None else origin
         # Ids may have gaps: what counts is the largest.
-        self.vocab_size = max(num_rows, max(fast.get_vocab(with_added_tokens=True).values()) + 1)
+        self.vocab_size = num_rows or max(fast.get_vocab(with_added_tokens=True).values()) + 1
+        if beyond := self._read_beyond():
+            raise UserError(f"the tokenizer has ids up to {beyond}, the table has {num_rows} rows")
         if self.vocab_size > _MOST_IDS:
             raise UserError(f"a vocabulary of {self.vocab_size:,} ids is not supported; the maximum is {_MOST_IDS:,}")
+
+    def _read_beyond(self) -> int:
+        """The largest id from V on that a text may have, 0 if there is none; special tokens are in no text."""
+        special = {token for token, added in self.fast.get_added_tokens_decoder().items() if added.special}
+        ids = self.fast.get_vocab(with_added_tokens=True).values()
+        return max((token for token in ids if token >= self.vocab_size and token not in special), default=0)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation (each message with `role` and `content`), up to where the model's answer begins.
+
+        The checkpoint's chat template writes the special tokens. Raises UserError if there is none, or if it cannot
+        write these messages.
+        """
+        if self.origin.chat_template is None:
+            raise UserError("this model has no chat template, so it does not say how a conversation is written: leave "
+                            "out --chat")
+        with without_torch_notice():
+            from transformers import PreTrainedTokenizerFast
+
+        with _refused("the model's chat template cannot write this conversation"):
+            writer = PreTrainedTokenizerFast(tokenizer_object=self.fast, **self.origin.special_tokens)
+            text = writer.apply_chat_template([dict(one) for one in messages], chat_template=self.origin.chat_template,
+                                              tokenize=False, add_generation_prompt=True)
+            self.fast.encode_special_tokens = False
+            try:
+                return self.fast.encode(str(text), add_special_tokens=False).ids
+            finally:
+                self.fast.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` without special tokens around them and without `prefix`."""
@@ -82,7 +143,7 @@ class Tokenizer:
 
     def piece(self, token: int) -> str:
         """Text of one id inside a text, white space included; end-of-text is shown as ⏹."""
-        return "⏹" if token == self.end_of_text else self.split(self._word, [token])[1]
+        return "⏹" if token in self.ends else self.split(self._word, [token])[1]
 
     @functools.cached_property
     def _word(self) -> list[int]:
@@ -113,7 +174,8 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         self.fast.save(str(folder / _FILE))
         (folder / _META).write_text(json.dumps(
-            {"end_of_text": self.end_of_text, "prefix": self.prefix, "vocab_size": self.vocab_size}) + "\n")
+            {"end_of_text": self.end_of_text, "prefix": self.prefix, "vocab_size": self.vocab_size,
+             "other_ends": self.ends[1:], "origin": dataclasses.asdict(self.origin)}) + "\n")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -121,7 +183,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     with _refused(f"no usable tokenizer in {folder}"):
         meta = json.loads((folder / _META).read_text())
         fast = FastTokenizer.from_file(str(folder / _FILE))
-        return _tried(Tokenizer(fast, int(meta["end_of_text"]), map(int, meta["prefix"]), int(meta["vocab_size"])))
+        return _tried(Tokenizer(
+            fast, int(meta["end_of_text"]), map(int, meta["prefix"]), int(meta["vocab_size"]),
+            map(int, meta.get("other_ends", ())), Origin(**meta.get("origin", {}))))
 
 
 @contextlib.contextmanager
@@ -138,8 +202,8 @@ def _refused(what: str) -> Iterator[None]:
 
 def _tried(tokenizer: Tokenizer) -> Tokenizer:
     """`tokenizer`, after a test that encodes and decodes: many defects of a file only show then."""
-    if not all(0 <= one < tokenizer.vocab_size for one in (tokenizer.end_of_text, *tokenizer.prefix)):
-        raise UserError(f"its end-of-text {tokenizer.end_of_text} and prefix {shown(tokenizer.prefix)} must be among "
+    if not all(0 <= one < tokenizer.vocab_size for one in (*tokenizer.ends, *tokenizer.prefix)):
+        raise UserError(f"its end-of-text {shown(tokenizer.ends)} and prefix {shown(tokenizer.prefix)} must be among "
                         f"its {tokenizer.vocab_size} ids")
     tokenizer.decode(tokenizer.encode("a b"))
     return tokenizer
@@ -187,7 +251,16 @@ def hugging_face(name: str) -> Tokenizer:
     with _refused(f"the tokenizer {name!r} cannot be used"):
         plain, whole = (fast.encode("a", add_special_tokens=special).ids for special in (False, True))
         prefix = next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), ())
-        return _tried(Tokenizer(fast, int(loaded.eos_token_id), prefix))
+        return _tried(Tokenizer(fast, int(loaded.eos_token_id), prefix, origin=_origin(loaded)))
+
+
+def _origin(loaded: Any) -> Origin:
+    """What a tokenizer of `transformers` says beside its ids."""
+    template, length = loaded.chat_template, loaded.model_max_length
+    special = {name: token if isinstance(token, str) else [str(one) for one in token]
+               for name, token in loaded.special_tokens_map.items()}
+    return Origin(template if isinstance(template, str) else None, special,
+                  int(length) if length < _NO_LENGTH else None)
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:

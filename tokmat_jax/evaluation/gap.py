@@ -91,7 +91,7 @@ def _sums(params, ids, keys, config: Config, prompt_tokens: int, tail_length: in
         measured = [jnp.sum(part(one, targets), axis=0) for part in (loss, hit) for one in pair]
         refined = maturation.contract(state.tail, prediction, tail.rate)
         following = commit(state, refined, memory, targets[:, :1], jnp.ones((batch,), jnp.int32), vocabulary,
-                           tail, end_of_text=-1)
+                           tail, ends=())
         return following, jnp.stack(measured)
 
     def loss(prediction, targets):

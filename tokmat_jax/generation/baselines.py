@@ -148,7 +148,7 @@ class Baselines:
         tokens, log_probs = (np.asarray(part)[:, index][emitted].tolist() for part in (steps.tokens, steps.log_probs))
         tokenizer = self.generator.tokenizer
         return Continuation(tokenizer.split(prompt, tokens)[1], tokens, log_probs,
-                            tokens[-1] == tokenizer.end_of_text, int(np.sum(emitted[:, 0])))
+                            tokens[-1] in tokenizer.ends, int(np.sum(emitted[:, 0])))
 
     @functools.cached_property
     def _forward(self) -> Forward:
@@ -161,16 +161,16 @@ class Baselines:
     def _trace_sample(self, model, state, sampling, num_drafts, num_steps):
         self._compilations += 1
         step = functools.partial(sampling_step, model=model, forward=self._forward, sampling=sampling,
-                                 end_of_text=self.generator.tokenizer.end_of_text)
+                                 ends=self.generator.tokenizer.ends)
         if num_drafts:
             step = functools.partial(checked_sampling_step, model=model, forward=self._forward, sampling=sampling,
-                                     num_drafts=num_drafts, end_of_text=self.generator.tokenizer.end_of_text)
+                                     num_drafts=num_drafts, ends=self.generator.tokenizer.ends)
         return sample_steps(state, step, num_steps)
 
     def _trace_contrast(self, model, state, alpha, top_k, num_steps):
         self._compilations += 1
         step = functools.partial(contrastive_step, model=model, forward=self._forward, alpha=alpha, top_k=top_k,
-                                 end_of_text=self.generator.tokenizer.end_of_text)
+                                 ends=self.generator.tokenizer.ends)
         return sample_steps(state, step, num_steps)
 
 

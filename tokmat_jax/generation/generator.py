@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class Generator:
     def __init__(self, config: Config, params: Params, tokenizer: Tokenizer):
         self.config = config
         self.tokenizer = tokenizer
-        self.programs = Programs(config, tokenizer.end_of_text)
+        self.programs = Programs(config, tokenizer.ends)
         self.set_params(params)
 
     @classmethod
@@ -65,6 +66,18 @@ class Generator:
         here = replicated(make_mesh(MeshConfig(), jax.local_devices()))
         params, config = load_plain(workdir, tokenizer.vocab_size, here)
         return cls(config, params | {"backbone": unstack_blocks(params["backbone"])}, tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, source: str) -> "Generator":
+        """A generator from a checkpoint: a folder, a .gguf file, a name on the hub, or package:NAME.
+
+        Raises UserError as an import does. To load it many times, import it once (`hf import`).
+        """
+        from tokmat_jax.hf.convert import import_weights
+
+        with tempfile.TemporaryDirectory() as scratch:
+            import_weights(source, Path(scratch, "import"))
+            return cls.from_workdir(Path(scratch, "import"))
 
     def set_params(self, params: Params) -> None:
         """Replaces the parameters by others of the same shapes; compiled programs are kept."""

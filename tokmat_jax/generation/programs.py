@@ -12,6 +12,7 @@ from tokmat_jax.config import ComputeConfig, Config
 from tokmat_jax.generation import cache
 from tokmat_jax.generation.batches import sample_key
 from tokmat_jax.method.algorithm import DecodeState, DecodeStep, Record, decode, start_decoding
+from tokmat_jax.method.stability import Ends
 from tokmat_jax.method.table import Vocabulary, look_up, read
 from tokmat_jax.method.tail import Tail
 from tokmat_jax.model.backbone import Forward, Params, make_forward, unstack_blocks
@@ -23,7 +24,8 @@ class Programs:
     compilation."""
 
     config: Config
-    end_of_text: int
+    ends: Ends
+    """Tokens that end a sample."""
     traced: Counter[str] = field(default_factory=Counter, init=False)
     """Number of compilations of each program."""
 
@@ -74,7 +76,7 @@ class Programs:
         self.traced["advance"] += 1
         model = functools.partial(self._forward, unstack_blocks(params))  # once for all steps of the scan
         predict = cache.cached_predict(model, tail)
-        return decode(state, predict, vocabulary, tail, self.end_of_text, num_steps, record)
+        return decode(state, predict, vocabulary, tail, self.ends, num_steps, record)
 
     def _read(self, params: Params, vocabulary: Vocabulary, ids: jax.Array) -> jax.Array:
         self.traced["read"] += 1

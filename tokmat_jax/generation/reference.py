@@ -12,6 +12,7 @@ import numpy as np
 
 from tokmat_jax.method.history import history_noise
 from tokmat_jax.method.noise import embryos, fresh
+from tokmat_jax.method.stability import Ends
 from tokmat_jax.method.table import Vocabulary
 from tokmat_jax.method.tail import Tail
 from tokmat_jax.model.attention import history_mask
@@ -25,7 +26,7 @@ _HISTORY_MASK = jax.jit(history_mask, static_argnames="seq_len")
 
 def generate_by_reference(
     model: Model, vocabulary: Vocabulary, prompt: list[int], max_new_tokens: int, key: jax.Array, tail: Tail,
-    end_of_text: int, max_commit: int = 1, pins: Mapping[int, int] | None = None,
+    ends: Ends, max_commit: int = 1, pins: Mapping[int, int] | None = None,
 ) -> tuple[list[int], np.ndarray]:
     """Tokens committed after `prompt` (at least one id), and the tail [steps, K, d] after each contraction.
 
@@ -45,7 +46,7 @@ def generate_by_reference(
     slots = [embryo(number) for number in range(length)]
     said = [[] for _ in slots]  # nearest tokens of each slot so far, oldest first
     tokens, trajectory = [], []
-    while len(tokens) < max_new_tokens and end_of_text not in tokens:
+    while len(tokens) < max_new_tokens and not set(ends) & set(tokens):
         z = np.stack(history + slots)[None]
         total, committed = z.shape[1], len(history)
         maturity = np.concatenate([np.ones(committed, np.float32), tail.maturity])[None]
@@ -80,7 +81,7 @@ def generate_by_reference(
             said[index].append(pins.get(len(tokens) + index, int(np.argmax(readout @ slot))))
         count = 1
         while (tail.stability is not None and count < min(max_commit, length, max_new_tokens - len(tokens))
-               and said[count - 1][-1] != end_of_text
+               and said[count - 1][-1] not in ends
                and all(settled(said[index], before[index], slots[index], tail, radius) for index in range(count + 1))):
             count += 1
         for token in [words[-1] for words in said[:count]]:

@@ -91,7 +91,7 @@ def _sample(
     taken = np.arange(tokens.shape[1])[None, :] < committed[:, None]
     ids = tokens[taken].tolist()
     return Sample(row.prompt, row.number, tokenizer.split(row.ids, ids)[1], ids, entropy[taken].tolist(),
-                  movement[taken].tolist(), ids[-1] == tokenizer.end_of_text, int(np.sum(committed > 0)),
+                  movement[taken].tolist(), ids[-1] in tokenizer.ends, int(np.sum(committed > 0)),
                   [int(np.sum(committed > place)) for place in range(1, num_drafts + 1)])
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokmat_jax.generation import cache
+from tokmat_jax.method.stability import Ends, is_end
 from tokmat_jax.method.table import Vocabulary, look_up, scores, unit
 from tokmat_jax.method.verification import look_up_drafts
 from tokmat_jax.model.backbone import Forward, KVCache, Params
@@ -148,13 +149,13 @@ def start_sampling(
 
 
 def sampling_step(
-    state: SamplingState, model: LanguageModel, forward: Forward, sampling: Sampling, end_of_text: int
+    state: SamplingState, model: LanguageModel, forward: Forward, sampling: Sampling, ends: Ends
 ) -> tuple[SamplingState, SampledStep]:
     """One token per row: penalty, temperature, nucleus, draw, in the order of `transformers`."""
     logits = _logits(model, state.prediction)
     token = _draw(state, logits, state.seen, state.num_committed, sampling)[:, None]
     prediction, live = _read(model, forward, state, token)
-    return _commit(state, logits, token, prediction, live, jnp.zeros_like(state.num_committed), end_of_text)
+    return _commit(state, logits, token, prediction, live, jnp.zeros_like(state.num_committed), ends)
 
 
 def _draw(
@@ -167,7 +168,7 @@ def _draw(
 
 
 def checked_sampling_step(
-    state: SamplingState, model: LanguageModel, forward: Forward, sampling: Sampling, num_drafts: int, end_of_text: int
+    state: SamplingState, model: LanguageModel, forward: Forward, sampling: Sampling, num_drafts: int, ends: Ends
 ) -> tuple[SamplingState, SampledStep]:
     """As `sampling_step`, but also checks M = `num_drafts` drafts in the same pass: the tokens that followed an earlier
     occurrence of the last tokens (prompt lookup). A draft that equals the draw at its position is committed too.
@@ -191,7 +192,7 @@ def checked_sampling_step(
     for index in range(num_drafts):
         logits.append(_logits(model, prediction[:, index]))
         drawn = _draw(state, logits[-1], seen, n + 1 + index, sampling)
-        right = emitted[-1] & (tokens[:, index] != end_of_text) & (n + 1 + index < state.budget)
+        right = emitted[-1] & ~is_end(tokens[:, index], ends) & (n + 1 + index < state.budget)
         emitted.append(right & (drawn == drafts[:, index]))
         seen = _mark(seen, drawn[:, None], emitted[-1][:, None])
     is_new = jnp.stack(emitted, axis=1)
@@ -206,7 +207,7 @@ def checked_sampling_step(
         context=state.context.at[rows[:, None], place].set(unit(prediction), mode="drop"),
         key=state.key,
         budget=state.budget,
-        done=state.done | jnp.any(is_new & (tokens == end_of_text), axis=1) | (n + count >= state.budget),
+        done=state.done | jnp.any(is_new & is_end(tokens, ends), axis=1) | (n + count >= state.budget),
         history=cache.append(state.history, live, place),
         text=state.text.at[rows[:, None], place].set(tokens, mode="drop"),
     )
@@ -214,7 +215,7 @@ def checked_sampling_step(
 
 
 def contrastive_step(
-    state: SamplingState, model: LanguageModel, forward: Forward, alpha: jax.Array, top_k: int, end_of_text: int
+    state: SamplingState, model: LanguageModel, forward: Forward, alpha: jax.Array, top_k: int, ends: Ends
 ) -> tuple[SamplingState, SampledStep]:
     """One token per row: argmax over the `top_k` likeliest v of (1 − α) p(v | x_<t) − α max_j cos(h_v, h_{x_j}).
 
@@ -229,7 +230,7 @@ def contrastive_step(
     degeneration = jnp.max(jnp.where(written, cosine, -jnp.inf), axis=-1)
     confidence = jnp.exp(likeliest - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
     pick = jnp.argmax((1.0 - alpha) * confidence - alpha * degeneration, axis=-1).astype(jnp.int32)
-    return _commit(state, logits, tokens, prediction, live, pick, end_of_text)
+    return _commit(state, logits, tokens, prediction, live, pick, ends)
 
 
 def sample_steps(state: SamplingState, step: StepFunction, num_steps: int) -> tuple[SamplingState, SampledStep]:
@@ -264,7 +265,7 @@ def _read(model: LanguageModel, forward: Forward, state: SamplingState, tokens: 
 
 def _commit(
     state: SamplingState, logits: jax.Array, tokens: jax.Array, prediction: jax.Array, live: KVCache, pick: jax.Array,
-    end_of_text: int,
+    ends: Ends,
 ) -> tuple[SamplingState, SampledStep]:
     """The state after choice `pick` [B] of `tokens` [B, k] was committed at position n, given the results of `_read`.
 
@@ -283,7 +284,7 @@ def _commit(
         context=state.context.at[jnp.arange(pick.shape[0]), state.num_committed].set(unit(ahead)),
         key=state.key,
         budget=state.budget,
-        done=state.done | (token[:, 0] == end_of_text) | (num_committed >= state.budget),
+        done=state.done | is_end(token[:, 0], ends) | (num_committed >= state.budget),
         history=cache.append(state.history, chosen, state.num_committed[:, None]),
         text=state.text.at[jnp.arange(pick.shape[0]), state.num_committed].set(token[:, 0], mode="drop"),
     )

@@ -7,7 +7,6 @@ written to a folder `maturation/` beside the exported weights. An import restore
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +34,11 @@ from tokmat_jax.distributed.mesh import path_name
 from tokmat_jax.errors import UserError, one_line, shown
 from tokmat_jax.hf import families
 from tokmat_jax.hf.families import Weight
-from tokmat_jax.hf.families.family import Family
 from tokmat_jax.hf.files import Safetensors, Stored, find_source, write_safetensors
-from tokmat_jax.hf.gguf_file import Gguf
+from tokmat_jax.hf.gguf_file import Gguf, parts_of
+from tokmat_jax.hf.names import layers_of, match_names
+from tokmat_jax.hf.peft import ADAPTER, Merged, read_adapter
+from tokmat_jax.hf.settings import write_settings
 from tokmat_jax.keys import seed_key
 from tokmat_jax.model.backbone import Params, conditioning_of_committed
 from tokmat_jax.model.params import ar_logit_scale_of, init_params, param_shapes, vocabulary_of
@@ -105,11 +106,10 @@ def import_weights(source: str, out: Path) -> Imported:
     """
     with appears_whole(out) as unfinished:
         plain_path(unfinished)  # refused before anything is read
-        path = find_source(source)
-        found = _open_gguf(path, out) if path.is_file() else _open_folder(path, out)
+        found = _open(find_source(source), out)
         shapes = _shapes(found.config, found.tokenizer.vocab_size)
         weights = families.weights(found.model_type, found.config.model, found.tied)
-        names = _match_names(found, weights, shapes)
+        names, renamed = match_names(found.stored, found.model_type, found.config, found.tied, weights, shapes)
         flat = _read(found, weights, names, shapes)
         config, norms = found.config, np.linalg.norm(flat["table"], axis=-1)
         row_norm = (float(norms.min()), float(norms.mean()), float(norms.max()))
@@ -118,12 +118,25 @@ def import_weights(source: str, out: Path) -> Imported:
             config = dataclasses.replace(config, table=dataclasses.replace(config.table, radius=row_norm[1]),
                                          model=dataclasses.replace(config.model, input_norm=input_norm))
         facts = Imported(source, found.model_type, found.stored.dtype,
-                         sum(int(np.prod(shape)) for shape in found.stored.shapes.values()), row_norm, found.notes)
+                         sum(int(np.prod(shape)) for shape in found.stored.shapes.values()), row_norm,
+                         (*found.notes, *found.stored.notes, *renamed))
         save_config(config, unfinished)
         found.tokenizer.save(unfinished / TOKENIZER)
         write_json(unfinished / IMPORTED, dataclasses.asdict(facts))
         save_flat(unfinished, flat)
     return facts
+
+
+def _open(path: Path, out: Path) -> _Source:
+    if path.is_file():
+        return _open_gguf(path, out)
+    if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
+        adapter = read_adapter(path)
+        base = _open(find_source(adapter.base), out)
+        return dataclasses.replace(base, stored=Merged(base.stored, adapter), sidecar=None, notes=(
+            *base.notes, f"the adapter in {path} is merged into {adapter.base}"))
+    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
+    return _open_gguf(files[0], out) if files and set(parts_of(files[0])) == set(files) else _open_folder(path, out)
 
 
 def _open_folder(folder: Path, out: Path) -> _Source:
@@ -147,9 +160,11 @@ def _open_folder(folder: Path, out: Path) -> _Source:
         return _Source(stored, settings.model_type, dataclasses.replace(sidecar.config, workdir=str(out)),
                        sidecar.tokenizer, tied, (), sidecar)
     loaded = _folder_tokenizer(folder)
-    end, notes = _end_of_text(_ends(folder, settings.eos_token_id), loaded.end_of_text)
-    tokenizer = _fit(loaded, end, settings.vocab_size, folder)
-    return _Source(stored, settings.model_type, _plain_config(model, tied, out), tokenizer, tied, notes, None)
+    generation = _generation(folder)
+    loaded.origin = dataclasses.replace(loaded.origin, generation=generation)
+    ends = _ends(generation.get("eos_token_id", settings.eos_token_id), loaded.end_of_text, folder)
+    tokenizer = _fit(loaded, ends, settings.vocab_size, folder)
+    return _Source(stored, settings.model_type, _plain_config(model, tied, out), tokenizer, tied, (), None)
 
 
 def _open_gguf(file: Path, out: Path) -> _Source:
@@ -158,7 +173,7 @@ def _open_gguf(file: Path, out: Path) -> _Source:
     stored = Gguf(file)
     settings, loaded = stored.settings(), stored.tokenizer()
     model, tied = families.read_settings(settings)
-    tokenizer = _fit(loaded, loaded.end_of_text, settings.vocab_size, file)
+    tokenizer = _fit(loaded, [*loaded.ends], settings.vocab_size, file)
     return _Source(stored, stored.model_type, _plain_config(model, tied, out), tokenizer, tied, (), None)
 
 
@@ -175,34 +190,35 @@ def _folder_tokenizer(folder: Path) -> Tokenizer:
     return hugging_face(str(folder))
 
 
-def _ends(folder: Path, of_config: Any) -> Any:
-    """`eos_token_id` of the checkpoint: an id, several, or None."""
-    generation = folder / "generation_config.json"
-    ends = read_json(generation).get("eos_token_id", of_config) if generation.is_file() else of_config
-    several = ends if isinstance(ends, list) else [ends]
-    if ends is not None and not all(isinstance(end, int) for end in several):
-        raise UserError(f"{generation} is damaged: eos_token_id = {shown(ends)} is no id")
-    return ends
+def _generation(folder: Path) -> dict[str, Any]:
+    """The checkpoint's generation_config.json, {} if it has none."""
+    path = folder / "generation_config.json"
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no settings")
+    return found
 
 
-def _end_of_text(ends: Any, of_tokenizer: int) -> tuple[int, tuple[str, ...]]:
-    """The id at which a text ends, and a note if the checkpoint has several of them."""
-    if not isinstance(ends, list):
-        return (of_tokenizer if ends is None else int(ends)), ()
-    end = of_tokenizer if of_tokenizer in ends or not ends else int(ends[0])
-    others = [other for other in ends if other != end]
-    return end, (f"the checkpoint also stops at the ids {others}; here text ends at {end} alone",) if others else ()
+def _ends(found: Any, of_tokenizer: int, where: Path) -> list[int]:
+    """The ids at which text ends, the one that separates documents first; `found` is an id, several, or None."""
+    several = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(end, int) for end in several):
+        raise UserError(f"{where} is damaged: eos_token_id = {shown(found)} is no id")
+    first = of_tokenizer if of_tokenizer in several or not several else several[0]
+    return [first, *(end for end in several if end != first)]
 
 
-def _fit(loaded: Tokenizer, end_of_text: int, num_rows: int, where: Path) -> Tokenizer:
-    """The tokenizer with V = `num_rows` ids."""
+def _fit(loaded: Tokenizer, ends: list[int], num_rows: int, where: Path) -> Tokenizer:
+    """The tokenizer with V = `num_rows` ids, whose samples end at `ends`."""
     if not all(0 <= one < num_rows for one in loaded.prefix):
         raise UserError(f"{where}: text begins with the ids {shown(loaded.prefix)}, the table has {num_rows} rows")
-    if not 0 <= end_of_text < num_rows:
-        raise UserError(f"{where}: text ends at the id {end_of_text}, the table has {num_rows} rows")
-    if loaded.vocab_size > num_rows:
-        raise UserError(f"{where}: the tokenizer has ids up to {loaded.vocab_size - 1}, the table has {num_rows} rows")
-    return Tokenizer(loaded.fast, end_of_text, loaded.prefix, num_rows)
+    end_of_text = ends[0]
+    if not all(0 <= end < num_rows for end in ends):
+        raise UserError(f"{where}: text ends at the ids {shown(ends)}, the table has {num_rows} rows")
+    try:
+        return Tokenizer(loaded.fast, end_of_text, loaded.prefix, num_rows, ends, loaded.origin)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _plain_config(model: ModelConfig, tied: bool, out: Path) -> Config:
@@ -231,35 +247,6 @@ def _shapes(config: Config, vocab_size: int) -> Shapes:
     return {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
 
 
-def _layers(weight: Weight, config: Config) -> range:
-    return range(config.model.num_layers if weight.per_layer else 1)
-
-
-def _match_names(found: _Source, weights: list[Weight], shapes: Shapes) -> dict[str, str]:
-    """The name in the file of every weight of the family; raises UserError if names or shapes do not match."""
-    prefix = families.FAMILIES[found.model_type].prefix
-    bare = not any(name.startswith(prefix) for name in found.stored.shapes)
-    names = {(prefix + name if bare and name != "lm_head.weight" else name): name for name in found.stored.shapes
-             if not any(re.search(pattern, name) for pattern in families.CONSTANTS)}
-    copy = names.pop("lm_head.weight", None) if found.tied else None
-    shapes = {"readout": shapes["table"]} | shapes
-    for weight in weights:
-        for layer in _layers(weight, found.config):
-            name, wanted = weight.name.format(layer=layer), families.stored_shape(weight, shapes)
-            if name not in names:
-                raise UserError(f"weight {name} is missing, config.json asks for one of shape {wanted}")
-            shape = found.stored.shapes[names[name]]
-            if shape != wanted:
-                raise UserError(f"weight {name} has shape {shape}, config.json asks for {wanted}")
-    wanted = {weight.name.format(layer=layer) for weight in weights for layer in _layers(weight, found.config)}
-    if unknown := [name for name in names if name not in wanted]:
-        raise UserError(f"weight {unknown[0]} is unknown" + (f", and {len(unknown) - 1} more" if unknown[1:] else "")
-                        + f": a {found.model_type} model with these settings has no such weight")
-    if copy is not None and not np.array_equal(found.stored.read(copy), found.stored.read(names[weights[0].name])):
-        raise UserError("lm_head.weight differs from the table, although config.json ties them (tie_word_embeddings)")
-    return names
-
-
 def _read(found: _Source, weights: list[Weight], names: dict[str, str], shapes: Shapes) -> Flat:
     """All parameters, from the file and from the sidecar; those in neither are newly initialised."""
     own = found.sidecar.params if found.sidecar else {}
@@ -270,7 +257,7 @@ def _read(found: _Source, weights: list[Weight], names: dict[str, str], shapes: 
             is_derived = weight.name in (found.sidecar.derived if found.sidecar else ())
             if not is_derived:
                 flat |= {path: np.empty(shapes[path], np.float32) for path in weight.paths}
-            for layer in _layers(weight, found.config):
+            for layer in layers_of(weight, found.config):
                 stored = found.stored.read(names[weight.name.format(layer=layer)])
                 if is_derived:
                     _check_derived(found.sidecar, weight.name, stored)
@@ -376,7 +363,7 @@ def export_weights(
     derived = {weight.name: weight.paths[0] for weight in weights if weight.paths[0] in stored}
     shapes = {path: array.shape for path, array in (flat | stored).items()}
     places = {weight.name.format(layer=layer): (weight, layer) for weight in weights
-              for layer in _layers(weight, config)}
+              for layer in layers_of(weight, config)}
     verbatim = {path for weight in weights for path in weight.paths} - set(stored)
 
     def get(name: str) -> np.ndarray:
@@ -385,7 +372,7 @@ def export_weights(
     with appears_whole(out) as unfinished:
         write_safetensors(unfinished, {name: families.stored_shape(weight, shapes) for name, (weight, _) in
                                        places.items()}, get, DTYPES[dtype], max_shard_size)
-        _write_settings(unfinished, family, config, tokenizer, tied, dtype)
+        write_settings(unfinished, family, config, tokenizer, tied, dtype)
         sidecar = unfinished / SIDECAR
         sidecar.mkdir()
         own = {path: np.ascontiguousarray(array) for path, array in flat.items() if path not in verbatim}
@@ -428,20 +415,3 @@ def _autoregressive_view(config: Config, flat: Flat, factor: float) -> tuple[Fla
     head = flat["backbone/head/kernel"] if linear else np.eye(config.model.embed_dim, dtype=np.float32)
     stored["readout"] = np.asarray(vocabulary.readout) @ (logit_scale * head.T)
     return stored, False
-
-
-def _write_settings(
-    folder: Path, family: Family, config: Config, tokenizer: Tokenizer, tied: bool, dtype: str
-) -> None:
-    with without_torch_notice():
-        from transformers import PreTrainedTokenizerFast
-
-    settings, begin = families.write_settings(family, config), tokenizer.prefix[0] if tokenizer.prefix else None
-    settings.update({
-        "vocab_size": tokenizer.vocab_size, "tie_word_embeddings": tied, "dtype": dtype,
-        "architectures": [family.architecture], "bos_token_id": begin, "eos_token_id": tokenizer.end_of_text})
-    settings.save_pretrained(folder)
-    special = {"eos_token": tokenizer.fast.id_to_token(tokenizer.end_of_text)}
-    if begin is not None:
-        special["bos_token"] = tokenizer.fast.id_to_token(begin)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.fast, **special).save_pretrained(folder)

@@ -1,5 +1,6 @@
 """Stored weights: read from a folder of safetensors or from the hub, written to a folder. Nothing is ever unpickled."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -16,10 +17,12 @@ import safetensors.numpy
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 
 from tokmat_jax.errors import UserError, one_line, shown
+from tokmat_jax.hf.families import is_constant
 from tokmat_jax.storage.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_POINTER = b"version https://git-lfs"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -30,7 +33,9 @@ class Stored(Protocol):
     shapes: dict[str, tuple[int, ...]]
     """Shape of every weight by name."""
     dtype: str
-    """The widest type among them: float32, float16 or bfloat16."""
+    """Type of all of them, float32, float16 or bfloat16; float32 if they differ or are wider."""
+    notes: tuple[str, ...]
+    """What reading changes, in words."""
 
     def read(self, name: str) -> np.ndarray:
         """One weight as float32; raises UserError if it is damaged or not finite."""
@@ -85,19 +90,21 @@ class Safetensors:
     A file is reopened for each weight, so that data already read does not stay mapped into memory.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, only: str | None = None):
+        """Opens the weights of `folder`, or of its file `only`."""
         self._places: dict[str, _Place] = {}
-        for file in _weight_files(folder):
+        for file in _weight_files(folder) if only is None else [folder / only]:
             for name, place in _places(file).items():
                 if name in self._places:
                     raise UserError(f"{file}: {name} is also in {self._places[name].file.name}; a weight belongs in "
                                     f"one file")
                 self._places[name] = place
-        if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        if only is None and (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
             self._check_index(folder / INDEX)
         self.shapes = {name: place.shape for name, place in self._places.items()}
-        found = {place.dtype for place in self._places.values()}
-        self.dtype = found.pop() if len(found) == 1 else "float32"
+        found = {place.dtype for name, place in self._places.items() if not is_constant(name)}
+        self.notes: tuple[str, ...] = ("numbers of 64 bits are read as float32",) if "float64" in found else ()
+        self.dtype = found.pop() if len(found) == 1 and "float64" not in found else "float32"
 
     def _check_index(self, index: Path) -> None:
         listed = read_json(index)["weight_map"]
@@ -123,6 +130,13 @@ def check_finite(name: str, array: np.ndarray, file: Path) -> np.ndarray:
     if not np.isfinite(array).all():
         raise UserError(f"{file} is damaged: {name} has numbers that are not finite; fetch it again")
     return array
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raises UserError if `file` is what Git LFS leaves in the place of a file that was not fetched."""
+    with contextlib.suppress(OSError), file.open("rb") as content:
+        if content.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{file} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -159,11 +173,12 @@ def _places(file: Path) -> dict[str, _Place]:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             places = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except (OSError, safetensors.SafetensorError) as error:
+        refuse_pointer(file)
         raise UserError(f"{file} is damaged: {one_line(error)}; fetch it again") from None
     for name, (_, dtype) in places.items():
         if not name.isprintable():
             raise UserError(f"{file} is damaged: a weight is called {shown(name)}; fetch it again")
-        if dtype not in _DTYPES and not re.search(r"\.attn\.(masked_)?bias$", name):
+        if dtype not in _DTYPES and not is_constant(name):
             raise UserError(f"{file}: {name} has type {dtype}; supported are {', '.join(_DTYPES)}")
     return {name: _Place(file, shape, _DTYPES.get(dtype, "float32")) for name, (shape, dtype) in places.items()}
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tokmat_jax.data.tokenizer import Tokenizer
+from tokmat_jax.data.tokenizer import Origin, Tokenizer
 from tokmat_jax.errors import UserError, one_line, shown
 from tokmat_jax.hf import families
-from tokmat_jax.hf.files import check_finite
+from tokmat_jax.hf.files import check_finite, refuse_pointer
 from tokmat_jax.hf.gguf_header import Place, read_header
 from tokmat_jax.output import without_torch_notice
 
@@ -50,6 +50,10 @@ _GEMMA3 = _QWEN3 | {
 }
 _NAMES = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _QWEN3, "gemma3": _GEMMA3, "gpt2": _GPT2}
 _LAYERS_OF_GEMMA3_27B = 62
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_MOST_PARTS = 999
+_BEGIN_FIRST = ("llama3", "llama-v3", "llama-bpe", "falcon3", "tekken")
+"""Pre-tokenisers with which llama.cpp puts a beginning-of-text before every text, unless the file says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class _Weight:
 class Gguf:
     """The weights of a GGUF file, dequantised as they are read, under the names of `transformers`."""
 
-    dtype = "float32"
+    dtype: str = "float32"
+    notes: tuple[str, ...] = ()
 
     def __init__(self, file: Path):
         try:
@@ -74,12 +79,11 @@ class Gguf:
         except ImportError:
             raise UserError(_EXTRA) from None
         self._file, self._gguf = file, gguf
-        try:
-            self._facts, places = read_header(file)
-            content = np.memmap(file, mode="r")
-            weights = [self._weight(place, content) for place in places]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} is damaged: {one_line(error)}; fetch it again") from None
+        self._facts: dict[str, Any] = {}
+        weights: list[_Weight] = []
+        for part in parts_of(file):
+            facts, found = self._open(part)
+            self._facts, weights = facts | self._facts, weights + found
         self.architecture = str(self._facts.get("general.architecture"))
         if self.architecture not in _NAMES:
             raise UserError(f"{file}: architecture {shown(self.architecture)} is not supported; supported are "
@@ -93,8 +97,21 @@ class Gguf:
             del self._weights["lm_head.weight"]
         self.shapes = {name: self._shape(name, weight) for name, weight in self._weights.items()}
 
-    def _weight(self, place: Place, content: np.ndarray) -> _Weight:
-        """The weight at `place`; raises ValueError unless the file has all of it."""
+    def _open(self, file: Path) -> tuple[dict[str, Any], list[_Weight]]:
+        try:
+            facts, places = read_header(file)
+            content = np.memmap(file, mode="r")
+            return facts, [self._weight(place, content, file) for place in places]
+        except (OSError, ValueError) as error:
+            refuse_pointer(file)
+            raise UserError(f"{file} is damaged: {one_line(error)}; fetch it again") from None
+
+    def _weight(self, place: Place, content: np.ndarray, file: Path) -> _Weight:
+        """The weight at `place`; raises ValueError unless the file has all of it, UserError for an unknown type."""
+        if place.kind not in {kind.value for kind in self._gguf.GGMLQuantizationType}:
+            raise UserError(f"{file}: {shown(place.name)} has the type number {place.kind}, which the installed "
+                            f"package gguf does not know: update it (pip install -U gguf), or take a file of another "
+                            f"type")
         kind = self._gguf.GGMLQuantizationType(place.kind)
         block, size = self._gguf.GGML_QUANT_SIZES[kind]
         rows, row = place.shape[:0:-1], place.shape[0]
@@ -236,7 +253,8 @@ class Gguf:
             raise UserError(f"the installed transformers cannot build the tokenizer of a GGUF file; {_EXTRA}") from None
         names = {f"tokenizer.{key}": name for key, name in GGUF_TOKENIZER_MAPPING["tokenizer"].items()}
         facts = {name: self._facts[key] for key, name in names.items() if key in self._facts}
-        begins = self._facts.get("tokenizer.ggml.add_bos_token", facts.get("tokenizer_type") == "llama")
+        known = facts.get("tokenizer_type") == "llama" or facts.get("pre_tokenizer_type") in _BEGIN_FIRST
+        begins = self._facts.get("tokenizer.ggml.add_bos_token", known)
         if begins and not isinstance(facts.get("bos_token_id"), int):
             raise UserError(f"{self._file}: its texts begin with a token that it does not name "
                             f"(tokenizer.ggml.bos_token_id)")
@@ -246,7 +264,33 @@ class Gguf:
             fast, _ = convert_gguf_tokenizer(self.architecture, facts)
         except Exception as error:
             raise UserError(f"{self._file}: its tokenizer cannot be built: {one_line(error)}") from None
-        return Tokenizer(fast, facts["eos_token_id"], [facts["bos_token_id"]] if begins else ())
+        return Tokenizer(fast, facts["eos_token_id"], [facts["bos_token_id"]] if begins else (),
+                         other_ends=[end for end in [self._facts.get("tokenizer.ggml.eot_token_id")]
+                                     if isinstance(end, int)], origin=self._origin(fast))
+
+    def _origin(self, fast: Any) -> Origin:
+        template = self._facts.get("tokenizer.chat_template")
+        ids = {name: self._facts.get(f"tokenizer.ggml.{key}_token_id") for name, key in (
+            ("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))}
+        special = {name: fast.id_to_token(token) for name, token in ids.items() if isinstance(token, int)
+                   and 0 <= token < fast.get_vocab_size()}
+        return Origin(template if isinstance(template, str) else None,
+                      {name: token for name, token in special.items() if token is not None})
+
+
+def parts_of(file: Path) -> list[Path]:
+    """All files of the model in `file`: itself, or every part of a split one; raises UserError if one is not there."""
+    found = _PART.fullmatch(file.name)
+    if found is None:
+        return [file]
+    total = int(found[3])
+    if not 1 <= total <= _MOST_PARTS:
+        raise UserError(f"{file}: a model in {total} parts is not supported")
+    parts = [file.with_name(f"{found[1]}-{number:05d}-of-{total:05d}.gguf") for number in range(1, total + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise UserError(f"{file} is a part of a model in {total} files, and {part.name} is not there: fetch it too")
+    return parts
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from flax import struct
 from tokmat_jax.method import maturation
 from tokmat_jax.method.history import committed_vectors
 from tokmat_jax.method.noise import embryos, fresh
-from tokmat_jax.method.stability import Settling, settle, settled_run, unborn, up_to_end
+from tokmat_jax.method.stability import Ends, Settling, is_end, settle, settled_run, unborn, up_to_end
 from tokmat_jax.method.steering import steer
 from tokmat_jax.method.table import Vocabulary, candidates, look_up, nearest_entropy, read
 from tokmat_jax.method.tail import Tail
@@ -156,7 +156,7 @@ def refine(state: DecodeState, prediction: jax.Array, vocabulary: Vocabulary, ta
 
 def commit(
     state: DecodeState, refined: jax.Array, memory: Any, tokens: jax.Array, count: jax.Array, vocabulary: Vocabulary,
-    tail: Tail, end_of_text: int,
+    tail: Tail, ends: Ends,
 ) -> DecodeState:
     """The state after the first `count` [B] of `tokens` [B, M] have replaced as many front slots of `refined`
     [B, K, d]: shift and birth.
@@ -170,7 +170,7 @@ def commit(
     entering = committed_vectors(look_up(vocabulary.table, tokens), state.last, state.key, state.num_committed,
                                  tail.entry, vocabulary.radius)
     num_committed = state.num_committed + count
-    ended = jnp.any((tokens == end_of_text) & (jnp.arange(max_commit)[None, :] < count[:, None]), axis=1)
+    ended = jnp.any(is_end(tokens, ends) & (jnp.arange(max_commit)[None, :] < count[:, None]), axis=1)
 
     def shifted(slots, newborn):
         return maturation.shift(slots, jnp.full((slots.shape[0], max_commit), newborn), count)
@@ -200,7 +200,7 @@ def _written(text: jax.Array, first: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def liquid_step(
-    state: DecodeState, predict: Predict, vocabulary: Vocabulary, tail: Tail, end_of_text: int,
+    state: DecodeState, predict: Predict, vocabulary: Vocabulary, tail: Tail, ends: Ends,
     record: Record = Record(),
 ) -> tuple[DecodeState, DecodeStep]:
     """One step of Algorithm 1: every slot is refined, the front is committed, an embryo is born.
@@ -209,7 +209,7 @@ def liquid_step(
     `Tail.verification`, this is `verified_step`.
     """
     if tail.verification is not None:
-        return verified_step(state, predict, vocabulary, tail, end_of_text, record)
+        return verified_step(state, predict, vocabulary, tail, ends, record)
     length, max_commit = tail.maturity.shape[0], state.recent.shape[1]
     prediction, memory = predict(state)
     refined = refine(state, prediction[:, -length:], vocabulary, tail)
@@ -222,18 +222,18 @@ def liquid_step(
         settling = settle(state.settling, tokens, state.done)
         state = dataclasses.replace(state, settling=settling)
         run = jnp.clip(settled_run(settling, moved, tail.stability), 1, max_commit)
-        count = jnp.minimum(jnp.minimum(run, up_to_end(tokens[:, :max_commit], end_of_text)),
+        count = jnp.minimum(jnp.minimum(run, up_to_end(tokens[:, :max_commit], ends)),
                             state.budget - state.num_committed)
     count = jnp.where(state.done, 0, count)
     step = DecodeStep(count, tokens, entropy, moved,
                       *candidates(refined[:, shown], vocabulary, record.num_candidates),
                       refined[:, shown, : None if record.keep_vectors else 0],
                       jnp.zeros((len(refined), 0), jnp.int32))
-    return commit(state, refined, memory, tokens[:, :max_commit], count, vocabulary, tail, end_of_text), step
+    return commit(state, refined, memory, tokens[:, :max_commit], count, vocabulary, tail, ends), step
 
 
 def verified_step(
-    state: DecodeState, predict: Predict, vocabulary: Vocabulary, tail: Tail, end_of_text: int,
+    state: DecodeState, predict: Predict, vocabulary: Vocabulary, tail: Tail, ends: Ends,
     record: Record = Record(),
 ) -> tuple[DecodeState, DecodeStep]:
     """One pass that commits x_n and the drafts after it up to the first wrong one, and refines every slot.
@@ -253,7 +253,7 @@ def verified_step(
     said, entropy = _said(jnp.concatenate([fronts, refined], axis=1), vocabulary, tail)
     committed = _with_pins(state, said[:, :num_checked])
     nearest = _with_pins(state, said[:, num_checked:])
-    run = jnp.minimum(1 + num_accepted(tokens, committed), up_to_end(committed, end_of_text))
+    run = jnp.minimum(1 + num_accepted(tokens, committed), up_to_end(committed, ends))
     count = jnp.where(state.done, 0, jnp.minimum(run, state.budget - state.num_committed))
 
     def shown(of_fronts, of_slots):
@@ -269,7 +269,7 @@ def verified_step(
         *candidates(vectors, vocabulary, record.num_candidates), vectors[..., : None if record.keep_vectors else 0],
         tokens)
     state = dataclasses.replace(state, nearest=nearest)
-    return commit(state, refined, memory, committed, count, vocabulary, tail, end_of_text), step
+    return commit(state, refined, memory, committed, count, vocabulary, tail, ends), step
 
 
 def _fronts(state: DecodeState, prediction: jax.Array, vocabulary: Vocabulary, tail: Tail) -> jax.Array:
@@ -303,10 +303,10 @@ def _with_pins(state: DecodeState, tokens: Any) -> Any:
 
 
 def decode(
-    state: DecodeState, predict: Predict, vocabulary: Vocabulary, tail: Tail, end_of_text: int, num_steps: int,
+    state: DecodeState, predict: Predict, vocabulary: Vocabulary, tail: Tail, ends: Ends, num_steps: int,
     record: Record = Record(),
 ) -> tuple[DecodeState, DecodeStep]:
     """`num_steps` of `liquid_step` as one scan; the fields of the returned DecodeStep have a leading axis of steps,
     [steps, B, …]."""
-    return jax.lax.scan(lambda state, _: liquid_step(state, predict, vocabulary, tail, end_of_text, record), state,
+    return jax.lax.scan(lambda state, _: liquid_step(state, predict, vocabulary, tail, ends, record), state,
                         length=num_steps)

@@ -65,7 +65,8 @@ def initial_params(source: Params, fresh: Params, ids: jax.Array, source_config:
     `ids` [B, T] the mean ‖ẑ‖ becomes head_init · R.
     """
     backbone = dict(source["backbone"])
-    params = fresh | {"table": source["table"]}
+    on_sphere = config.table.geometry == "sphere"
+    params = fresh | {"table": _directed(source["table"], fresh["table"]) if on_sphere else source["table"]}
     if config.adapter.rank:
         backbone["blocks"] = join_params(fresh["backbone"]["blocks"], backbone["blocks"])
     if "readout" in fresh:
@@ -85,6 +86,17 @@ def initial_params(source: Params, fresh: Params, ids: jax.Array, source_config:
         small = config.model.head_init * config.table.radius / _length(params | {"backbone": backbone}, ids, config)
         backbone["head"] = {"kernel": small * backbone["head"]["kernel"]}
     return params | {"backbone": backbone}
+
+
+_NO_DIRECTION = 1e-6
+"""A row whose norm is below this share of the mean has no direction."""
+
+
+def _directed(table: jax.Array, fresh: jax.Array) -> jax.Array:
+    """`table` [V, d], in which rows of zeros, as reserved tokens have, point where those of `fresh` do: on the sphere a
+    row needs a direction, and the gradient of a row is the larger the shorter the row is."""
+    norm, other = (jnp.linalg.norm(rows, axis=-1, keepdims=True) for rows in (table, fresh))
+    return jnp.where(norm > _NO_DIRECTION * jnp.mean(norm), table, fresh * (jnp.mean(norm) / other))
 
 
 def _with_tail(params: Params, fresh: Params, ids: jax.Array, source_config: Config, config: Config) -> Params:

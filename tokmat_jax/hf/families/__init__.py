@@ -5,6 +5,7 @@ listed; they follow from the parameters that the config asks for.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from tokmat_jax.hf.families.rope import essential
 from tokmat_jax.hf.families.weight import Weight, get, put, stored_shape
 from tokmat_jax.output import without_torch_notice
 
-__all__ = ["CONSTANTS", "FAMILIES", "HEAD", "LISTED", "Weight", "check_count", "family_of", "get",
-           "input_factor", "put", "read_settings",
+__all__ = ["FAMILIES", "HEAD", "LISTED", "Weight", "check_count", "family_of", "get",
+           "input_factor", "is_constant", "put", "read_settings",
            "stored_shape", "weights", "write_settings"]
 
 FAMILIES = {one.model_type: one for one in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, GPT_NEOX)}
@@ -30,8 +31,13 @@ LISTED = ("num_hidden_layers", "n_layer", "num_labels")
 """Numbers in a config.json from which `transformers` makes lists of that length."""
 _LONGEST_LIST = 1 << 12
 
-CONSTANTS = (r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$", r"rotary_emb\.inv_freq$")
+_CONSTANTS = (r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$", r"rotary_emb\.inv_freq$")
 """Names of constants that some files hold; they are not weights."""
+
+
+def is_constant(name: str) -> bool:
+    """Whether the stored weight `name` is a constant."""
+    return any(re.search(pattern, name) for pattern in _CONSTANTS)
 
 
 def check_count(found: Any, field: str, where: Path) -> None:
