@@ -9,15 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
+import checkpoints
 import runs
 from runs import go
 from tokmat_jax.commands import data, evaluate
+from tokmat_jax.commands import hf as commands
 from tokmat_jax.commands.flags import parse_config
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.baselines import Baselines
 from tokmat_jax.generation.generator import Generator
-from tokmat_jax.hf.convert import export_weights
+from tokmat_jax.hf import tail as tail_files
+from tokmat_jax.hf.convert import export_weights, import_weights
 from tokmat_jax.method import losses
 from tokmat_jax.model.backbone import make_forward
 from tokmat_jax.model.lora import split_params
@@ -197,3 +201,70 @@ def test_our_own_baseline_takes_a_tail_too(runs_dir, tmp_path):
     found = run.generate(PROMPTS, dataclasses.replace(run.settings, max_new_tokens=20))
     assert [one.tokens for one in found] == [one.tokens for one in Baselines(base).sample(PROMPTS, 20)]
     chex.assert_trees_all_equal(run.params["table"], base.params["table"])
+
+
+def texts(run):
+    settings = dataclasses.replace(run.settings, tail_length=3, max_new_tokens=8)
+    return [(one.tokens, one.passes) for one in run.generate(PROMPTS, settings)]
+
+
+def test_a_tail_goes_in_front_of_the_same_weights_elsewhere(made, models, tmp_path, capsys):
+    folder, _ = made
+    assert commands.main(["export", str(folder / "run"), str(tmp_path / "tail"), "--adapter"]) is None
+    assert "in bfloat16, after 3 steps" in capsys.readouterr().out
+    import_weights(str(folder / "hf"), tmp_path / "import")  # by somebody else
+    commands.main(["tail", str(tmp_path / "import"), str(tmp_path / "run"), "--source", str(tmp_path / "tail")])
+    there = Generator.from_workdir(tmp_path / "run")
+    assert [tokens for tokens, _ in texts(there)] == [tokens for tokens, _ in texts(models[1])]
+    trained, _ = split_params(there.params, there.config)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trained["backbone"]["slot_head"]):
+        mine = models[1].params["backbone"]["slot_head"][path[0].key]
+        np.testing.assert_allclose(leaf, mine, rtol=2**-8)  # half a unit in the last of eight bits
+
+
+def test_a_tail_is_recognised_by_the_weights_it_belongs_to(made, tmp_path, monkeypatch, capsys):
+    folder, _ = made
+    commands.main(["export", str(folder / "run"), str(tmp_path / "tails" / "its own"), "--adapter"])
+    monkeypatch.setattr(tail_files, "SHIPPED", tmp_path / "tails")
+    commands.main(["import", str(folder / "hf"), str(tmp_path / "import")])
+    assert "a tail is shipped for it" in capsys.readouterr().out
+    commands.main(["tail", str(tmp_path / "import"), str(tmp_path / "run")])
+    assert Generator.from_workdir(tmp_path / "run").config.objective.kind == "tail"
+    other = shutil.copytree(folder / "hf", tmp_path / "other")
+    checkpoints.store(other, **{checkpoints.DOWN: 0.9 * checkpoints.weights()[checkpoints.DOWN]})
+    commands.main(["import", str(other), str(tmp_path / "import of another")])
+    assert "a tail is shipped" not in capsys.readouterr().out.split("import of another")[1]
+    with pytest.raises(UserError, match="no tail is shipped for the model"):
+        commands.main(["tail", str(tmp_path / "import of another"), str(tmp_path / "x")])
+    with pytest.raises(UserError, match="belongs to another model"):
+        commands.main(["tail", str(tmp_path / "import of another"), str(tmp_path / "x"),
+                       "--source", str(tmp_path / "tails" / "its own")])
+    with pytest.raises(UserError, match="a tail goes in front of a language model"):
+        commands.main(["tail", str(tmp_path / "run"), str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+
+
+def spoil(folder, name, change):
+    path = folder / name
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("tail.json", lambda content: b"{"), ("tail.json", lambda content: b"[]"), ("tail.json", lambda content: b"{}"),
+    ("tail.safetensors", lambda content: content[:100]),
+    ("tail.safetensors", lambda content: safetensors.numpy.save({"x": np.ones(3, np.float32)}))])
+def test_a_damaged_tail_is_one_line(name, change, made, tmp_path):
+    folder, _ = made
+    commands.main(["export", str(folder / "run"), str(tmp_path / "tail"), "--adapter"])
+    spoil(tmp_path / "tail", name, change)
+    with pytest.raises(UserError, match="is damaged"):
+        commands.main(["tail", str(folder / "import"), str(tmp_path / "x"), "--source", str(tmp_path / "tail")])
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_trains_a_tail_is_chosen(made):
+    folder, _ = made
+    config = parse_config(["--init-from", str(folder / "import"), "--objective.kind", "tail", "--adapter.rank", "2",
+                           "--maturation.num-tails", "3", "--maturation.max-tail-length", "4", "--data.seq-len", "48"])
+    assert config.maturation.self_condition_prob == 0.7  # with embryos alone, slots hardly learn
+    assert (config.generation.tail_length, config.generation.rate) == (4, 1.0)

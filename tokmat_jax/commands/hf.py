@@ -3,6 +3,7 @@
     import SOURCE OUT     a checkpoint becomes a workdir
     export WORKDIR OUT    a workdir becomes a checkpoint
     push WORKDIR NAME     a workdir becomes a checkpoint on the hub, with a model card
+    tail WORKDIR OUT      a trained tail goes in front of an imported language model
     sphere WORKDIR OUT    an imported table is set onto the sphere, and what that changes is counted
 """
 
@@ -20,6 +21,8 @@ from tokmat_jax.evaluation.sphere import PROMPTS, set_on_sphere
 from tokmat_jax.hf.convert import export_weights, import_weights
 from tokmat_jax.hf.hub import push_to_hub
 from tokmat_jax.hf.peft import export_adapter
+from tokmat_jax.hf.tail import export_tail, put_in_front, shipped_tail
+from tokmat_jax.storage.workdir import load_config
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Export:
     max_shard_size: float = 5.0
     """Largest file in GB (10⁹ bytes); beyond it there are several, with an index."""
     adapter: bool = False
-    """Write the run's low-rank adapter alone, as PEFT reads it, instead of the merged model."""
+    """Write what the run trained alone, instead of the merged model: its low-rank adapter, as PEFT reads it, or its
+    tail in front of a language model, as `hf tail` reads it."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,18 @@ class Push:
     """Type of the stored weights, as for `export`."""
     report: str | None = None
     """Markdown file whose text the model card includes, such as a report card."""
+
+
+@dataclass(frozen=True)
+class Front:
+    """Put a trained tail in front of an imported language model, which stays as it is: its own text in fewer passes."""
+
+    workdir: tyro.conf.Positional[str]
+    """Folder of the import."""
+    out: tyro.conf.Positional[str]
+    """Workdir to make; must not exist."""
+    source: str | None = None
+    """Folder of the tail (`hf export --adapter`); left out, the one that is shipped for these weights."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,8 @@ def run_import(flags: Import) -> None:
           f"rows of the table have norms {low:.3g} .. {high:.3g}, mean {mean:.3g}")
     for note in found.notes:
         print(f"note: {note}")
+    if shipped_tail(Path(flags.out)) is not None:
+        print(f"a tail is shipped for it:  python -m tokmat_jax hf tail {flags.out} runs/NAME")
     print(f'write with it:   python generate.py --workdir {flags.out} --prompt "…"')
     print(f"mature it:       python train.py --init-from {flags.out} --workdir runs/NAME --data.source …")
     print("                 (its learning rate, noise and negatives follow from the weights; it prints what it chose)")
@@ -96,6 +114,10 @@ def run_export(flags: Export) -> None:
     """Exports, and says what was written."""
     if flags.max_shard_size <= 0:
         raise UserError(f"--max-shard-size must be positive, found {flags.max_shard_size}")
+    if flags.adapter and load_config(Path(flags.workdir)).objective.kind == "tail":
+        facts = export_tail(Path(flags.workdir), Path(flags.out))
+        print(f"{flags.out}: a tail of {facts['numbers']:,} numbers in bfloat16, after {facts['step']} steps")
+        return
     if flags.adapter:
         written = export_adapter(Path(flags.workdir), Path(flags.out))
         print(f"{flags.out}: a PEFT adapter of rank {written['r']} for {', '.join(written['target_modules'])}")
@@ -105,6 +127,13 @@ def run_export(flags: Export) -> None:
           f"{facts['dtype']}")
     if facts["derived"]:
         print(f"made from the run's own parameters: {', '.join(facts['derived'])}")
+
+
+def run_front(flags: Front) -> None:
+    """Makes the workdir."""
+    found = put_in_front(Path(flags.workdir), Path(flags.out), None if flags.source is None else Path(flags.source))
+    print(f"{flags.out}: the model in {flags.workdir} with the tail in {found.folder}")
+    print(f'write with it:   python generate.py --workdir {flags.out} --prompt "…" --show-tail')
 
 
 def run_push(flags: Push) -> None:
@@ -127,7 +156,7 @@ def run_sphere(flags: Sphere) -> None:
 
 
 _COMMANDS = {"import": (Import, run_import), "export": (Export, run_export), "push": (Push, run_push),
-             "sphere": (Sphere, run_sphere)}
+             "tail": (Front, run_front), "sphere": (Sphere, run_sphere)}
 
 
 def main(args: Sequence[str]) -> None:

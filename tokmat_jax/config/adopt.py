@@ -14,13 +14,14 @@ from tokmat_jax.errors import UserError
 FOLLOWING = (
     "optimizer.learning_rate", "optimizer.warmup_steps", "objective.negatives", "maturation.tail_noise",
     "maturation.max_maturity", "generation.tail_noise", "generation.max_maturity", "generation.repulsion",
-    "generation.rate",
+    "generation.rate", "maturation.self_condition_prob", "generation.tail_length",
 )
 """Settings that follow from the source if nobody gives them."""
 _PRETRAINED = {"optimizer.learning_rate": 1e-4, "optimizer.warmup_steps": 20}
 """The rate for raw tables, which only pretrained weights have: 2e-3 ruins SmolLM2 (docs/research-log.md)."""
-_IN_FRONT = {"optimizer.learning_rate": 1e-3, "objective.negatives": "full"}
-"""What trains a tail in front of a language model."""
+_IN_FRONT = {"optimizer.learning_rate": 1e-3, "objective.negatives": "full", "maturation.self_condition_prob": 0.7,
+             "generation.rate": 1.0}
+"""What trains a tail in front of a language model. With embryos alone its slots hardly learn (docs/research-log.md)."""
 _MATURED = {"objective.negatives": "full", "maturation.tail_noise": 1.0, "maturation.max_maturity": 0.6,
             "generation.repulsion": 0.5, "generation.rate": 0.9}
 """What matures a language model; the tail is then generated with the noise and the maturity of training. The rate keeps
@@ -69,7 +70,7 @@ def _suited(config: Config, source: Config) -> dict[str, Any]:
         return {}
     # A baseline of ours goes on at the rate that it was trained with.
     if config.objective.kind == "tail":
-        return _PRETRAINED | _IN_FRONT
+        return _PRETRAINED | _IN_FRONT | {"generation.tail_length": config.maturation.max_tail_length}
     rates = _PRETRAINED if source.table.geometry == "raw" else {name: value_at(source, name) for name in _PRETRAINED}
     return rates | (_MATURED if config.objective.kind == "maturation" else {})
 

@@ -100,16 +100,13 @@ class Merged:
 def export_adapter(workdir: Path, out: Path) -> dict[str, Any]:
     """Writes the adapter of the run in `workdir` into the folder `out`, which must not exist; returns its config.
 
-    Raises UserError if the run has no adapter, if its adapter acts at slots alone, and if the family stores several
+    Raises UserError if the run has no adapter, and if the family stores several
     adapted matrices as one, so that they cannot have an adapter each.
     """
     config = load_config(workdir)
     adapter = config.adapter
     if not adapter.rank:
         raise UserError(f"{workdir} has no low-rank adapter (adapter.rank {adapter.rank}): leave out --adapter")
-    if config.objective.kind == "tail":
-        raise UserError(f"{workdir} holds a tail in front of the model in {config.init_from}; its adapters act at "
-                        f"slots alone, for which PEFT has no place")
     vocab_size = load_tokenizer(workdir / TOKENIZER).vocab_size
     params, _ = load_model(workdir, config, vocab_size, jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0]))
     flat = {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from tokmat_jax.config import AdapterConfig, Config
 from tokmat_jax.distributed.mesh import path_name
 
-_ADDED = r"lora_[ab]$|^backbone/(maturity|film|head)/|/film/|^log_logit_scale$"
+ADDED = r"lora_[ab]$|^backbone/(maturity|film|head)/|/film/|^log_logit_scale$"
 """Paths of what a run with an adapter trains."""
 _IN_FRONT = r"lora_[ab]$|^backbone/slot_"
 """Paths of what a tail in front of a language model trains."""
@@ -83,7 +83,7 @@ def split_params(params: Any, config: Config) -> tuple[Any, Any]:
     """`params` as (what this run trains, what is frozen); everything is trained unless the run has an adapter."""
     if config.trains_all:
         return params, {}
-    pattern = _IN_FRONT if config.objective.kind == "tail" else _ADDED
+    pattern = _IN_FRONT if config.objective.kind == "tail" else ADDED
     trained, frozen = {}, {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         _put(trained if re.search(pattern, path_name(path)) else frozen, path, leaf)
