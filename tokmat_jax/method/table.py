@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tokmat_jax.products import product
-
 _TINY = 1e-12
 _AT_ONCE = 1 << 25
 """Maximum number of scores in memory at once (128 MB); larger products are computed in pieces of the vocabulary."""
@@ -45,8 +43,7 @@ def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
 
 def scores(z: jax.Array, table: jax.Array) -> jax.Array:
     """Inner products ⟨z, e_i⟩ [..., V] of vectors `z` [..., d]; float32."""
-    inner = product(jnp.reshape(z, (-1, z.shape[-1])), table.T, jnp.float32)
-    return jnp.reshape(inner, (*z.shape[:-1], table.shape[0]))
+    return jnp.einsum("...d,vd->...v", z, table, preferred_element_type=jnp.float32)
 
 
 def unit(z: jax.Array) -> jax.Array:
