@@ -32,6 +32,9 @@ def test_cudnn_is_refused_where_there_is_no_gpu_and_for_other_types():
     with pytest.raises(ConfigError, match=r"needs model.dtype 'bfloat16'.*found 'float32'"):
         dataclasses.replace(tiny.CONFIG, compute=dataclasses.replace(tiny.CONFIG.compute, attention="cudnn"))
     low = dataclasses.replace(tiny.CONFIG, model=dataclasses.replace(tiny.CONFIG.model, dtype="bfloat16"))
+    near = dataclasses.replace(low.model, attention_window=8, windowed_layers=(0,))
+    with pytest.raises(ConfigError, match=r"sees all positions, the layers \(0,\) have a window"):
+        dataclasses.replace(low, model=near, compute=dataclasses.replace(low.compute, attention="cudnn"))
     config = dataclasses.replace(low, compute=dataclasses.replace(low.compute, attention="cudnn"))
     with pytest.raises(ConfigError, match="'cudnn' needs an NVIDIA GPU, found cpu"):
         machine.check_fits(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))

@@ -53,6 +53,9 @@ class Config:
         require(self.compute.attention == "xla" or (self.model.dtype == "bfloat16" and self.model.head_size % 8 == 0),
                 f"compute.attention 'cudnn' needs model.dtype 'bfloat16' and heads whose width is a multiple of 8, "
                 f"found {self.model.dtype!r} and {self.model.head_size}")
+        require(self.compute.attention == "xla" or not self.model.windowed_layers,
+                f"compute.attention 'cudnn' sees all positions, the layers {self.model.windowed_layers} have a window "
+                f"(model.attention_window): take 'xla'")
         if self.objective.kind == "maturation":
             require(self.table.geometry == "sphere" and self.table.tied and self.model.head == "linear",
                     f"maturation needs table.geometry 'sphere', one tied table and model.head 'linear', found "

@@ -193,10 +193,7 @@ def _folder_tokenizer(folder: Path) -> Tokenizer:
 def _generation(folder: Path) -> dict[str, Any]:
     """The checkpoint's generation_config.json, {} if it has none."""
     path = folder / "generation_config.json"
-    found = read_json(path) if path.is_file() else {}
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no settings")
-    return found
+    return read_json(path) if path.is_file() else {}
 
 
 def _ends(found: Any, of_tokenizer: int, where: Path) -> list[int]:

@@ -55,7 +55,8 @@ def read_adapter(folder: Path) -> Adapter:
     if facts.get("rank_pattern") or facts.get("alpha_pattern") or facts.get("modules_to_save"):
         raise UserError(f"{where}: rank_pattern, alpha_pattern and modules_to_save are not supported: merge it with "
                         f"PEFT first")
-    if not isinstance(base, str) or type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+    if not isinstance(base, str) or type(rank) is not int or rank < 1 or not (
+            isinstance(alpha, int | float) and np.isfinite(alpha)):
         raise UserError(f"{where} is damaged: base_model_name_or_path, r and lora_alpha are "
                         f"{shown((base, rank, alpha))}")
     stored = Safetensors(folder, _WEIGHTS)

@@ -63,7 +63,7 @@ def export_tail(workdir: Path, out: Path) -> dict[str, Any]:
 def read_tail(folder: Path) -> Found:
     """The tail in `folder`; raises UserError if there is none."""
     facts = read_json(folder / _FACTS)
-    if not isinstance(facts, dict) or not isinstance(facts.get("weights"), str):
+    if not isinstance(facts.get("weights"), str):
         raise UserError(f"{folder / _FACTS} is damaged: it does not say which weights the tail belongs to")
     config = parse_config_json(json.dumps(facts.get("config")), str(folder / _FACTS))
     if config.objective.kind != "tail":
