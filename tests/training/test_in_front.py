@@ -212,6 +212,7 @@ def test_a_tail_goes_in_front_of_the_same_weights_elsewhere(made, models, tmp_pa
     folder, _ = made
     assert commands.main(["export", str(folder / "run"), str(tmp_path / "tail"), "--adapter"]) is None
     assert "in bfloat16, after 3 steps" in capsys.readouterr().out
+    assert str(folder) not in (tmp_path / "tail" / "tail.json").read_text()
     import_weights(str(folder / "hf"), tmp_path / "import")  # by somebody else
     commands.main(["tail", str(tmp_path / "import"), str(tmp_path / "run"), "--source", str(tmp_path / "tail")])
     there = Generator.from_workdir(tmp_path / "run")

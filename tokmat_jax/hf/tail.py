@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from tokmat_jax.config import Config
+from tokmat_jax.config import Config, DataConfig, TokenizerConfig
 from tokmat_jax.config.saved import parse_config_json
 from tokmat_jax.data.tokenizer import load_tokenizer
 from tokmat_jax.distributed.mesh import path_name
@@ -53,11 +53,18 @@ def export_tail(workdir: Path, out: Path) -> dict[str, Any]:
     base, _ = load_plain(Path(str(config.init_from)), vocab_size, _here())
     flat = {path_name(path): np.asarray(leaf).astype(ml_dtypes.bfloat16)
             for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    facts = {"weights": mark_of(base), "step": step, "config": dataclasses.asdict(config)}
+    facts = {"weights": mark_of(base), "step": step, "config": dataclasses.asdict(_anywhere(config))}
     with appears_whole(out) as folder:
         safetensors.numpy.save_file(flat, folder / _WEIGHTS)
         write_json(folder / _FACTS, facts)
     return {"numbers": sum(array.size for array in flat.values()), "step": step}
+
+
+def _anywhere(config: Config) -> Config:
+    """`config` without the paths of the machine on which it was trained."""
+    return dataclasses.replace(
+        config, workdir="tail", init_from="base", tokenizer=TokenizerConfig(kind="workdir", name="base"),
+        data=DataConfig(seq_len=config.data.seq_len, holdout=config.data.holdout))
 
 
 def read_tail(folder: Path) -> Found:
