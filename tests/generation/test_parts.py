@@ -7,7 +7,6 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -63,8 +62,7 @@ EVERYTHING = dataclasses.replace(
     parallel_residual=True)
 
 
-@pytest.mark.parametrize("examples", [2, pytest.param(8, marks=pytest.mark.slow)])
-def test_cached_decoding_is_the_oracles_for_any_parts(examples):
+def test_cached_decoding_is_the_oracles_for_any_parts():
     tokenizer = make_tokenizer(TokenizerConfig(kind="bytes"), [])
 
     def check(model):
@@ -82,7 +80,7 @@ def test_cached_decoding_is_the_oracles_for_any_parts(examples):
                 tokenizer.ends, kind.max_commit if kind.commit == "stable" else 1)[0]
             assert sample.tokens == wanted
 
-    settings(max_examples=examples, deadline=None)(example(EVERYTHING)(given(models())(check)))()
+    settings(max_examples=4, deadline=None)(example(EVERYTHING)(given(models())(check)))()
 
 
 def checksum(prompt):

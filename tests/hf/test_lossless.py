@@ -190,7 +190,8 @@ def test_an_adapter_is_merged_into_its_base(source, tmp_path):
 
 
 @pytest.mark.parametrize(("facts", "says"), [
-    ({"base_model_name_or_path": "not/there/at all"}, "not/there/at all"), ({"use_dora": True}, "only plain LoRA"),
+    ({"base_model_name_or_path": "not/there/at all"}, "not/there/at all"),
+    ({"base_model_name_or_path": "."}, "which is an adapter itself"), ({"use_dora": True}, "only plain LoRA"),
     ({"rank_pattern": {"q": 3}}, "rank_pattern"), ({"r": 3}, "is damaged"), ({"r": "2"}, "is damaged")])
 def test_an_adapter_that_cannot_be_merged_is_refused(facts, says, source, tmp_path):
     write_adapter(tmp_path / "adapter", str(source), **facts)

@@ -232,7 +232,7 @@ def test_a_tail_is_recognised_by_the_weights_it_belongs_to(made, tmp_path, monke
     commands.main(["tail", str(tmp_path / "import"), str(tmp_path / "run")])
     assert Generator.from_workdir(tmp_path / "run").config.objective.kind == "tail"
     other = shutil.copytree(folder / "hf", tmp_path / "other")
-    checkpoints.store(other, **{checkpoints.DOWN: 0.9 * checkpoints.weights()[checkpoints.DOWN]})
+    checkpoints.store(other, **{checkpoints.DOWN: 2 * checkpoints.weights()[checkpoints.DOWN]})
     commands.main(["import", str(other), str(tmp_path / "import of another")])
     assert "a tail is shipped" not in capsys.readouterr().out.split("import of another")[1]
     with pytest.raises(UserError, match="no tail is shipped for the model"):

@@ -99,7 +99,7 @@ class _Source:
 
 
 def import_weights(source: str, out: Path) -> Imported:
-    """Makes the workdir `out` from a folder of safetensors, a hub name or a GGUF file.
+    """Makes the workdir `out` from a folder of safetensors, a hub name, a GGUF file, package:NAME or a PEFT adapter.
 
     Weights are checked by name, shape and finiteness, and read one at a time. If the source is damaged, incomplete or
     of a kind that the backbone cannot express, raises UserError and leaves no files.
@@ -128,11 +128,15 @@ def import_weights(source: str, out: Path) -> Imported:
 
 
 def _open(path: Path, out: Path) -> _Source:
+    """The checkpoint at `path`: a GGUF file, a folder with nothing else, an adapter and its base, or a folder."""
     if path.is_file():
         return _open_gguf(path, out)
     if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
         adapter = read_adapter(path)
-        base = _open(find_source(adapter.base), out)
+        found = find_source(adapter.base)
+        if (found / ADAPTER).is_file() and not (found / "config.json").is_file():
+            raise UserError(f"{path} adapts {adapter.base}, which is an adapter itself: merge that one first")
+        base = _open(found, out)
         return dataclasses.replace(base, stored=Merged(base.stored, adapter), sidecar=None, notes=(
             *base.notes, f"the adapter in {path} is merged into {adapter.base}"))
     files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []

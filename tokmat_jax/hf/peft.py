@@ -101,8 +101,8 @@ class Merged:
 def export_adapter(workdir: Path, out: Path) -> dict[str, Any]:
     """Writes the adapter of the run in `workdir` into the folder `out`, which must not exist; returns its config.
 
-    Raises UserError if the run has no adapter, and if the family stores several
-    adapted matrices as one, so that they cannot have an adapter each.
+    Raises UserError if the run has no adapter, and if the family stores several adapted matrices as one, so that they
+    cannot have an adapter each.
     """
     config = load_config(workdir)
     adapter = config.adapter

@@ -5,6 +5,7 @@ checkpoint. The package ships the tails in `tails/`.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class Found:
 
 
 def export_tail(workdir: Path, out: Path) -> dict[str, Any]:
-    """Writes the tail that the run in `workdir` trained into the folder `out`, in bfloat16; returns its facts."""
+    """Writes the tail that the run in `workdir` trained into the folder `out`, in bfloat16; returns its `numbers` and
+    its `step`. Raises UserError if the run has no checkpoint, or if `out` exists."""
     config = load_config(workdir)
     vocab_size = load_tokenizer(workdir / TOKENIZER).vocab_size
     trained, _ = split_params(param_shapes(config, vocab_size, _here()), config)
@@ -80,9 +82,14 @@ def read_tail(folder: Path) -> Found:
 
 def mark_of(params: Any) -> str:
     """A digest of the weights of a language model, without what its import added to them."""
+    digest = hashlib.sha256()
     own = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
            if not re.search(ADDED, path_name(path))}
-    return fingerprint(own)
+    for path in sorted(own):
+        array = np.ascontiguousarray(own[path])
+        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        digest.update(array)
+    return digest.hexdigest()[:32]
 
 
 def shipped_tail(workdir: Path) -> Found | None:
