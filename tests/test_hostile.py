@@ -316,7 +316,8 @@ def test_a_tokenizer_has_no_id_of_any_size(tmp_path):
     train_bpe(["the cat"], 260).save(tmp_path)
     meta = tmp_path / "tokenizer_meta.json"
     for facts, says in (({"vocab_size": 2**40}, "1,099,511,627,776 ids is not supported"),
-                        ({"end_of_text": 10**9}, "end-of-text 1000000000"), ({"end_of_text": -1}, "end-of-text -1"),
+                        ({"end_of_text": 10**9}, "end-of-text (1000000000,)"),
+                        ({"end_of_text": -1}, "end-of-text (-1,)"),
                         ({"prefix": [2**31]}, "prefix (2147483648,)"), ({"prefix": "ab"}, "no usable tokenizer")):
         meta.write_text(json.dumps({"end_of_text": 0, "prefix": [], "vocab_size": 260} | facts))
         refused(load_tokenizer, tmp_path, says=says)

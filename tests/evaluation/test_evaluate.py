@@ -13,6 +13,7 @@ import pytest
 import runs
 from tokmat_jax.commands import evaluate
 from tokmat_jax.errors import UserError
+from tokmat_jax.evaluation.measurement import Options
 from tokmat_jax.evaluation.methods import PLAIN
 from tokmat_jax.evaluation.pair import Prompts
 from tokmat_jax.generation.generator import Generator
@@ -47,6 +48,10 @@ def test_a_report_has_all_its_rows_columns_and_files(reported):
         "human", "greedy", "greedy, penalty 1.2", "temperature 1", "nucleus 0.95", "contrastive search", "best of 16",
         "greedy, repulsion 0.4", "maturation, the run's setting", "maturation, plain (K 8)", "plain, guidance 2",
         "plain, repulsion 0.4", "plain, K 1", "plain, K 4", "plain, K 16"]  # 48 positions hold no tail of 64
+    right = data["top1"]
+    assert right["lead"]["value"] == pytest.approx(right["run"] - right["baseline"])
+    assert set(data["drafts"]) == {"tail", "lookup", "both"}
+    assert all(1.0 <= one["low"] <= one["value"] <= one["high"] for one in data["drafts"].values())
     assert data["prompts"] == {"count": 5, "prompt_tokens": 8, "new_tokens": 12, "notes": []}
     for row in data["rows"]:
         values = row["values"]
@@ -65,8 +70,9 @@ def test_a_report_has_all_its_rows_columns_and_files(reported):
     assert areas[-1] == ("all together", "the baseline's sampling, penalty and repulsion")
     assert {curve for curve, _ in areas[1:-1]} == curves - {"temperature", "nucleus"}
     drawn = {path.stem for path in (reported / "plots").glob("*.svg")}
-    assert {"frontier", "entropy", "diversity", "gap", "candidates_0"} <= drawn
+    assert {"frontier", "frontier_all", "entropy", "diversity", "gap", "candidates_0"} <= drawn
     markdown, page = (reported / "report.md").read_text(), (reported / "report.html").read_text()
+    assert list(map(markdown.index, IN_ORDER)) == sorted(map(markdown.index, IN_ORDER))
     for words in ("it favours the baseline's text", "Distance to the human row", "Template attractors",
                   "Train–inference gap", "Definitions"):
         assert words in markdown
@@ -74,6 +80,11 @@ def test_a_report_has_all_its_rows_columns_and_files(reported):
     for name in drawn:
         assert f"plots/{name}.svg" in markdown
     assert page.count("<figure") == len(drawn)
+
+
+IN_ORDER = ("Is it as good a language model?", "Is it ahead of sampling?", "decoded alike?", "Is it free of loops?",
+            "several tokens a pass?", "Judge: ", "Three prompts", "The frontier", "Scores", "Definitions")
+"""What a reader wants first comes first."""
 
 
 HOSTILE = "</script></style><script>alert(1)</script><img src=x onerror=alert(2)> & \"'` \u2028\u202e\x1b\udcff"
@@ -135,14 +146,14 @@ def test_an_interrupted_report_goes_on_and_is_the_same(reported, runs_dir, tmp_p
 def test_another_seed_length_prompt_or_checkpoint_takes_nothing_from_an_earlier_report(runs_dir, tmp_path):
     models = [Generator.from_workdir(runs_dir / name) for name in ("run", "ar")]
     states = {"run": (6, 1), "baseline": (6, 1)}
-    prompts = Prompts([[1, 2]], [[3, 4]], ())
+    prompts, options = Prompts([[1, 2]], [[3, 4]], ()), Options(128, 0, 10, 8, "", 2)
     origins = [
-        evaluate.origin(states, models, prompts, 128, 0),
-        evaluate.origin(states, models, prompts, 128, 1),
-        evaluate.origin(states, models, prompts, 64, 0),
-        evaluate.origin(states | {"run": (6, 2)}, models, prompts, 128, 0),
-        evaluate.origin(states, models[::-1], prompts, 128, 0),
-        evaluate.origin(states, models, dataclasses.replace(prompts, human=[[3, 5]]), 128, 0),
+        evaluate.origin(states, models, prompts, options),
+        *(evaluate.origin(states, models, prompts, dataclasses.replace(options, **changed))
+          for changed in ({"seed": 1}, {"max_new_tokens": 64}, {"forbid_end_of_text": True})),
+        evaluate.origin(states | {"run": (6, 2)}, models, prompts, options),
+        evaluate.origin(states, models[::-1], prompts, options),
+        evaluate.origin(states, models, dataclasses.replace(prompts, human=[[3, 5]]), options),
     ]
     for number, made_from in enumerate(origins):
         assert evaluate.Store(tmp_path, made_from).get("x", None, lambda number=number: number) == number

@@ -8,6 +8,7 @@ import pytest
 
 import runs
 from tokmat_jax.config import GenerationConfig
+from tokmat_jax.evaluation.measurement import Options
 from tokmat_jax.evaluation.methods import (
     HUMAN,
     Method,
@@ -27,6 +28,10 @@ SAMPLED = Method("temperature 1", "sampling", {"temperature": 1.0})
 BEST = Method("best of 2", "best_of", {"count": 2})
 NEW = 8
 """Batches are of four rows everywhere, so that each decoder compiles one shape."""
+
+
+def options(seed, forbid_end_of_text=False):
+    return Options(NEW, seed, 10, 4, "", 2, forbid_end_of_text)
 
 
 def by_name(methods):
@@ -139,7 +144,7 @@ def test_tokens_per_pass_count_the_end_of_text_too(writer, prompts):
 @pytest.fixture(scope="module")
 def writer(runs_dir):
     run, baseline = (Generator.from_workdir(runs_dir / name) for name in ("run", "ar"))
-    return Writer(run, baseline, NEW, seed=3, batch_size=4)
+    return Writer(run, baseline, options(3))
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +188,7 @@ def test_maturation_is_what_the_generator_of_the_run_writes_with_the_methods_set
 
 
 def test_the_seed_decides_what_is_drawn(writer, prompts):
-    other = Writer(writer.run, writer.baseline, NEW, seed=4, batch_size=4)
+    other = Writer(writer.run, writer.baseline, options(4))
     for method in (MATURATION, SAMPLED):
         assert writer.write(method, prompts) == writer.write(method, prompts)
         assert writer.write(method, prompts).tokens != other.write(method, prompts).tokens
@@ -201,7 +206,7 @@ def ending(writer):
         backbone["head"] = {"kernel": jnp.zeros_like(kernel).at[0].set(9.0 * end)}
         return Generator(generator.config, generator.params | {"backbone": backbone}, generator.tokenizer)
 
-    return Writer(one(writer.run), one(writer.baseline), NEW, seed=0, batch_size=4)
+    return Writer(one(writer.run), one(writer.baseline), options(0))
 
 
 @pytest.mark.parametrize("method", [GREEDY, SAMPLED, BEST, MATURATION], ids=lambda method: method.name)
@@ -215,7 +220,21 @@ def test_end_of_text_is_taken_off_and_told(ending, prompts, method):
     assert first.tolist() == [[[end, -1, -1]] * 2] * 4
 
 
-@pytest.mark.parametrize("method", [GREEDY, Method("contrastive search", "contrastive", {"top_k": 3, "alpha": 0.6})],
+CONTRASTIVE = Method("contrastive search", "contrastive", {"top_k": 3, "alpha": 0.6})
+REPELLED = Method("greedy, repulsion 0.4", "repulsion", {"repulsion": 0.4})
+
+
+@pytest.mark.parametrize("method", [GREEDY, SAMPLED, BEST, CONTRASTIVE, REPELLED, MATURATION],
+                         ids=lambda method: method.name)
+def test_no_sample_ends_if_that_is_forbidden(ending, prompts, method):
+    forbidding = Writer(ending.run, ending.baseline, options(0, forbid_end_of_text=True))
+    written = forbidding.write(method, prompts)
+    assert [len(tokens) for tokens in written.tokens] == [NEW] * 4
+    assert written.finished == [False] * 4
+    assert all(ending.run.tokenizer.end_of_text not in tokens for tokens in written.tokens)
+
+
+@pytest.mark.parametrize("method", [GREEDY, CONTRASTIVE],
                          ids=lambda method: method.name)
 def test_a_deterministic_method_is_repeated(writer, prompts, method):
     found = writer.first_tokens(method, prompts.ids, ahead=3, samples=4)
@@ -245,7 +264,7 @@ def test_the_first_tokens_are_the_decoders_own_samples(writer, prompts):
 
 
 def test_the_largest_seed_still_gives_the_best_of_its_samples(writer, prompts):
-    largest = Writer(writer.run, writer.baseline, NEW, seed=2**32 - 1, batch_size=4)
+    largest = Writer(writer.run, writer.baseline, options(2**32 - 1))
     found = largest.first_tokens(BEST, prompts.ids, ahead=2, samples=2)
     assert found.shape == (4, 2, 2)
 
@@ -255,7 +274,7 @@ def bytes_writer(runs_dir, writer):
     """The same run beside a baseline over single bytes."""
     folder = runs.run(runs_dir, "bytes", "--objective.kind", "ar", "--tokenizer.kind", "bytes",
                       "--train.num-samples", "0")
-    return Writer(writer.run, Generator.from_workdir(folder), NEW, seed=3, batch_size=4)
+    return Writer(writer.run, Generator.from_workdir(folder), options(3))
 
 
 def test_a_baseline_with_another_tokenizer_reads_and_writes_through_text(bytes_writer, prompts):

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from tokmat_jax.evaluation.frontier import Point
+from tokmat_jax.evaluation.numbers import interval, number
 from tokmat_jax.evaluation.render import (
     Bullets,
     Folded,
@@ -17,7 +18,6 @@ from tokmat_jax.evaluation.render import (
     to_html,
     to_markdown,
 )
-from tokmat_jax.evaluation.report import interval, number
 
 EVIL = "</div><script>alert(1)</script> & 'a' \"b\" `c` | d"
 

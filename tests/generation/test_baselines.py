@@ -336,6 +336,41 @@ def test_nothing_to_write_is_nothing_written():
 LOGITS = 3.0 * np.random.default_rng(0).standard_normal((6, 300)).astype(np.float32)
 
 
+def with_ends(ends):
+    """The shaken baseline, but with more tokens that end a text."""
+    generator, _ = shaken()
+    tokenizer = make_tokenizer(TokenizerConfig(kind="bytes"), [])
+    tokenizer.ends = (tokenizer.end_of_text, *ends)
+    return Generator(CONFIG, generator.params, tokenizer)
+
+
+def test_no_sample_ends_before_its_least_length():
+    free = [one.tokens[:6] for one in shaken()[1].sample(PROMPTS, 6)]
+    generator = with_ends({token for tokens in free for token in tokens[:4]})
+    decoder, barred = Baselines(generator), list(generator.tokenizer.ends)
+    for drafts in (0, 2):
+        for prompt, one in zip(PROMPTS, decoder.sample(PROMPTS, 6, min_new_tokens=4, num_drafts=drafts), strict=True):
+            ids = list(ids_of(prompt))
+            for index, token in enumerate(one.tokens):
+                logits = logits_after(outputs(ids)[-1])
+                if index < 4:
+                    logits[barred] = -np.inf
+                assert token == logits.argmax()
+                ids.append(token)
+            assert one.finished == (one.tokens[-1] in barred)
+            assert len(one.tokens) == 6 or (one.finished and len(one.tokens) > 4)
+            np.testing.assert_allclose(one.log_probs, naive_log_probs(prompt, one.tokens), atol=1e-4)
+    drawn = decoder.sample(PROMPTS, 6, 1.0, num_samples=8, min_new_tokens=6)
+    assert all(len(one.tokens) == 6 and not one.finished for one in drawn)
+    assert any(len(one.tokens) < 6 for one in decoder.sample(PROMPTS, 6, 1.0, num_samples=8))
+    for found in (decoder.contrastive(PROMPTS, 6, min_new_tokens=6), decoder.best_of(PROMPTS, 6, 2, min_new_tokens=6),
+                  generator.generate(PROMPTS, dataclasses.replace(CONFIG.generation, max_new_tokens=6,
+                                                                  min_new_tokens=6))):
+        assert all(len(one.tokens) == 6 and not one.finished for one in found)
+    with pytest.raises(UserError, match="min_new_tokens must be at least 0, found -1"):
+        decoder.sample(PROMPTS, 6, min_new_tokens=-1)
+
+
 def test_the_nucleus_by_hand():
     logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.7, 0.1, 0.1, 0.1]]))
     assert np.isfinite(nucleus(logits, 0.65)).tolist() == [[False, True, False, True], [True, False, False, False]]

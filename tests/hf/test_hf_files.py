@@ -321,7 +321,7 @@ def test_a_weight_too_large_for_half_precision_is_not_exported(source, tmp_path)
 def test_the_command_line_refuses_by_name(source, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     for args, says in [
-        (["inport", "a", "b"], "unknown command 'inport'; there are import, export, sphere"),
+        (["inport", "a", "b"], "unknown command 'inport'; there are import, export, push, tail, sphere"),
         (["import", str(source)], "Workdir to make"),
         (["import", str(source), str(tmp_path / "out"), "--dtyp", "float16"], "unknown option --dtyp"),
         (["import", str(tmp_path / "gone"), str(tmp_path / "out")], "does not exist"),

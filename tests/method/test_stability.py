@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokmat_jax.method.stability import Settling, Stability, settle, settled_run, unborn, up_to_end
+from tokmat_jax.method.ending import up_to_end
+from tokmat_jax.method.stability import Settling, Stability, settle, settled_run, unborn
 
 
 def test_a_slot_counts_the_updates_that_left_its_token_as_it_was():

@@ -137,7 +137,7 @@ def source_config(kind, geometry="sphere", **optimizer):
 def test_settings_follow_from_the_source(source, kind, want):
     config = dataclasses.replace(tiny.CONFIG, objective=ObjectiveConfig(kind))
     found, changed = follow(config, source, (), begun=False)
-    values = dict(zip(FOLLOWING, want, strict=True))
+    values = dict(zip(FOLLOWING, (*want, 0.0, 8), strict=True))  # what trains a tail stays
     assert {name: value_at(found, name) for name in FOLLOWING} == values
     assert changed == {name: value for name, value in values.items() if value != value_at(config, name)}
 
@@ -146,7 +146,8 @@ def test_a_tail_in_front_of_a_model_trains_at_a_rate_of_its_own():
     settings = MaturationConfig(max_tail_length=4, num_tails=2)
     config = dataclasses.replace(tiny.CONFIG, init_from="base", maturation=settings, objective=ObjectiveConfig("tail"))
     _, changed = follow(config, source_config("ar", "raw"), (), begun=False)
-    assert changed == {"optimizer.learning_rate": 1e-3, "optimizer.warmup_steps": 20, "objective.negatives": "full"}
+    assert changed == {"optimizer.learning_rate": 1e-3, "optimizer.warmup_steps": 20, "objective.negatives": "full",
+                       "maturation.self_condition_prob": 0.7, "generation.rate": 1.0, "generation.tail_length": 4}
 
 
 def test_the_tail_is_generated_as_it_was_trained_unless_that_is_given():

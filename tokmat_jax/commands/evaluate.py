@@ -18,13 +18,14 @@ from tokmat_jax.commands.flags import parse
 from tokmat_jax.data.corpus import corpus_of_run
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import report
-from tokmat_jax.evaluation.card import Card, Options, num_parameters
-from tokmat_jax.evaluation.frontier import Point
+from tokmat_jax.evaluation.card import Card, num_parameters
+from tokmat_jax.evaluation.frontier import SHOWN, Point
 from tokmat_jax.evaluation.judge import Judge
-from tokmat_jax.evaluation.measurement import check_measurement, origin
+from tokmat_jax.evaluation.measurement import Options, check_measurement, origin
 from tokmat_jax.evaluation.pair import checkpoint_state, mismatches, prompts_of
 from tokmat_jax.evaluation.render import to_html, to_markdown
 from tokmat_jax.evaluation.store import Store
+from tokmat_jax.evaluation.verdicts import verdicts
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.progress import bar
 from tokmat_jax.storage.workdir import CONFIG, make_workdir
@@ -58,6 +59,8 @@ class Args:
     """Number of bootstrap resamples per interval."""
     batch_size: int = 64
     """Samples per batch; changes the speed, not the report."""
+    forbid_end_of_text: bool = False
+    """Let no method end a sample before L tokens, so that repetition is compared on the same prompts."""
     allow_mismatch: bool = False
     """Allow a pair that does not match; the first line of the report then lists the differences."""
 
@@ -125,7 +128,9 @@ def draw(data: dict[str, Any]) -> dict[str, str]:
             Point(*(point[name] for name in ("label", "repetition", "perplexity"))))
     baselines = {point["curve"]: point["is_sampling"] for point in found["points"] if point["is_baseline"]}
     figures = data["figures"]
-    drawn = {"frontier": plots.frontier(curves, Point(**found["human"]), baselines),
+    human, shown = Point(**found["human"]), {name: curves[name] for name in SHOWN if name in curves}
+    drawn = {"frontier": plots.frontier(shown, human, baselines),
+             "frontier_all": plots.frontier(curves, human, baselines),
              "entropy": plots.entropy(figures["maturing"], tuple(figures["temperatures"]))}
     drawn |= {f"candidates_{index}": plots.candidates(token)
               for index, token in enumerate(figures["maturing"]["tokens"][:3])}
@@ -160,9 +165,8 @@ def main(args: Sequence[str]) -> None:
     states = {name: checkpoint_state(Path(path)) for name, path in (
         ("run", flags.workdir), ("baseline", flags.baseline), ("judge", judges_workdir))}
     options = Options(flags.max_new_tokens, flags.seed, flags.resamples, flags.batch_size, flags.prompt,
-                      flags.num_seeds)
-    store = Store(output / "parts", origin(states, (run, baseline, judge.generator), prompts, flags.max_new_tokens,
-                                           flags.seed))
+                      flags.num_seeds, flags.forbid_end_of_text)
+    store = Store(output / "parts", origin(states, (run, baseline, judge.generator), prompts, options))
     for note in prompts.notes:
         print(f"note: {note}")
     card = Card(run, baseline, judge, prompts, store, options)
@@ -170,6 +174,7 @@ def main(args: Sequence[str]) -> None:
         data = card.data(progress.update)
     data["judge"]["name"] = flags.judge or flags.baseline
     data |= {
+        "forbids_end": flags.forbid_end_of_text,
         "title": "Token Maturation against ordinary decoding", "mismatch": found, "seed": flags.seed,
         "run": describe(flags.workdir, run, states["run"][0]), "temperature": 1.0,
         "baseline": describe(flags.baseline, baseline, states["baseline"][0]),
@@ -182,6 +187,6 @@ def main(args: Sequence[str]) -> None:
         print(f"{len(store.reused)} parts were there already, in {output / 'parts'}")
     if found:
         print(f"MISMATCH: {'; '.join(found)}", file=sys.stderr)
-    for sentence in report.verdict(data):
-        print(sentence)
+    for one in verdicts(data):
+        print(f"{one.question} {one.answer}: {one.figure}, {one.interval}")
     print(f"done: {output / 'report.html'}, report.md, report.json, plots/")

@@ -257,7 +257,7 @@ def measure(experiment: Experiment, seed: int, flags: Args) -> dict[str, Any]:
     options = Options(flags.max_new_tokens, 0, flags.resamples, flags.batch_size, "", 2)
 
     def store(name: str, who: dict[str, tuple[int, int]], models: Sequence[Generator]) -> Store:
-        return Store(folder / "parts" / name, origin(who, models, prompts, flags.max_new_tokens, 0))
+        return Store(folder / "parts" / name, origin(who, models, prompts, options))
 
     card = Card(run, baseline, Judge(judge), prompts, store(experiment.name, states, (run, baseline, judge)), options,
                 store("ar", of_baseline, (baseline, judge)))

@@ -86,6 +86,8 @@ class GenerationConfig(Section, name="generation"):
     """`stable` commits a slot early only if its last movement ‖Δz̃‖/R is below this."""
     max_new_tokens: int = setting(64, above=0, every_model=True)
     """Token budget of a sample; end-of-text may come earlier."""
+    min_new_tokens: int = setting(0, at_least=0, every_model=True)
+    """No sample ends before it has this many new tokens; 0 is off. It always ends with its budget."""
     entropy_temperature: float = setting(1.0, above=0, every_model=True)
     """τ of the reported entropy of softmax(cos/τ)."""
     entropy_candidates: int | None = setting(None, at_least=1, every_model=True)
@@ -138,6 +140,7 @@ class GenerationConfig(Section, name="generation"):
         return GenerationConfig(
             tail_length=1, profile="constant", max_maturity=1.0, tail_noise=0.0, model_tail_length=0,
             repulsion=self.repulsion, repulsion_sharpness=self.repulsion_sharpness, max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens,
             entropy_temperature=self.entropy_temperature, entropy_candidates=self.entropy_candidates)
 
     def with_tail_length(self, tail_length: int) -> "GenerationConfig":

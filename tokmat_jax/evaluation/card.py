@@ -4,20 +4,20 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tokmat_jax.config import GenerationConfig
-from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import figures, frontier, metrics, scores
+from tokmat_jax.evaluation.article import Article
 from tokmat_jax.evaluation.gap import measure_gap
 from tokmat_jax.evaluation.judge import Judge, perplexity
+from tokmat_jax.evaluation.measurement import Options
 from tokmat_jax.evaluation.methods import (
     HUMAN,
+    PLAIN_MATURATION,
     Method,
     Writer,
     Written,
@@ -26,35 +26,18 @@ from tokmat_jax.evaluation.methods import (
     table_methods,
 )
 from tokmat_jax.evaluation.pair import Prompts
-from tokmat_jax.evaluation.passes import timed, verified_cases
+from tokmat_jax.evaluation.passes import DRAFTS, timed, verified_cases
+from tokmat_jax.evaluation.quality import share_right
 from tokmat_jax.evaluation.store import Store
 from tokmat_jax.generation.generator import Generator
-from tokmat_jax.keys import seed_key
-from tokmat_jax.model.params import init_params, vocabulary_of
-from tokmat_jax.storage.npy import open_npy
 
 _BRIER = {"contexts": 4, "ahead": 4, "samples": 4}
 """Contexts per prompt, tokens generated after each context, and independent samples of them."""
-_SCALES = (1.0, 2.0)
 _BATCHES = (1, 8)
 """Rows that write together if speed is measured."""
 _SHORT_ROWS = ("human", "greedy", "nucleus 0.95", "plain, guidance 2", "plain, repulsion 0.4")
 _SHORT_CURVES = ("temperature", "nucleus", "penalty", "repulsion of the baseline", "repulsion", "guidance",
                  "σ 1, K 1, by α_max")
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options from the command line."""
-
-    max_new_tokens: int
-    seed: int
-    resamples: int
-    batch_size: int
-    prompt: str
-    """Prompt for the article's figures."""
-    num_seeds: int
-    """Number of samples of that prompt, for the figures over seeds."""
 
 
 def _nobody(done: int, name: str) -> None:
@@ -73,21 +56,18 @@ class Card:
         self.prompts, self.options = prompts, options
         self._store, self._baseline_store = store, baseline_store or store
         self._done, self._told = 0, _nobody
-        self._writer = Writer(run, baseline, options.max_new_tokens, options.seed, options.batch_size)
+        self._writer = Writer(run, baseline, options)
         self._reader = Judge(baseline)
         self._room = run.config.max_positions - len(prompts.ids[0]) - options.max_new_tokens
-        one_step = dataclasses.replace(run.config.generation.with_tail_length(1), max_new_tokens=1)
-        self._figure_room = run.config.max_positions - len(run.rows([options.prompt], one_step)[0].ids)
-        if self._figure_room < 8:
-            raise UserError(f"--prompt has {run.config.max_positions - self._figure_room} tokens, which leaves "
-                            f"{self._figure_room} of the model's {run.config.max_positions} positions: shorten it")
+        self._article = Article(run, baseline, options, self._writer.settings(PLAIN_MATURATION), self._part)
         self.table = table_methods(run.config.generation, self._room)
         self.curves = curve_methods(self._room)
         self.stable = stable_methods() if self._room >= GenerationConfig().tail_length else []
 
     def num_parts(self) -> int:
         """How many parts there are."""
-        return 2 * len(self.table) + len(self.curves) + len(self.stable) + len(self._verified_cases()) + 9
+        return 2 * len(self.table) + len(self.curves) + len(self.stable) + len(self._verified_cases()) + (
+            len(DRAFTS) if self.stable else 0) + 10
 
     def data(self, told: Callable[[int, str], None]) -> dict[str, Any]:
         """All parts of the report. Parts that an earlier, interrupted evaluation finished are read from the store.
@@ -96,12 +76,12 @@ class Card:
         """
         self._done, self._told = 0, told
         rows = [self._row(method) for method in self.table]
-        figure = self._figures()
+        figure = self._article.data()
         return {
-            "rows": rows, "calibration": self._part("calibration", "calibration", None,
-                                                                  self._calibration),
+            "rows": rows, "top1": self._top1(), "drafts": self._drafts(),
+            "calibration": self._part("calibration", "calibration", None, self._calibration),
             "frontier": self._frontier(self.curves), "passes": self._passes(),
-            "verified": self._verified(), "figures": figure,
+            "verified": self._verified(), "figures": figure | {"lookahead": self._lookahead()},
             "gap": self._part("gap", "gap", None, self._gap),
             "judge": {"is_baseline": self.judge.generator is self.baseline,
                       "num_parameters": num_parameters(self.judge.generator)},
@@ -218,6 +198,21 @@ class Card:
         return {name: perplexity(self.judge.read_texts(texts))
                 for name, texts in (("human", pairs), ("shuffled", shuffled))}
 
+    # The language model
+
+    def _top1(self) -> dict[str, Any] | None:
+        """Top-1 on the human text of both models, and its difference; None if their tokenizers differ."""
+        if not self._same(self.baseline):
+            self._part("top-1", "top1", "the tokenizers differ", lambda: None)
+            return None
+        found = self._part("top-1", "top1", None, lambda: {
+            name: share_right(one, self.prompts).tolist()
+            for name, one in (("run", self.run), ("baseline", self.baseline))})
+        run, baseline = (np.array(found[name]) for name in ("run", "baseline"))
+        lead = scores.Value(float(np.mean(run - baseline)), *metrics.bootstrap_mean(
+            run - baseline, self.options.resamples))
+        return {"run": float(run.mean()), "baseline": float(baseline.mean()), "lead": dataclasses.asdict(lead)}
+
     # Tokens per pass against quality
 
     def _passes(self) -> list[dict[str, Any]]:
@@ -233,11 +228,28 @@ class Card:
                 "periodic_loop": scores.nan_mean(measured["periodic_loop"])})
         return found
 
+    def _drafts(self) -> dict[str, Any]:
+        """Tokens a pass of verified commits over all prompts, for each source of drafts."""
+        found = {}
+        for draft in DRAFTS if self.stable else ():
+            settings = dataclasses.replace(self._writer.settings(PLAIN_MATURATION), commit="verified", draft=draft)
+
+            def make(settings: GenerationConfig = settings) -> dict[str, list[int]]:
+                samples = self.run.generate(self.prompts.ids, settings, batch_size=self.options.batch_size)
+                return {"tokens": [len(one.tokens) for one in samples], "passes": [one.passes for one in samples]}
+
+            made = self._part(f"drafts: {draft}", "drafts", draft, make)
+            tokens, passes = np.array(made["tokens"]), np.array(made["passes"])
+            found[draft] = dataclasses.asdict(scores.value(
+                lambda chosen, tokens=tokens, passes=passes: float(tokens[chosen].sum() / passes[chosen].sum()),
+                len(tokens), self.options.resamples))
+        return found
+
     def _verified_cases(self) -> list[tuple[str, int, GenerationConfig]]:
         """(name, batch size, settings) of what verified commits are measured in."""
         if not self.stable:  # there is no room for a tail
             return []
-        base = dataclasses.replace(GenerationConfig(), max_new_tokens=self.options.max_new_tokens)
+        base = self._writer.settings(PLAIN_MATURATION)
         return [(f"{name}{', repulsion 0.4' * (repulsion > 0)}", batch_size, settings) for repulsion in (0.0, 0.4)
                 for batch_size in _BATCHES
                 for name, settings in verified_cases(dataclasses.replace(base, repulsion=repulsion), (3,)).items()]
@@ -301,73 +313,17 @@ class Card:
                     f"{len(ours)} of maturation), and again in every resample.",
         }
 
-    # The article's figures
-
-    def _figures(self) -> dict[str, Any]:
-        options, run = self.options, self.run
-        piece = run.tokenizer.piece
-        kappa = float(run.logit_scale) * (run.config.table.radius**2)
-        temperatures = (1.0, 1.0 / kappa)
-        room = self._figure_room
-        length = min(options.max_new_tokens, 64, room // 2)
-        plain = dataclasses.replace(self._writer.settings(Method("plain", "maturation")), max_new_tokens=length)
-        plain = dataclasses.replace(plain, tail_length=min(plain.tail_length, room - length))
-        tails = [k for k in (1, 2, 4, 8, 16, 32) if k <= room - length]
-        trained = run.config.maturation.max_tail_length
-        # The sample must be long enough that some tokens pass through the whole tail.
-        whole = dataclasses.replace(plain, tail_length=max(k for k in tails if k <= min(trained, length // 2)))
-
-        def record(settings: GenerationConfig, prompt: str | Sequence[int] = options.prompt, temperature: float = 1.0):
-            settings = dataclasses.replace(settings, entropy_temperature=temperature)
-            return run.record(prompt, settings, seed=options.seed)
-
-        def maturing():
-            soft, sharp = (record(whole, temperature=temperature) for temperature in temperatures)
-            return figures.maturing(sharp, soft, piece)
-
-        def readouts():
-            before = run.rows([options.prompt], plain)[0].ids
-            return {f"{scale:g}": figures.readout(
-                record(dataclasses.replace(plain, guidance_scale=scale)),
-                lambda ids: run.tokenizer.split(before, ids)[1], piece) for scale in _SCALES}
-
-        def attractors():
-            own = dataclasses.replace(run.config.generation, max_new_tokens=length)
-            own = own.with_tail_length(min(own.tail_length, room - length))
-            samples = run.generate([options.prompt], own, options.num_seeds, options.seed, options.batch_size)
-            return figures.attractors([sample.tokens for sample in samples], piece)
-
-        asked = [options.prompt, length, options.num_seeds]
-        return {
-            "prompt": options.prompt, "temperatures": temperatures,
-            "maturing": self._part("tokens through maturation", "maturing", asked, maturing),
-            "readout": self._part("the tail with and without guidance", "readout", asked, readouts),
-            "lookahead": self._lookahead(),
-            "diversity": self._part("K against diversity", "diversity", asked, lambda: figures.diversity_by_tail(
-                run, options.prompt, plain, tails, options.num_seeds, options.seed, options.batch_size)),
-            "attractors": self._part("template attractors", "attractors", asked, attractors),
-            "geometry": self._part("geometry of the tables", "geometry", None, self._geometry),
-        }
-
     def _lookahead(self) -> dict[str, Any]:
         """How many later tokens plain tails foresee, with and without guidance."""
-        plain = self._writer.settings(Method("plain", "maturation"))
+        plain = self._writer.settings(PLAIN_MATURATION)
         plain = dataclasses.replace(plain, tail_length=min(plain.tail_length, self._room))
 
         def make():
             return {f"{scale:g}": figures.lookahead([
                 self.run.record(ids, dataclasses.replace(plain, guidance_scale=scale), seed=self.options.seed)
-                for ids in self.prompts.ids[:16]]) for scale in _SCALES}
+                for ids in self.prompts.ids[:16]]) for scale in figures.SCALES}
 
         return self._part("what tails foresee", "lookahead", None, make)
-
-    def _geometry(self) -> dict[str, Any]:
-        found = {}
-        for name, one in (("maturation", self.run), ("baseline", self.baseline)):
-            before = starting_table(one)
-            if before is not None:
-                found[name] = figures.table_geometry(before, np.asarray(one.vocabulary.table))
-        return found
 
     def _gap(self) -> dict[str, Any]:
         ids = np.array([[*p, *h] for p, h in zip(self.prompts.ids, self.prompts.human, strict=True)])
@@ -377,24 +333,6 @@ class Card:
                           self.options.seed)
         return {name: value.tolist() if isinstance(value, np.ndarray) else value
                 for name, value in dataclasses.asdict(gap).items()}
-
-
-def starting_table(generator: Generator) -> np.ndarray | None:
-    """The table [V, d] that a run started with; None if its source no longer exists or has another shape."""
-    config, shape = generator.config, generator.vocabulary.table.shape
-    try:
-        if config.init_from is not None:
-            rows = Generator.from_workdir(config.init_from).params["table"]
-        elif config.table.initial is not None:
-            stored = open_npy(config.table.initial)
-            if stored.shape != shape:
-                return None
-            rows = jnp.asarray(stored.astype(np.float32))
-        else:
-            rows = jax.jit(lambda: init_params(seed_key(config.train.seed), config, shape[0])["table"])()
-    except UserError:
-        return None
-    return np.asarray(vocabulary_of({"table": rows}, config).table) if rows.shape == shape else None
 
 
 def num_parameters(generator: Generator) -> int:

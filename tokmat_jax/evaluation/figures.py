@@ -13,6 +13,8 @@ from tokmat_jax.evaluation.scores import nan_mean
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.generation.trajectory import Trajectory
 
+SCALES = (1.0, 2.0)
+"""Guidance scales at which tails are shown."""
 _AHEAD = 32
 """A slot's token counts as foreseen if it is committed within this many tokens after the step."""
 

@@ -10,6 +10,8 @@ from tokmat_jax.evaluation.metrics import bootstrap
 
 SAMPLING, ALL_CURVES = "the baseline's sampling", "the baseline's sampling, penalty and repulsion"
 """Names of the fronts that areas are measured against."""
+SHOWN = ("temperature", "nucleus", "penalty", "repulsion of the baseline", "repulsion", "guidance")
+"""The curves of the first plot: the usual decoders, what pushes away from the past on both sides, and guidance."""
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,31 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation.pair import Prompts
 from tokmat_jax.generation.generator import Generator
 
-_FORMAT = 3
+_FORMAT = 4
 """Format version of the stored parts. Change it whenever the computation of a part changes."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options from the command line."""
+
+    max_new_tokens: int
+    seed: int
+    resamples: int
+    batch_size: int
+    prompt: str
+    """Prompt for the article's figures."""
+    num_seeds: int
+    """Number of samples of that prompt, for the figures over seeds."""
+    forbid_end_of_text: bool = False
+    """Whether every method writes L tokens, with no end before."""
 
 
 def check_measurement(flags: Any, **more: int) -> None:
@@ -27,9 +44,10 @@ def check_measurement(flags: Any, **more: int) -> None:
 
 
 def origin(
-    states: dict[str, tuple[int, int]], models: Sequence[Generator], prompts: Prompts, max_new_tokens: int, seed: int
+    states: dict[str, tuple[int, int]], models: Sequence[Generator], prompts: Prompts, options: Options
 ) -> dict[str, Any]:
     """The origin of every stored part; `states` are the checkpoints of `models`. A part is reused only for the same
     origin."""
     return {"format": _FORMAT, "states": states, "configs": [dataclasses.asdict(one.config) for one in models],
-            "prompts": [prompts.ids, prompts.human], "new_tokens": max_new_tokens, "seed": seed}
+            "prompts": [prompts.ids, prompts.human], "new_tokens": options.max_new_tokens, "seed": options.seed,
+            "forbid_end": options.forbid_end_of_text}

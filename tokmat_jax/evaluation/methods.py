@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tokmat_jax.config import GenerationConfig
+from tokmat_jax.evaluation.measurement import Options
 from tokmat_jax.evaluation.pair import Prompts
 from tokmat_jax.generation.baselines import Baselines
 from tokmat_jax.generation.generator import Generator
@@ -52,6 +53,7 @@ class Method:
 
 
 HUMAN = Method("human", "human")
+PLAIN_MATURATION = Method("plain", "maturation")
 _STRONG = {"tail_noise": 1.0, "max_maturity": 0.5}
 """Settings with strong embryos and a low rate."""
 _REPULSIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
@@ -157,15 +159,18 @@ class Written:
 class Writer:
     """Continues the same prompts with every method."""
 
-    def __init__(self, run: Generator, baseline: Generator, max_new_tokens: int, seed: int, batch_size: int):
+    def __init__(self, run: Generator, baseline: Generator, options: Options):
         self.run, self.baseline = run, baseline
         self._decoder = Baselines(baseline)
         self._same_ids = run.tokenizer.same_ids(baseline.tokenizer)
-        self._new, self._seed, self._batch_size = max_new_tokens, seed, batch_size
+        self._new, self._seed, self._batch_size = options.max_new_tokens, options.seed, options.batch_size
+        self._least = self._new if options.forbid_end_of_text else 0
 
     def settings(self, method: Method, max_new_tokens: int | None = None) -> GenerationConfig:
         """The generation settings of a maturation `method`."""
-        fields: dict[str, Any] = PLAIN | method.settings | {"max_new_tokens": max_new_tokens or self._new}
+        least = 0 if max_new_tokens else self._least
+        fields: dict[str, Any] = PLAIN | method.settings | {
+            "max_new_tokens": max_new_tokens or self._new, "min_new_tokens": least}
         return GenerationConfig(**fields)
 
     def write(self, method: Method, prompts: Prompts) -> Written:
@@ -177,7 +182,7 @@ class Writer:
             tokens = [one.tokens[:-1] if one.finished else one.tokens for one in found]
             return Written(tokens, [one.finished for one in found], [float(np.mean(one.entropy)) for one in found],
                            [one.passes for one in found])
-        tokens, finished = self._baseline(method, prompts.ids, self._new, self._seed, 1)
+        tokens, finished = self._baseline(method, prompts.ids, self._new, self._seed, 1, self._least)
         return Written(tokens, finished, None)
 
     def first_tokens(self, method: Method, contexts: Sequence[Sequence[int]], ahead: int, samples: int) -> np.ndarray:
@@ -210,22 +215,24 @@ class Writer:
         return [[*tokens, *end] if finished else tokens for tokens, finished in written]
 
     def _baseline(
-        self, method: Method, prompts: Sequence[Sequence[int]], length: int, seed: int, samples: int
+        self, method: Method, prompts: Sequence[Sequence[int]], length: int, seed: int, samples: int, least: int = 0
     ) -> tuple[list[list[int]], list[bool]]:
         ours = self.run.tokenizer
         given = prompts if self._same_ids else [ours.decode(ids) for ids in prompts]
         size = self._batch_size
         match method.kind:
             case "contrastive":
-                found = self._decoder.contrastive(given, length, batch_size=size, **method.settings)
+                found = self._decoder.contrastive(given, length, batch_size=size, min_new_tokens=least,
+                                                  **method.settings)
             case "best_of":
-                found = self._decoder.best_of(given, length, seed=seed, batch_size=size, **method.settings)
+                found = self._decoder.best_of(given, length, seed=seed, batch_size=size, min_new_tokens=least,
+                                              **method.settings)
             case "repulsion":
-                settings = GenerationConfig(max_new_tokens=length, **method.settings)
+                settings = GenerationConfig(max_new_tokens=length, min_new_tokens=least, **method.settings)
                 found = self.baseline.generate(given, settings, batch_size=size)
             case _:
                 found = self._decoder.sample(given, length, num_samples=samples, seed=seed, batch_size=size,
-                                             **method.settings)
+                                             min_new_tokens=least, **method.settings)
         tokens = [one.tokens[:-1] if one.finished else one.tokens for one in found]
         if not self._same_ids:
             before = [ids for ids in prompts for _ in range(len(found) // len(prompts))]

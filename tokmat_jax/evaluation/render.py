@@ -60,6 +60,8 @@ class Table:
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    in_words: bool = False
+    """Whether its cells hold sentences, which may be broken."""
 
     def markdown(self) -> str:
         lines = [self.header, ["---"] * len(self.header), *self.rows]
@@ -69,7 +71,8 @@ class Table:
         head = "".join(f"<th scope=col>{_shown(cell)}</th>" for cell in self.header)
         body = "".join(f"<tr><th scope=row>{_shown(row[0])}</th>"
                        + "".join(f"<td>{_shown(cell)}</td>" for cell in row[1:]) + "</tr>" for row in self.rows)
-        return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        words = " class=answers" if self.in_words else ""
+        return f"<div class=wide><table{words}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,23 @@ class Quote:
         tags = {"prompt": "b", "new": "span", "tail": "i", "mark": "mark"}
         return "<div class=text>" + "".join(
             f"<{tags[kind]}>{_shown(text)}</{tags[kind]}>" for text, kind in self.spans) + "</div>"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Quotes with titles, side by side where the page is wide enough."""
+
+    titles: Sequence[str]
+    quotes: Sequence[Quote]
+
+    def markdown(self) -> str:
+        return "\n\n".join(f"**{title}**\n\n{quote.markdown()}"
+                           for title, quote in zip(self.titles, self.quotes, strict=True))
+
+    def html(self, plots: Plots) -> str:
+        return "<div class=beside>" + "".join(
+            f"<section><h4>{_shown(title)}</h4>{quote.html(plots)}</section>"
+            for title, quote in zip(self.titles, self.quotes, strict=True)) + "</div>"
 
 
 @dataclass(frozen=True)
@@ -173,5 +193,9 @@ figure { margin: 1rem 0; padding: .6rem; background: #fff; border: 1px solid var
 .text { white-space: pre-wrap; overflow-wrap: anywhere; border-left: .2rem solid var(--line); padding-left: .8rem;
   margin: .6rem 0; } .text b { font-weight: 650; } .text i { color: var(--soft); font-style: normal; }
 mark { background: var(--mark); color: inherit; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .4rem 1.2rem;
+  font-size: .9rem; }
+.beside h4 { margin: .4rem 0 0; color: var(--soft); font-weight: 600; }
+.answers td { white-space: normal; text-align: left; } .answers tbody th { white-space: normal; min-width: 11rem; }
 details { margin: .4rem 0; } summary { cursor: pointer; }
 """

@@ -5,9 +5,11 @@ import math
 from typing import Any
 
 from tokmat_jax.evaluation.frontier import ALL_CURVES
+from tokmat_jax.evaluation.numbers import area_interval, interval, number
 from tokmat_jax.evaluation.passes import best_within
-from tokmat_jax.evaluation.render import Block, Bullets, Folded, Heading, Paragraph, Plot, Quote, Table
+from tokmat_jax.evaluation.render import Beside, Block, Bullets, Folded, Heading, Paragraph, Plot, Quote, Table
 from tokmat_jax.evaluation.scores import COLUMNS
+from tokmat_jax.evaluation.verdicts import verdicts
 
 Data = dict[str, Any]
 """The contents of `report.json`."""
@@ -26,25 +28,6 @@ def to_json(data: Data) -> str:
     text = json.dumps(clean(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     # Half of a surrogate pair, as in a folder name that is not UTF-8, is escaped as in JSON.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def number(value: float | None, percent: bool = False, signed: bool = False) -> str:
-    """Three significant digits; a dash if there is no value."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    sign = "+" if signed else ""
-    if percent:
-        return f"{100 * value:{sign}.0f} %".replace("-", "−")
-    places = next((places for least, places in ((1000, 0), (10, 1), (2, 2)) if abs(value) >= least), 3)
-    return f"{value:{sign},.{places}f}".replace("-", "−")
-
-
-def interval(value: Data, percent: bool = False) -> str:
-    """`0.412 (0.380–0.440)`."""
-    shown = number(value["value"], percent)
-    low, high = number(value["low"], percent), number(value["high"], percent)
-    between = " to " if "−" in low else "–"
-    return shown if "–" in (shown, low, high) else f"{shown} ({low}{between}{high})"
 
 
 def _scores(data: Data, distance: bool = False) -> Table:
@@ -113,12 +96,6 @@ def _verified(data: Data) -> list[Block]:
         "last tokens occurred before (lookup), or both."), Table(header, rows)]
 
 
-def area_interval(area: Data) -> str:
-    """`+0.106 to +0.177`; a dash if there is no area."""
-    low, high = (number(end, signed=True) for end in area["interval"])
-    return f"{low} to {high}" if number(area["area"]) != "–" else "–"
-
-
 def verdict(data: Data) -> list[str]:
     """The conclusions from the numbers, in sentences."""
     said = []
@@ -168,9 +145,12 @@ def _facts(data: Data) -> list[str]:
                  f"Entropy at τ = {data['temperature']:g}.")
     lines += [f"Note: {note}." for note in prompts["notes"]]
     short = [f"{row['name']}: {row['full']}" for row in data["rows"] if row["full"] < prompts["count"]]
+    if data["forbids_end"]:
+        lines.append(f"No method could end a sample before {prompts['new_tokens']} tokens.")
     if short:
-        lines.append(f"Repetition and loops count samples of exactly L tokens; of {prompts['count']} these had fewer. "
-                     f"{'; '.join(short)}.")
+        lines.append(f"Repetition and loops count samples of exactly L tokens, so each method has a set of its own; of "
+                     f"{prompts['count']} these had fewer. {'; '.join(short)}. --forbid-end-of-text compares all "
+                     f"prompts.")
     lines.append(_judge_sentences(data))
     return lines
 
@@ -240,8 +220,11 @@ def document(data: Data) -> list[Block]:
     if data["mismatch"]:
         blocks.append(Paragraph(f"MISMATCH: this pair does not compare like with like: {'; '.join(data['mismatch'])}.",
                                 is_warning=True))
-    blocks += [Heading(data["title"], 1), *map(Paragraph, _facts(data)), *map(Paragraph, verdict(data))]
-    blocks += [Heading("The frontier"), Plot("frontier"), _areas(data), Paragraph(data["frontier"]["note"])]
+    blocks += [Heading(data["title"], 1), _answers(data), *map(Paragraph, _facts(data))]
+    blocks += [Heading("Three prompts"), *_three_prompts(data["rows"]), Heading("All methods", 3),
+               *map(_samples, data["rows"])]
+    blocks += [Heading("The frontier"), *map(Paragraph, verdict(data)), Plot("frontier"), _areas(data),
+               Paragraph(data["frontier"]["note"]), Folded("all curves", [Plot("frontier_all")])]
     blocks += _passes(data)
     blocks += [Heading("Scores"), _scores(data), Heading("Distance to the human row"), _scores(data, distance=True),
                Paragraph("More distinct than human is not better: 0 is the aim of every column but the perplexity of a "
@@ -257,9 +240,25 @@ def document(data: Data) -> list[Block]:
         Quote([(piece, "mark" if stays else "new") for piece, stays in row]) for row in figures["attractors"]["rows"])]
     blocks += [Heading("The table"), _geometry(data), *map(Paragraph, _geometry_sentences(data))]
     blocks += [Heading("Train–inference gap"), Plot("gap"), Paragraph(_gap_sentence(data["gap"]))]
-    blocks += [Heading("Samples"), *map(_samples, data["rows"])]
     blocks += [Heading("Definitions"), Bullets([f"{column.title}: {column.meaning}." for column in COLUMNS])]
     return [*blocks, Heading("Made with"), Paragraph(data["command"]), Paragraph(f"{data['seconds']:.0f} s")]
+
+
+def _answers(data: Data) -> Table:
+    """The five questions of `verdicts`."""
+    return Table(["", "", "", "95 % interval"], [
+        [one.question, one.answer, one.figure, one.interval] for one in verdicts(data)], in_words=True)
+
+
+def _three_prompts(rows: list[Data]) -> list[Block]:
+    """What follows each prompt: the human text, and that of three methods."""
+    ours = next((row["name"] for row in rows if row["kind"] == "maturation"), None)
+    chosen = [row for row in rows if row["name"] in ("human", "greedy", "nucleus 0.95", ours)]
+    found: list[Block] = []
+    for index, (prompt, _) in enumerate(rows[0]["samples"]):
+        found += [Quote([(prompt, "prompt")]), Beside(
+            [row["name"] for row in chosen], [Quote([(row["samples"][index][1], "new")]) for row in chosen])]
+    return found
 
 
 def _samples(row: Data) -> Folded:

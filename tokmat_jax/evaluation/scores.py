@@ -87,16 +87,16 @@ def values(
     pooled = {n: metrics.pooled_counts(texts, n) * full[:, None] for n in (2, 3, 4)}
 
     for n, counts in pooled.items():
-        found[f"simctg_rep_{n}"] = _value(
+        found[f"simctg_rep_{n}"] = value(
             lambda chosen, counts=counts: metrics.pooled_repetition(counts[chosen]), count, resamples)
-    found["diversity"] = _value(
+    found["diversity"] = value(
         lambda chosen: metrics.diversity([counts[chosen] for counts in pooled.values()]), count, resamples)
 
     def perplexity(chosen: np.ndarray) -> float:
         total = judge_tokens[chosen].sum()
         return float(np.exp(nats[chosen].sum() / total)) if total else math.nan
 
-    found["judge_perplexity"] = _value(perplexity, count, resamples)
+    found["judge_perplexity"] = value(perplexity, count, resamples)
     return found
 
 
@@ -106,7 +106,8 @@ def nan_mean(array: np.ndarray) -> float:
     return float(known.mean()) if known.size else math.nan
 
 
-def _value(statistic: Callable[[np.ndarray], float], count: int, resamples: int) -> Value:
+def value(statistic: Callable[[np.ndarray], float], count: int, resamples: int) -> Value:
+    """The `statistic` of the indices of all `count` prompts, with its interval."""
     return Value(float(statistic(np.arange(count))), *metrics.bootstrap(statistic, count, resamples))
 
 
@@ -118,9 +119,9 @@ def brier_values(per_context: np.ndarray, contexts_per_prompt: int, resamples: i
     def mean(chosen: np.ndarray, n: int) -> float:
         return float(grouped[chosen, :, n].mean())
 
-    found = {f"brier_{n + 1}": _value(lambda chosen, n=n: mean(chosen, n), count, resamples)
+    found = {f"brier_{n + 1}": value(lambda chosen, n=n: mean(chosen, n), count, resamples)
              for n in range(per_context.shape[-1])}
-    found["brier_lm"] = _value(
+    found["brier_lm"] = value(
         lambda chosen: metrics.brier_lm(grouped[chosen].reshape(-1, per_context.shape[-1])), count, resamples)
     return found
 

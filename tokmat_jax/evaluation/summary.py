@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tokmat_jax.evaluation.frontier import ALL_CURVES, SAMPLING
-from tokmat_jax.evaluation.report import area_interval, number
+from tokmat_jax.evaluation.numbers import area_interval, number
 
 Row = dict[str, Any]
 """A row of the log."""

@@ -25,6 +25,7 @@ from tokmat_jax.generation.sampling import (
     sampling_step,
     start_sampling,
 )
+from tokmat_jax.method.ending import ends_within
 from tokmat_jax.model.backbone import Forward, make_forward
 
 Advance = Callable[[LanguageModel, SamplingState, int], tuple[SamplingState, SampledStep]]
@@ -73,20 +74,21 @@ class Baselines:
     def sample(
         self, prompts: Sequence[Prompt], max_new_tokens: int, temperature: float = 0.0,
         top_p: float = 1.0, repetition_penalty: float = 1.0, num_samples: int = 1, seed: int = 0, batch_size: int = 64,
-        num_drafts: int = 0,
+        num_drafts: int = 0, min_new_tokens: int = 0,
     ) -> list[Continuation]:
         """`num_samples` continuations of each prompt, sorted by prompt and then by sample number.
 
         The defaults are greedy decoding. If `num_drafts` M > 0, each pass also checks the M tokens that followed an
-        earlier occurrence of the last tokens. This changes the number of passes, not the text. Raises UserError if a
-        value is outside the ranges of `Sampling`.
+        earlier occurrence of the last tokens. This changes the number of passes, not the text. No sample ends
+        before `min_new_tokens`. Raises UserError if a value is outside the ranges of `Sampling`.
         """
         _require(is_number(temperature) and temperature >= 0,
                  f"temperature must be a number from 0 (greedy) on, found {temperature}")
         _require(is_number(top_p) and 0 < top_p <= 1, f"top_p must lie in (0, 1], found {top_p}")
         _require(is_number(repetition_penalty) and repetition_penalty >= 1,
                  f"repetition_penalty must be a number from 1 (off) on, found {repetition_penalty}")
-        sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p), jnp.float32(repetition_penalty))
+        sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p), jnp.float32(repetition_penalty),
+                            _ends_within(min_new_tokens, max_new_tokens))
         return self._write(prompts, max_new_tokens, num_samples, seed, batch_size,
                            lambda model, state, steps: self._sample(
                                model, state, sampling, num_drafts=whole_number("num_drafts", num_drafts, 0),
@@ -94,21 +96,23 @@ class Baselines:
 
     def contrastive(
         self, prompts: Sequence[Prompt], max_new_tokens: int, top_k: int = 5, alpha: float = 0.6,
-        batch_size: int = 64,
+        batch_size: int = 64, min_new_tokens: int = 0,
     ) -> list[Continuation]:
         """One continuation of each prompt by contrastive search (Su et al. 2022), see `contrastive_step`.
 
-        Deterministic. A `top_k` above V means V. Raises UserError if `top_k` < 1 or `alpha` is outside [0, 1].
+        Deterministic. A `top_k` above V means V. No sample ends before `min_new_tokens`. Raises
+        UserError if `top_k` < 1 or `alpha` is outside [0, 1].
         """
         top_k = whole_number("top_k", top_k, 1)
         _require(is_number(alpha) and 0 <= alpha <= 1, f"alpha must lie in [0, 1], found {alpha}")
+        within = _ends_within(min_new_tokens, max_new_tokens)
         return self._write(prompts, max_new_tokens, 1, 0, batch_size,
-                           lambda model, state, steps: self._contrast(model, state, jnp.float32(alpha), top_k=top_k,
-                                                                      num_steps=steps))
+                           lambda model, state, steps: self._contrast(model, state, jnp.float32(alpha), within,
+                                                                      top_k=top_k, num_steps=steps))
 
     def best_of(
         self, prompts: Sequence[Prompt], max_new_tokens: int, count: int = 16, temperature: float = 1.0,
-        seed: int = 0, batch_size: int = 64,
+        seed: int = 0, batch_size: int = 64, min_new_tokens: int = 0,
     ) -> list[Continuation]:
         """Draws `count` samples of each prompt and keeps the one with the highest mean log-probability per token.
 
@@ -117,7 +121,7 @@ class Baselines:
         """
         count = whole_number("count", count, 1)
         samples = self.sample(prompts, max_new_tokens, temperature, num_samples=count, seed=seed,
-                              batch_size=batch_size)
+                              batch_size=batch_size, min_new_tokens=min_new_tokens)
         return [max(samples[first : first + count], key=lambda one: math.fsum(one.log_probs) / len(one.log_probs))
                 for first in range(0, len(samples), count)]
 
@@ -167,11 +171,17 @@ class Baselines:
                                      num_drafts=num_drafts, ends=self.generator.tokenizer.ends)
         return sample_steps(state, step, num_steps)
 
-    def _trace_contrast(self, model, state, alpha, top_k, num_steps):
+    def _trace_contrast(self, model, state, alpha, within, top_k, num_steps):
         self._compilations += 1
         step = functools.partial(contrastive_step, model=model, forward=self._forward, alpha=alpha, top_k=top_k,
-                                 ends=self.generator.tokenizer.ends)
+                                 ends=self.generator.tokenizer.ends, ends_within=within)
         return sample_steps(state, step, num_steps)
+
+
+def _ends_within(min_new_tokens: int, max_new_tokens: int) -> jax.Array | None:
+    """Raises UserError if a length is no whole number, or `min_new_tokens` is below 0."""
+    return ends_within(whole_number("min_new_tokens", min_new_tokens, 0),
+                       whole_number("max_new_tokens", max_new_tokens))
 
 
 def _require(condition: bool, message: str) -> None:

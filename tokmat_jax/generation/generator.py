@@ -223,6 +223,12 @@ class Generator:
             vectors.append(direction_of(jnp.asarray(self._vectors(self.tokenizer.encode(f" {word.strip()}")))))
         return np.asarray(direction_of(jnp.stack(vectors)))
 
+    @property
+    def told_tail_length(self) -> int:
+        """The K that the model is told at committed positions when it generates with its own settings."""
+        told = _told(self.settings, self.config).model_tail_length
+        return 0 if self.is_autoregressive else self.settings.tail_length if told is None else told
+
     def next_tokens(self, ids: Sequence[int]) -> list[int]:
         """The nearest token to the prediction after every prefix of `ids` (at least one, at most `max_positions`).
 

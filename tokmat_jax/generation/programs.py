@@ -12,7 +12,7 @@ from tokmat_jax.config import ComputeConfig, Config
 from tokmat_jax.generation import cache
 from tokmat_jax.generation.batches import sample_key
 from tokmat_jax.method.algorithm import DecodeState, DecodeStep, Record, decode, start_decoding
-from tokmat_jax.method.stability import Ends
+from tokmat_jax.method.ending import Ends
 from tokmat_jax.method.table import Vocabulary, look_up, read
 from tokmat_jax.method.tail import Tail
 from tokmat_jax.model.backbone import Forward, Params, make_forward, unstack_blocks

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from tokmat_jax.method.ending import Ends
 from tokmat_jax.method.history import history_noise
 from tokmat_jax.method.noise import embryos, fresh
-from tokmat_jax.method.stability import Ends
 from tokmat_jax.method.table import Vocabulary
 from tokmat_jax.method.tail import Tail
 from tokmat_jax.model.attention import history_mask
@@ -36,8 +36,8 @@ def generate_by_reference(
     """
     # Keep the tail in NumPy: a loop over JAX arrays would wait for every single operation.
     key, tail, pins, radius = key[None], jax.tree.map(np.asarray, tail), pins or {}, vocabulary.radius
-    length, size = tail.maturity.shape[0], vocabulary.table.shape[1]
     table, readout = np.asarray(vocabulary.table), np.asarray(vocabulary.readout)
+    length, size = tail.maturity.shape[0], table.shape[1]
 
     def embryo(number):
         return np.asarray(_EMBRYOS(key, np.array([number], np.int32), 1, size, tail.noise, radius))[0, 0]
@@ -78,7 +78,9 @@ def generate_by_reference(
                  for index, slot in enumerate(slots)]
         trajectory.append(np.stack(slots))
         for index, slot in enumerate(slots):
-            said[index].append(pins.get(len(tokens) + index, int(np.argmax(readout @ slot))))
+            number = len(tokens) + index
+            barred = ends if tail.ends_within is not None and max_new_tokens - number > tail.ends_within else ()
+            said[index].append(pins.get(number, nearest(readout @ slot, barred)))
         count = 1
         while (tail.stability is not None and count < min(max_commit, length, max_new_tokens - len(tokens))
                and said[count - 1][-1] not in ends
@@ -96,6 +98,13 @@ def generate_by_reference(
         slots = [*slots[count:], *(embryo(length + len(tokens) - count + index) for index in range(count))]
         said = [*said[count:], *([] for _ in range(count))]
     return tokens, np.stack(trajectory)
+
+
+def nearest(scores: np.ndarray, barred: Ends) -> int:
+    """The token with the largest of `scores` [V] that is not `barred`."""
+    allowed = scores.copy()
+    allowed[list(barred)] = -np.inf
+    return int(np.argmax(allowed))
 
 
 def settled(said: list[int], before: np.ndarray, after: np.ndarray, tail: Tail, radius: float) -> bool:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokmat_jax.generation import cache
-from tokmat_jax.method.stability import Ends, is_end
+from tokmat_jax.method.ending import Ends, bar, is_end
 from tokmat_jax.method.table import Vocabulary, look_up, scores, unit
 from tokmat_jax.method.verification import look_up_drafts
 from tokmat_jax.model.backbone import Forward, KVCache, Params
@@ -32,6 +32,8 @@ class Sampling:
     """[] in (0, 1], mass of the nucleus; 1 is off."""
     repetition_penalty: jax.Array
     """[] ≥ 1; 1 is off."""
+    ends_within: jax.Array | None = None
+    """[] number of last tokens of the budget among which a sample may end; None if it may end anywhere."""
 
 
 @struct.dataclass
@@ -153,18 +155,25 @@ def sampling_step(
 ) -> tuple[SamplingState, SampledStep]:
     """One token per row: penalty, temperature, nucleus, draw, in the order of `transformers`."""
     logits = _logits(model, state.prediction)
-    token = _draw(state, logits, state.seen, state.num_committed, sampling)[:, None]
+    token = _draw(state, logits, state.seen, state.num_committed, sampling, ends)[:, None]
     prediction, live = _read(model, forward, state, token)
     return _commit(state, logits, token, prediction, live, jnp.zeros_like(state.num_committed), ends)
 
 
 def _draw(
-    state: SamplingState, logits: jax.Array, seen: jax.Array, position: jax.Array, sampling: Sampling
+    state: SamplingState, logits: jax.Array, seen: jax.Array, position: jax.Array, sampling: Sampling, ends: Ends
 ) -> jax.Array:
     """Tokens [B] that the rows' keys draw at `position` [B]. The draw depends only on key and position, not on the
     number of passes."""
     key = jax.vmap(jax.random.fold_in)(state.key, position)
+    logits = _allowed(logits, state.budget - position, sampling.ends_within, ends)
     return choose(key, penalise(logits, seen, sampling.repetition_penalty), sampling)
+
+
+def _allowed(logits: jax.Array, remaining: jax.Array, within: jax.Array | None, ends: Ends) -> jax.Array:
+    """`logits` [B, V], −∞ for ends that are barred where `remaining` [B] tokens of the budget are left."""
+    barred = bar(remaining, within, ends)
+    return logits if barred is None else barred.allowed(logits, jnp.arange(logits.shape[-1]))
 
 
 def checked_sampling_step(
@@ -178,7 +187,7 @@ def checked_sampling_step(
     """
     n, rows = state.num_committed, jnp.arange(state.num_committed.shape[0])
     logits = [_logits(model, state.prediction)]
-    first = _draw(state, logits[0], state.seen, n, sampling)
+    first = _draw(state, logits[0], state.seen, n, sampling, ends)
     text = state.text.at[rows, n].set(first, mode="drop")
     drafts = look_up_drafts(text, n + 1, num_drafts)
     tokens = jnp.concatenate([first[:, None], jnp.maximum(drafts, 0)], axis=1)
@@ -191,7 +200,7 @@ def checked_sampling_step(
     emitted, seen = [~state.done], _mark(state.seen, first[:, None], ~state.done[:, None])
     for index in range(num_drafts):
         logits.append(_logits(model, prediction[:, index]))
-        drawn = _draw(state, logits[-1], seen, n + 1 + index, sampling)
+        drawn = _draw(state, logits[-1], seen, n + 1 + index, sampling, ends)
         right = emitted[-1] & ~is_end(tokens[:, index], ends) & (n + 1 + index < state.budget)
         emitted.append(right & (drawn == drafts[:, index]))
         seen = _mark(seen, drawn[:, None], emitted[-1][:, None])
@@ -215,7 +224,8 @@ def checked_sampling_step(
 
 
 def contrastive_step(
-    state: SamplingState, model: LanguageModel, forward: Forward, alpha: jax.Array, top_k: int, ends: Ends
+    state: SamplingState, model: LanguageModel, forward: Forward, alpha: jax.Array, top_k: int, ends: Ends,
+    ends_within: jax.Array | None = None,
 ) -> tuple[SamplingState, SampledStep]:
     """One token per row: argmax over the `top_k` likeliest v of (1 − α) p(v | x_<t) − α max_j cos(h_v, h_{x_j}).
 
@@ -223,7 +233,8 @@ def contrastive_step(
     the model's output after it read x; `alpha` [] is in [0, 1], and 0 is greedy.
     """
     logits = _logits(model, state.prediction)
-    likeliest, tokens = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
+    allowed = _allowed(logits, state.budget - state.num_committed, ends_within, ends)
+    likeliest, tokens = jax.lax.top_k(allowed, min(top_k, logits.shape[-1]))
     prediction, live = _read(model, forward, state, tokens)
     cosine = jnp.einsum("bkd,bsd->bks", unit(prediction), state.context)
     written = jnp.arange(state.context.shape[1])[None, None, :] < state.num_committed[:, None, None]

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokmat_jax.method import maturation
+from tokmat_jax.method.ending import Ends, bar, is_end, up_to_end
 from tokmat_jax.method.history import committed_vectors
 from tokmat_jax.method.noise import embryos, fresh
-from tokmat_jax.method.stability import Ends, Settling, is_end, settle, settled_run, unborn, up_to_end
+from tokmat_jax.method.stability import Settling, settle, settled_run, unborn
 from tokmat_jax.method.steering import steer
 from tokmat_jax.method.table import Vocabulary, candidates, look_up, nearest_entropy, read
 from tokmat_jax.method.tail import Tail
@@ -66,6 +67,14 @@ class DecodeState:
     def last(self) -> jax.Array:
         """Vector at position n − 1 [B, d]."""
         return self.recent[:, -1]
+
+    def places(self, count: int) -> jax.Array:
+        """The positions n .. n + `count` − 1 [B, count]."""
+        return self.num_committed[:, None] + jnp.arange(count)[None, :]
+
+    def remaining(self, count: int) -> jax.Array:
+        """How many tokens of the budget are left from each of these positions on [B, count]."""
+        return self.budget[:, None] - self.places(count)
 
 
 @struct.dataclass
@@ -139,8 +148,7 @@ def refine(state: DecodeState, prediction: jax.Array, vocabulary: Vocabulary, ta
     """The tail [B, K, d] after one update: contracted towards the steered `prediction` [B, K, d], with fresh noise, and
     with pinned slots held at their tokens."""
     if tail.steering is not None:
-        place = state.num_committed[:, None] + jnp.arange(tail.maturity.shape[0])[None, :]
-        remaining = (state.budget[:, None] - place).astype(jnp.float32)
+        remaining = state.remaining(prediction.shape[1]).astype(jnp.float32)
         prediction = steer(prediction, remaining, tail.steering, vocabulary.radius)
     refined = maturation.contract(state.tail, prediction, tail.rate)
     if tail.fresh_noise is not None:
@@ -214,7 +222,7 @@ def liquid_step(
     prediction, memory = predict(state)
     refined = refine(state, prediction[:, -length:], vocabulary, tail)
     shown = slice(None) if record.read_tail or tail.stability is not None else slice(0, 1)
-    tokens, entropy = _said(refined[:, shown], vocabulary, tail)
+    tokens, entropy = _said(refined[:, shown], state.remaining(length)[:, shown], vocabulary, tail, ends)
     tokens = _with_pins(state, tokens)
     moved = maturation.movement(state.tail[:, shown], refined[:, shown], vocabulary.radius)
     count = jnp.ones_like(state.num_committed)
@@ -250,7 +258,9 @@ def verified_step(
     of_slots = jnp.concatenate([prediction[:, :1], prediction[:, num_checked:]], axis=1)
     refined = refine(state, of_slots, vocabulary, tail)
     fronts = _fronts(state, prediction[:, :num_checked], vocabulary, tail)
-    said, entropy = _said(jnp.concatenate([fronts, refined], axis=1), vocabulary, tail)
+    remaining = [state.remaining(z.shape[1]) for z in (fronts, refined)]
+    said, entropy = _said(jnp.concatenate([fronts, refined], axis=1), jnp.concatenate(remaining, axis=1), vocabulary,
+                          tail, ends)
     committed = _with_pins(state, said[:, :num_checked])
     nearest = _with_pins(state, said[:, num_checked:])
     run = jnp.minimum(1 + num_accepted(tokens, committed), up_to_end(committed, ends))
@@ -275,20 +285,23 @@ def verified_step(
 def _fronts(state: DecodeState, prediction: jax.Array, vocabulary: Vocabulary, tail: Tail) -> jax.Array:
     """Vectors to project [B, 1 + M, d] at n and the M positions after it: the `prediction` for each, with the steering
     and the noise of a front with η = 1 at that position."""
-    place = state.num_committed[:, None] + jnp.arange(prediction.shape[1])[None, :]
     if tail.steering is not None:
         front = dataclasses.replace(tail.steering, strength=tail.steering.strength[:1])
-        prediction = steer(prediction, (state.budget[:, None] - place).astype(jnp.float32), front, vocabulary.radius)
+        remaining = state.remaining(prediction.shape[1]).astype(jnp.float32)
+        prediction = steer(prediction, remaining, front, vocabulary.radius)
     if tail.fresh_noise is not None:
         front = jnp.zeros(prediction.shape[1], jnp.int32)
-        prediction = prediction + fresh(state.key, place, front, tail.maturity[front], tail.fresh_noise,
-                                        prediction.shape[-1], vocabulary.radius)
+        prediction = prediction + fresh(state.key, state.places(prediction.shape[1]), front, tail.maturity[front],
+                                        tail.fresh_noise, prediction.shape[-1], vocabulary.radius)
     return prediction
 
 
-def _said(z: jax.Array, vocabulary: Vocabulary, tail: Tail) -> tuple[jax.Array, jax.Array]:
-    """Nearest token and entropy [B, R] of slots `z` [B, R, d]; `tail` says how the entropy is computed."""
-    tokens, entropy = read(z, vocabulary, tail.temperature)
+def _said(
+    z: jax.Array, remaining: jax.Array, vocabulary: Vocabulary, tail: Tail, ends: Ends
+) -> tuple[jax.Array, jax.Array]:
+    """Nearest token and entropy [B, R] of slots `z` [B, R, d], from whose positions on `remaining` [B, R] tokens of the
+    budget are left; `tail` says how the entropy is computed, and whether a sample may end there."""
+    tokens, entropy = read(z, vocabulary, tail.temperature, bar(remaining, tail.ends_within, ends))
     if tail.entropy_candidates is not None:
         entropy = nearest_entropy(z, vocabulary, tail.entropy_candidates, tail.temperature)
     return tokens, entropy

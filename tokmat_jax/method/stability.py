@@ -4,16 +4,11 @@ A slot has settled if its nearest token has not changed for `patience` updates a
 `tolerance`. The longest settled run from the front on is committed, at least one token.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from tokmat_jax.config import GenerationConfig
-
-Ends = tuple[int, ...]
-"""The tokens that end a sample."""
 
 
 @struct.dataclass
@@ -59,14 +54,3 @@ def settled_run(settling: Settling, movement: jax.Array, stability: Stability) -
     """Number [B] of settled slots from the front on, 0..K; `movement` ‖Δz̃‖/R [B, K] is that of the last update."""
     settled = (settling.unchanged >= stability.patience) & (movement < stability.tolerance)
     return jnp.sum(jnp.cumprod(settled.astype(jnp.int32), axis=1), axis=1)
-
-
-def is_end(tokens: jax.Array, ends: Ends) -> jax.Array:
-    """Which of `tokens` are one of the `ends`, bool of the same shape."""
-    return functools.reduce(jnp.logical_or, (tokens == end for end in ends), jnp.zeros(tokens.shape, bool))
-
-
-def up_to_end(tokens: jax.Array, ends: Ends) -> jax.Array:
-    """Number [B] of `tokens` [B, M] up to and including the first that ends a sample."""
-    found = is_end(tokens, ends).astype(jnp.int32)
-    return jnp.sum((jnp.cumsum(found, axis=1) - found == 0).astype(jnp.int32), axis=1)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from tokmat_jax.method.ending import Barred
+
 _TINY = 1e-12
 _AT_ONCE = 1 << 25
 """Maximum number of scores in memory at once (128 MB); larger products are computed in pieces of the vocabulary."""
@@ -51,11 +53,13 @@ def unit(z: jax.Array) -> jax.Array:
     return z * jax.lax.rsqrt(jnp.sum(z * z, axis=-1, keepdims=True) + _TINY)
 
 
-def read(z: jax.Array, vocabulary: Vocabulary, temperature: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+def read(
+    z: jax.Array, vocabulary: Vocabulary, temperature: jax.Array | float, barred: Barred | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Nearest token [...] and entropy [...] in nats of vectors `z` [..., d].
 
-    The nearest token is the projection of Algorithm 1, argmax_i ⟨z, e_i⟩.
-    The entropy is that of softmax(cos(z, E)/τ) with τ = `temperature` (paper §5).
+    The nearest token is the projection of Algorithm 1, argmax_i ⟨z, e_i⟩, over the tokens that are not `barred` [...].
+    The entropy is that of softmax(cos(z, E)/τ) over all tokens, with τ = `temperature` (paper §5).
     """
     shape = z.shape[:-1]
     start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32), _no_spread(shape))
@@ -63,10 +67,11 @@ def read(z: jax.Array, vocabulary: Vocabulary, temperature: jax.Array | float) -
 
     def fold(carry, piece):
         best, nearest, spread = carry
-        own = jnp.max(piece.inner, axis=-1)
+        inner = piece.inner if barred is None else barred.allowed(piece.inner, piece.ids)
+        own = jnp.max(inner, axis=-1)
         # NaN counts as the nearest, as in argmax.
         better = ~(own <= best)
-        ids = piece.first + jnp.argmax(piece.inner, axis=-1).astype(jnp.int32)
+        ids = piece.first + jnp.argmax(inner, axis=-1).astype(jnp.int32)
         return (jnp.where(better, own, best), jnp.where(better, ids, nearest),
                 _spread_with(spread, piece, scale))
 
@@ -86,7 +91,7 @@ def rank_and_entropy(z: jax.Array, target_ids: jax.Array, vocabulary: Vocabulary
     def fold(carry, piece):
         rank, spread = carry
         # In the product over all rows, the target's own score may be rounded differently.
-        own = _ids_of(piece) == target_ids[..., None]
+        own = jnp.reshape(piece.ids, (1,) * target_ids.ndim + (-1,)) == target_ids[..., None]
         nearer = jnp.sum((piece.inner > target) & ~own, axis=-1, dtype=jnp.int32)
         return rank + nearer, _spread_with(spread, piece, scale)
 
@@ -105,10 +110,10 @@ class _Piece:
     first: jax.Array
     """Id [] of the first row."""
 
-
-def _ids_of(piece: _Piece) -> jax.Array:
-    ids = piece.first + jnp.arange(piece.inner.shape[-1])
-    return jnp.reshape(ids, (1,) * (piece.inner.ndim - 1) + (-1,))
+    @property
+    def ids(self) -> jax.Array:
+        """Ids [P] of the rows."""
+        return self.first + jnp.arange(self.inner.shape[-1])
 
 
 def _fold(z: jax.Array, vocabulary: Vocabulary, fold, carry):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokmat_jax.config import GenerationConfig
+from tokmat_jax.method.ending import make_ends_within
 from tokmat_jax.method.guidance import Guidance, make_guidance
 from tokmat_jax.method.history import Entry, make_entry
 from tokmat_jax.method.maturation import profile_maturity
@@ -45,6 +46,8 @@ class Tail:
     """When slots count as settled; None unless commits are stable."""
     verification: Verification | None
     """What is checked in the pass that commits. If this and `stability` are None, only the front is committed."""
+    ends_within: jax.Array | None
+    """Number [] of last tokens of the budget among which a sample may end; None if it may end anywhere."""
 
 
 def make_tail(settings: GenerationConfig, direction: jax.Array | None = None) -> Tail:
@@ -65,6 +68,7 @@ def make_tail(settings: GenerationConfig, direction: jax.Array | None = None) ->
         entry=make_entry(settings),
         stability=make_stability(settings),
         verification=make_verification(settings),
+        ends_within=make_ends_within(settings),
     )
 
 
