@@ -130,8 +130,9 @@ def test_the_human_row_is_the_text_behind_the_prompts(reported, runs_dir):
 
 def test_an_interrupted_report_goes_on_and_is_the_same(reported, runs_dir, tmp_path, capsys):
     (tmp_path / "parts").mkdir()
-    for part in sorted((reported / "parts").iterdir())[::2]:
-        shutil.copy(part, tmp_path / "parts")
+    for number, part in enumerate(sorted((reported / "parts").iterdir())):
+        if number % 9:
+            shutil.copy(part, tmp_path / "parts")
     with jax.numpy_dtype_promotion("standard"):
         evaluate.main(arguments(runs_dir, tmp_path))
     assert "parts were there already" in capsys.readouterr().out
