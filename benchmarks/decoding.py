@@ -110,7 +110,7 @@ class Stepping:
     @property
     def capacity(self) -> int:
         """Positions of the history, including unused ones."""
-        return self._state.memory[0].capacity
+        return max(layer.capacity for layer in self._state.memory)
 
     def __call__(self) -> np.ndarray:
         """Tokens [steps, B]."""

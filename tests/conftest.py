@@ -56,8 +56,8 @@ _MANY = 25_000
 
 @pytest.fixture(autouse=True, scope="module")
 def few_mappings():
-    """Linux lets a process have 65,530 mappings and XLA makes ten for each program, so that a long test run would end in
-    a crash: after a module that leaves many, all programs are dropped."""
+    """Linux lets a process have 65,530 mappings and XLA makes ten for each program, so that a long run of tests would
+    end in a crash: after a module that leaves many, all programs are dropped."""
     yield
     if _MAPPINGS.is_file() and _MAPPINGS.read_bytes().count(b"\n") > _MANY:
         jax.clear_caches()

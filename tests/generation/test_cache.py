@@ -19,6 +19,7 @@ from tokmat_jax.model.backbone import make_forward
 
 END, NEW, WIDTH, BATCH = 0, 6, 8, 4
 CAPACITY = 24
+ROOM = cache.room_of(tiny.CONFIG.model, CAPACITY, 1)
 
 
 @functools.cache
@@ -29,7 +30,8 @@ def compiled(length: int, most: int = 1):
     def begin(params, vocabulary, ids, lengths, budgets, keys, tail):
         vectors = look_up(vocabulary.table, ids)
         told = jnp.full((BATCH,), tail.model_tail_length)
-        memory = cache.prefill(functools.partial(forward, params), vectors, told, CAPACITY, tail.repulsion is not None)
+        memory = cache.prefill(functools.partial(forward, params), vectors, told, lengths, ROOM,
+                               tail.repulsion is not None)
         newest = jnp.maximum(lengths[:, None] - most + jnp.arange(most)[None], 0)
         recent = vectors[jnp.arange(BATCH)[:, None], newest]
         return start_decoding(keys, recent, lengths, budgets, memory, tail, 1.0)

@@ -23,6 +23,7 @@ from tokmat_jax.method.tail import make_tail
 from tokmat_jax.method.verification import Drafts, look_up_drafts, num_accepted
 
 END, NEW, WIDTH, BATCH, CAPACITY = 0, 9, 8, 4, 30
+ROOM = cache.room_of(tiny.CONFIG.model, CAPACITY, 1)
 CONTROLS = {
     "plain": {},
     "guidance": {"guidance_scale": 2.0},
@@ -52,7 +53,7 @@ def tail_of(one):
 def begin(params, vocabulary, ids, lengths, budgets, keys, tail):
     forward = tiny.model()[1]
     vectors, told = look_up(vocabulary.table, ids), jnp.full((BATCH,), tail.model_tail_length)
-    memory = cache.prefill(functools.partial(forward, params), vectors, told, CAPACITY, tail.repulsion is not None)
+    memory = cache.prefill(functools.partial(forward, params), vectors, told, lengths, ROOM, tail.repulsion is not None)
     text = jnp.pad(ids, ((0, 0), (0, CAPACITY - WIDTH)))
     recent = vectors[jnp.arange(BATCH), lengths - 1][:, None]
     return start_decoding(keys, recent, lengths, budgets, memory, tail, 1.0,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokmat_jax.model.attention import LayerCache, attend, causal_mask
+from tokmat_jax.model.attention import LayerCache, Sight, attend, causal_mask
 
 B, D = 2, 8
 
@@ -61,7 +61,21 @@ def test_a_history_and_live_positions_share_one_softmax():
     query, live = example(length, 4, 2)
     past = LayerCache(*(jnp.pad(x[:, :, :old], ((0, 0), (0, 0), (0, 5), (0, 0)), constant_values=9.0)
                      for x in (live.key, live.value)))
-    visible = jnp.broadcast_to(jnp.arange(old + 5)[None] < old, (B, old + 5))
     now = LayerCache(live.key[:, :, old:], live.value[:, :, old:])
-    np.testing.assert_allclose(attend(query[:, :, old:], now, None, past, visible), attend(query, live)[:, :, old:],
-                               atol=2e-6)
+    got = attend(query[:, :, old:], now, None, past, jnp.full((B,), old))
+    np.testing.assert_allclose(got, attend(query, live)[:, :, old:], atol=2e-6)
+
+
+@pytest.mark.parametrize(("window", "capacity"), [(4, 4), (4, 6), (1, 3), (7, 7)])
+@pytest.mark.parametrize("old", [0, 1, 3, 7, 11])
+def test_a_cache_that_wraps_holds_what_a_window_sees(window, capacity, old):
+    length = old + 1
+    query, live = example(length, 4, 2)
+    filled = np.full((2, B, 2, capacity, D), 9.0, np.float32)
+    for position in range(old):  # the oldest are overwritten
+        filled[:, :, :, position % capacity] = np.stack([live.key, live.value])[:, :, :, position]
+    past, now = LayerCache(*jnp.asarray(filled), wraps=True), LayerCache(live.key[:, :, old:], live.value[:, :, old:])
+    sight = Sight(jnp.full((B, 1), old), window)
+    whole = Sight(jnp.broadcast_to(jnp.arange(length)[None], (B, length)), window)
+    np.testing.assert_allclose(attend(query[:, :, old:], now, None, past, jnp.full((B,), old), sight=sight),
+                               attend(query, live, sight=whole)[:, :, old:], atol=2e-6)

@@ -218,10 +218,10 @@ def test_a_run_with_many_tails_generates_as_it_was_trained_and_is_exported_so(ru
 def test_rows_may_share_a_history():
     query, key, value = jax.random.normal(jax.random.key(2), (3, 6, 2, 3, 8))
     history = LayerCache(*jax.random.normal(jax.random.key(3), (2, 3, 2, 5, 8)))
-    visible = jax.random.bernoulli(jax.random.key(4), 0.6, (6, 5))
-    shared = attend(query, LayerCache(key, value), None, history, visible)
+    num_visible = jnp.array([0, 5, 2, 1, 3, 4])
+    shared = attend(query, LayerCache(key, value), None, history, num_visible)
     copied = attend(query, LayerCache(key, value), None, jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), history),
-                    visible)
+                    num_visible)
     np.testing.assert_allclose(shared, copied, atol=1e-6)
 
 

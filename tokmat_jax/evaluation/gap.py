@@ -74,8 +74,8 @@ def _sums(params, ids, keys, config: Config, prompt_tokens: int, tail_length: in
     batch, length = ids.shape
     vectors = look_up(vocabulary.table, ids)
     rows = jnp.full((batch,), tail_length, jnp.int32)
-    memory = cache.prefill(model, vectors[:, :prompt_tokens], rows, length)
     at = jnp.full((batch,), prompt_tokens, jnp.int32)
+    memory = cache.prefill(model, vectors[:, :prompt_tokens], rows, at, cache.room_of(config.model, length, 1))
     state = start_decoding(keys, vectors[:, prompt_tokens - 1 : prompt_tokens], at, jnp.full((batch,), length), memory,
                            tail, radius)
 

@@ -196,6 +196,8 @@ mark { background: var(--mark); color: inherit; }
 .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .4rem 1.2rem;
   font-size: .9rem; }
 .beside h4 { margin: .4rem 0 0; color: var(--soft); font-weight: 600; }
-.answers td { white-space: normal; text-align: left; } .answers tbody th { white-space: normal; min-width: 11rem; }
+.answers td { white-space: normal; text-align: left; } .answers thead th { text-align: left; }
+.answers tbody th { white-space: normal; min-width: 11rem; } .answers td:nth-of-type(2n+1) { white-space: nowrap; }
+.answers td:first-of-type { font-weight: 650; }
 details { margin: .4rem 0; } summary { cursor: pointer; }
 """

@@ -221,8 +221,8 @@ def document(data: Data) -> list[Block]:
         blocks.append(Paragraph(f"MISMATCH: this pair does not compare like with like: {'; '.join(data['mismatch'])}.",
                                 is_warning=True))
     blocks += [Heading(data["title"], 1), _answers(data), *map(Paragraph, _facts(data))]
-    blocks += [Heading("Three prompts"), *_three_prompts(data["rows"]), Heading("All methods", 3),
-               *map(_samples, data["rows"])]
+    blocks += [Heading("Three prompts"), *_three_prompts(data["rows"]),
+               Folded("all methods", [_samples(row) for row in data["rows"]])]
     blocks += [Heading("The frontier"), *map(Paragraph, verdict(data)), Plot("frontier"), _areas(data),
                Paragraph(data["frontier"]["note"]), Folded("all curves", [Plot("frontier_all")])]
     blocks += _passes(data)
@@ -246,7 +246,7 @@ def document(data: Data) -> list[Block]:
 
 def _answers(data: Data) -> Table:
     """The five questions of `verdicts`."""
-    return Table(["", "", "", "95 % interval"], [
+    return Table(["question", "answer", "figure", "95 % interval"], [
         [one.question, one.answer, one.figure, one.interval] for one in verdicts(data)], in_words=True)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokmat_jax.errors import UserError
+from tokmat_jax.generation import cache
 from tokmat_jax.generation.batches import Row, chunk, in_batches, sample_key, until_done
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.generation.requests import Prompt, counts, is_number, whole_number
@@ -61,7 +62,7 @@ class Baselines:
                  f"--objective.kind ar, or an import), found a {generator.config.objective.kind} run")
         self.generator = generator
         self._compilations = 0
-        self._start = jax.jit(self._trace_start, static_argnames="capacity")
+        self._start = jax.jit(self._trace_start, static_argnames=("capacity", "at_once"))
         self._sample = jax.jit(
             self._trace_sample, static_argnames=("num_drafts", "num_steps"), donate_argnames="state")
         self._contrast = jax.jit(
@@ -89,10 +90,10 @@ class Baselines:
                  f"repetition_penalty must be a number from 1 (off) on, found {repetition_penalty}")
         sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p), jnp.float32(repetition_penalty),
                             _ends_within(min_new_tokens, max_new_tokens))
+        num_drafts = whole_number("num_drafts", num_drafts, 0)
         return self._write(prompts, max_new_tokens, num_samples, seed, batch_size,
-                           lambda model, state, steps: self._sample(
-                               model, state, sampling, num_drafts=whole_number("num_drafts", num_drafts, 0),
-                               num_steps=steps))
+                           lambda model, state, steps: self._sample(model, state, sampling, num_drafts=num_drafts,
+                                                                    num_steps=steps), num_drafts + 1)
 
     def contrastive(
         self, prompts: Sequence[Prompt], max_new_tokens: int, top_k: int = 5, alpha: float = 0.6,
@@ -127,22 +128,25 @@ class Baselines:
 
     def _write(
         self, prompts: Sequence[Prompt], max_new_tokens: int, num_samples: int, seed: int, batch_size: int,
-        advance: Advance,
+        advance: Advance, at_once: int = 1,
     ) -> list[Continuation]:
+        """Continues the prompts with `advance`, each step of which writes up to `at_once` positions."""
         num_samples, seed, batch_size = counts(num_samples, seed, batch_size)
         generator = self.generator
         model = LanguageModel(generator.backbone, generator.vocabulary, generator.logit_scale)
         settings = dataclasses.replace(generator.settings, max_new_tokens=max_new_tokens)
         rows = generator.rows(prompts, settings, num_samples)
         return in_batches(rows, [len(row.ids) for row in rows], lambda _: (batch_size, generator.config.max_positions),
-                          lambda batch: self._finish(model, batch, settings.max_new_tokens, seed, advance))
+                          lambda batch: self._finish(model, batch, settings.max_new_tokens, seed, advance, at_once))
 
     def _finish(
-        self, model: LanguageModel, rows: Sequence[Row], max_new_tokens: int, seed: int, advance: Advance
+        self, model: LanguageModel, rows: Sequence[Row], max_new_tokens: int, seed: int, advance: Advance,
+        at_once: int,
     ) -> list[Continuation]:
         """Generates `rows` to their end as one batch."""
         batch = self.generator.batch(rows, max_new_tokens, seed)
-        state = self._start(model, batch.ids, batch.lengths, batch.budgets, batch.names, capacity=batch.capacity)
+        state = self._start(model, batch.ids, batch.lengths, batch.budgets, batch.names, capacity=batch.capacity,
+                            at_once=at_once)
         at_once = chunk(int(batch.budgets.max()))
         whole: SampledStep = until_done(state, lambda now: advance(model, now, at_once))
         return [self._continuation(whole, index, row.ids) for index, row in enumerate(rows)]
@@ -158,9 +162,10 @@ class Baselines:
     def _forward(self) -> Forward:
         return make_forward(self.generator.config)
 
-    def _trace_start(self, model, ids, lengths, budgets, names, capacity):
+    def _trace_start(self, model, ids, lengths, budgets, names, capacity, at_once):
         self._compilations += 1
-        return start_sampling(model, self._forward, ids, lengths, budgets, jax.vmap(sample_key)(names), capacity)
+        return start_sampling(model, self._forward, ids, lengths, budgets, jax.vmap(sample_key)(names),
+                              cache.room_of(self.generator.config.model, capacity, at_once))
 
     def _trace_sample(self, model, state, sampling, num_drafts, num_steps):
         self._compilations += 1

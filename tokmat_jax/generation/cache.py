@@ -15,33 +15,70 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from tokmat_jax.config import ModelConfig
 from tokmat_jax.method.algorithm import DecodeState, Predict
 from tokmat_jax.method.guidance import guide
 from tokmat_jax.method.repulsion import Remembering, begin_trace, repel
 from tokmat_jax.method.tail import Tail
-from tokmat_jax.model.attention import causal_mask
+from tokmat_jax.model.attention import LayerCache, causal_mask
 from tokmat_jax.model.backbone import KVCache, Model, layers_of
 
 
+@dataclass(frozen=True)
+class Room:
+    """How many positions a history has room for."""
+
+    capacity: int
+    """Positions that a sample may have."""
+    layers: tuple[int, ...]
+    """Entries of each layer's cache. One with fewer than `capacity` wraps: it holds the positions of its window, and as
+    many as a pass writes, so that rejected drafts overwrite nothing that is still seen."""
+
+
+def room_of(model: ModelConfig, capacity: int, at_once: int) -> Room:
+    """Room for `capacity` positions of a `model`, of which a pass writes up to `at_once`."""
+    windowed, window = set(model.windowed_layers), model.attention_window or capacity
+    return Room(capacity, tuple(min(capacity, window + at_once) if layer in windowed else capacity
+                                for layer in range(model.num_layers)))
+
+
+def written_at_once(tail: Tail, max_commit: int) -> int:
+    """How many positions a step writes that may commit `max_commit` settled tokens: those, and its drafts."""
+    return max_commit + (0 if tail.verification is None else tail.verification.num_drafts)
+
+
 def prefill(
-    model: Model, vectors: jax.Array, tail_length: jax.Array, capacity: int, repelled: bool = False
+    model: Model, vectors: jax.Array, tail_length: jax.Array, lengths: jax.Array, room: Room, repelled: bool = False
 ) -> KVCache | Remembering:
-    """Keys and values of prompts [B, P, d] of any lengths up to P, in a history of `capacity` ≥ P positions, with the
-    trace of repulsion if the decoder is `repelled`.
+    """Keys and values of prompts [B, P, d] of `lengths` [B] up to P ≤ `room.capacity`, with the trace of repulsion if
+    the decoder is `repelled`.
 
     The padding after the end of a row may be anything: it is overwritten before it is read.
     """
-    prediction, history = read_prompts(model, vectors, tail_length, capacity)
-    return Remembering(history, begin_trace(prediction, vectors, capacity)) if repelled else history
+    prediction, history = read_prompts(model, vectors, tail_length, lengths, room)
+    return Remembering(history, begin_trace(prediction, vectors, room.capacity)) if repelled else history
 
 
-def read_prompts(model: Model, vectors: jax.Array, tail_length: jax.Array, capacity: int) -> tuple[jax.Array, KVCache]:
+def read_prompts(
+    model: Model, vectors: jax.Array, tail_length: jax.Array, lengths: jax.Array, room: Room
+) -> tuple[jax.Array, KVCache]:
     """As `prefill`, but returns (predictions [B, P, d], history)."""
     batch, length, _ = vectors.shape
     positions = jnp.broadcast_to(jnp.arange(length)[None, :], (batch, length))
     prediction, live = model(vectors, jnp.ones((batch, length)), tail_length, positions)
-    room = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
-    return prediction, jax.tree.map(lambda x: jnp.pad(x, room), layers_of(live))
+    return prediction, tuple(_kept(layer, lengths, size, size < room.capacity)
+                             for layer, size in zip(layers_of(live), room.layers, strict=True))
+
+
+def _kept(live: LayerCache, lengths: jax.Array, size: int, wraps: bool) -> LayerCache:
+    """A cache with `size` entries that holds what it has room for of `live` [B, H, P, D], of rows of `lengths` [B]."""
+    count = live.capacity
+    if size >= count:
+        padded = ((0, 0), (0, 0), (0, size - count), (0, 0))
+        return LayerCache(jnp.pad(live.key, padded), jnp.pad(live.value, padded), wraps)
+    whole = LayerCache(live.key[:, :, :size], live.value[:, :, :size], wraps)
+    index = jnp.maximum(whole.held(lengths), 0)[:, None, :, None]
+    return LayerCache(*(jnp.take_along_axis(x, index, axis=2) for x in (live.key, live.value)), wraps)
 
 
 @dataclass(frozen=True)
@@ -87,11 +124,14 @@ def append(history: KVCache, live: KVCache, positions: jax.Array) -> KVCache:
     Queries at negative positions are not written."""
     rows, count = jnp.arange(positions.shape[0])[:, None], positions.shape[1]
 
-    def write(whole, new):
-        place = jnp.where(positions < 0, whole.shape[2], positions)
-        return whole.at[rows, :, place].set(new[:, :, :count].swapaxes(1, 2).astype(whole.dtype), mode="drop")
+    def written(layer: LayerCache, new: LayerCache) -> LayerCache:
+        entry = positions % layer.capacity if layer.wraps else positions
+        place = jnp.where(positions < 0, layer.capacity, entry)
+        return LayerCache(*(whole.at[rows, :, place].set(part[:, :, :count].swapaxes(1, 2).astype(whole.dtype),
+                                                         mode="drop")
+                            for whole, part in ((layer.key, new.key), (layer.value, new.value))), layer.wraps)
 
-    return jax.tree.map(write, history, live)
+    return tuple(written(*pair) for pair in zip(history, live, strict=True))
 
 
 def cached_predict(model: Model, tail: Tail) -> Predict:
@@ -106,12 +146,12 @@ def cached_predict(model: Model, tail: Tail) -> Predict:
         newest, drafts = state.recent.shape[1], 0 if state.drafts is None else state.drafts.vectors.shape[1]
         asked = _queries(state, tail, newest)
         history: KVCache = state.memory
-        visible = jnp.arange(history[0].capacity)[None, :] < state.num_committed[:, None] - newest
+        num_visible = state.num_committed - newest
         mask = None
         if newest > 1 or drafts:
             mask = _mask(newest, drafts, state.tail.shape[1] - 1) & (asked.positions >= 0)[:, None, :]
         prediction, live = model(asked.vectors, asked.maturity, asked.tail_length, jnp.maximum(asked.positions, 0),
-                                 mask, history=history, visible=visible)
+                                 mask, history=history, num_visible=num_visible)
         return prediction, append(history, live, asked.positions[:, : newest + drafts])
 
     def unconditional(state):

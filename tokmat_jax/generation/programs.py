@@ -62,7 +62,8 @@ class Programs:
         tail_length = jnp.full(lengths.shape, tail.model_tail_length)
         vectors = look_up(vocabulary.table, ids)
         model = functools.partial(self._forward, params)
-        memory = cache.prefill(model, vectors, tail_length, capacity, tail.repulsion is not None)
+        room = cache.room_of(self.config.model, capacity, cache.written_at_once(tail, max_commit))
+        memory = cache.prefill(model, vectors, tail_length, lengths, room, tail.repulsion is not None)
         newest = lengths[:, None] - max_commit + jnp.arange(max_commit)[None, :]
         recent = jnp.take_along_axis(vectors, jnp.maximum(newest, 0)[:, :, None], axis=1)
         looks_up = tail.verification is not None and tail.verification.draft != "tail"

@@ -125,28 +125,28 @@ def choose(key: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 def start_sampling(
     model: LanguageModel, forward: Forward, ids: jax.Array, lengths: jax.Array, max_new_tokens: jax.Array,
-    key: jax.Array, capacity: int,
+    key: jax.Array, room: cache.Room,
 ) -> SamplingState:
     """The state after the prompts `ids` [B, P] of `lengths` [B] (at least 1); the padding after their end is ignored.
 
     `max_new_tokens` [B] is the budget of each row (0 = finished from the start), `key` [B] has one key per row, and
-    `capacity` ≥ P is the number of positions of the cache.
+    `room` has at least P positions.
     """
     batch, width = ids.shape
     told = jnp.zeros((batch,), jnp.int32)
     vectors = look_up(model.vocabulary.table, ids)
-    prediction, history = cache.read_prompts(functools.partial(forward, model.backbone), vectors, told, capacity)
+    prediction, history = cache.read_prompts(functools.partial(forward, model.backbone), vectors, told, lengths, room)
     seen = jnp.zeros((batch, model.vocabulary.table.shape[0]), bool)
     return SamplingState(
         num_committed=lengths,
         prediction=jnp.take_along_axis(prediction, (lengths - 1)[:, None, None], axis=1)[:, 0],
         seen=_mark(seen, ids, jnp.arange(width)[None, :] < lengths[:, None]),
-        context=jnp.pad(unit(prediction), ((0, 0), (0, capacity - width), (0, 0))),
+        context=jnp.pad(unit(prediction), ((0, 0), (0, room.capacity - width), (0, 0))),
         key=key,
         budget=lengths + max_new_tokens,
         done=max_new_tokens <= 0,
         history=history,
-        text=jnp.pad(ids, ((0, 0), (0, capacity - width))),
+        text=jnp.pad(ids, ((0, 0), (0, room.capacity - width))),
     )
 
 
@@ -192,11 +192,11 @@ def checked_sampling_step(
     drafts = look_up_drafts(text, n + 1, num_drafts)
     tokens = jnp.concatenate([first[:, None], jnp.maximum(drafts, 0)], axis=1)
     place = n[:, None] + jnp.arange(num_drafts + 1)[None, :]
-    capacity = state.history[0].capacity
+    capacity = state.text.shape[1]
     prediction, live = forward(
         model.backbone, look_up(model.vocabulary.table, tokens), jnp.ones(tokens.shape), jnp.zeros_like(n),
         jnp.minimum(place, capacity - 1), history=state.history,
-        visible=jnp.arange(capacity)[None, :] < n[:, None])
+        num_visible=n)
     emitted, seen = [~state.done], _mark(state.seen, first[:, None], ~state.done[:, None])
     for index in range(num_drafts):
         logits.append(_logits(model, prediction[:, index]))
@@ -266,11 +266,10 @@ def _read(model: LanguageModel, forward: Forward, state: SamplingState, tokens: 
     """
     batch, count = tokens.shape
     positions = jnp.broadcast_to(state.num_committed[:, None], (batch, count))
-    visible = jnp.arange(state.history[0].capacity)[None, :] < state.num_committed[:, None]
     return forward(
         model.backbone, look_up(model.vocabulary.table, tokens), jnp.ones((batch, count)),
         jnp.zeros((batch,), jnp.int32), positions, mask=jnp.eye(count, dtype=bool)[None], history=state.history,
-        visible=visible,
+        num_visible=state.num_committed,
     )
 
 

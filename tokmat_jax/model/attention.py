@@ -38,19 +38,29 @@ def history_mask(
 class LayerCache:
     """Keys and values of committed positions in one layer; they never change (METHOD §4, exact caching).
 
-    Index s of the capacity S holds position s. Entries from a row's last committed position on are not valid
-    yet: readers must mask them.
+    Entry s of the capacity S holds position s. If the cache `wraps`, it holds the newest position that is congruent to
+    s modulo S, so that a layer with a window needs no room for the whole history. Entries from a row's last committed
+    position on are not valid yet: readers must mask them.
     """
 
     key: jax.Array
     """[B, H_kv, S, D]."""
     value: jax.Array
     """As `key`."""
+    wraps: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def capacity(self) -> int:
         """S."""
         return self.key.shape[2]
+
+    def held(self, num_committed: jax.Array) -> jax.Array:
+        """The position [B, S] that each entry holds if the first `num_committed` n [B] are committed; negative for
+        none."""
+        entry, last = jnp.arange(self.capacity)[None, :], num_committed[:, None] - 1
+        if self.wraps:
+            return last - (last - entry) % self.capacity
+        return jnp.where(entry <= last, entry, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,21 +85,21 @@ class Sight:
 
 def attend(
     query: jax.Array, live: LayerCache, mask: jax.Array | None = None, history: LayerCache | None = None,
-    visible: jax.Array | None = None, kernel: AttentionKernel = "xla", sight: Sight = Sight(),
+    num_visible: jax.Array | None = None, kernel: AttentionKernel = "xla", sight: Sight = Sight(),
 ) -> jax.Array:
     """Softmax attention of `query` [B, H, T, D] over the T `live` positions and, before them, a `history`.
 
     `mask` [B or 1, Q, T] bool says which live keys the last Q queries see; the other queries are causal, as are all if
-    it is None. `visible` [B, S] bool says which entries of the history every query of the row sees. The two parts share
-    one softmax without being copied into one array. A history may have fewer rows, B / M: row b then reads row b // M.
+    it is None. Every query of a row sees the first `num_visible` [B] positions of the history. The two parts share one
+    softmax without being copied into one array. A history may have fewer rows, B / M: row b then reads row b // M.
     H may be a multiple of the keys' H_kv: query head h reads head h // (H / H_kv). `sight` narrows what the masks allow
     and scales the scores. Returns [B, H, T, D]; the softmax is taken in float32.
     """
     batch, _, length, size = query.shape
     grouped = query.reshape(batch, live.key.shape[1], -1, length, size)
     if history is not None:
-        assert visible is not None
-        seen = _with_history(grouped, live, causal_mask(length) if mask is None else mask, history, visible, sight)
+        assert num_visible is not None
+        seen = _with_history(grouped, live, causal_mask(length) if mask is None else mask, history, num_visible, sight)
         return seen.reshape(query.shape)
     count = 0 if mask is None else mask.shape[1]
     parts = [] if count == length else [_causal(grouped, live, kernel, sight)[..., : length - count, :]]
@@ -128,7 +138,7 @@ def _masked(
 
 
 def _with_history(
-    query: jax.Array, live: LayerCache, mask: jax.Array, history: LayerCache, visible: jax.Array, sight: Sight
+    query: jax.Array, live: LayerCache, mask: jax.Array, history: LayerCache, num_visible: jax.Array, sight: Sight
 ) -> jax.Array:
     batch, heads, groups, length, _ = query.shape
     rows, capacity = history.key.shape[0], history.capacity
@@ -143,7 +153,8 @@ def _with_history(
         x = jnp.moveaxis(x.reshape(rows, heads, groups, shared, length, x.shape[-1]), 3, 1)
         return x.reshape(batch, heads, groups, length, x.shape[-1])
 
-    seen = visible[:, None, :] & sight.near(sight.positions, jnp.arange(capacity)[None, :])
+    held = history.held(num_visible)
+    seen = (held >= 0)[:, None, :] & sight.near(sight.positions, held)
     seen = jnp.broadcast_to(seen, (batch, length, capacity)).reshape(rows, 1, 1, shared * length, capacity)
     past = _masked_scores(together(query), history.key, seen, sight.scale)
     mask = mask & sight.near(sight.positions, sight.positions)

@@ -167,7 +167,7 @@ class Block(nn.Module):
     max_tail_length: int
 
     @nn.compact
-    def __call__(self, h, history, keys, facts, gate, tail_length, positions, mask, visible):
+    def __call__(self, h, history, keys, facts, gate, tail_length, positions, mask, num_visible):
         config = self.config
         residual_init = nn.initializers.variance_scaling(0.5 / config.num_layers, "fan_in", "truncated_normal")
 
@@ -194,7 +194,7 @@ class Block(nn.Module):
         query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))
         live = LayerCache(key, value)
         sight = Sight(positions, facts.window, config.attention_scale)
-        seen = attend(query, live, mask, history, visible, self.compute.attention, sight)
+        seen = attend(query, live, mask, history, num_visible, self.compute.attention, sight)
         seen = seen.swapaxes(1, 2).reshape(*h.shape[:2], -1)
         attended = dense(config.embed_dim, "attention_out", config.attention_bias == "all", residual_init)(seen)
         entered, h = h, h + after("attention_out_norm", attended)
@@ -232,7 +232,7 @@ class Backbone(nn.Module):
         positions: jax.Array,
         mask: jax.Array | None = None,
         history: KVCache | StackedCache | None = None,
-        visible: jax.Array | None = None,
+        num_visible: jax.Array | None = None,
         dropout: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | StackedCache]:
         """Predictions for the positions after those given.
@@ -245,7 +245,7 @@ class Backbone(nn.Module):
           mask: which of the T positions the last Q see, [B or 1, Q, T] bool; the others are causal, as are all if None.
           history: keys and values of earlier positions, stacked exactly if the blocks are. Its rows may be shared by M
             rows of `z`: row b reads row b // M.
-          visible: which entries of the history may be read, [B, S] bool.
+          num_visible: how many positions of the history may be read, from the first on, [B].
           dropout: keys [L, B] for the dropout of an adapter; None drops nothing.
 
         Returns:
@@ -269,7 +269,7 @@ class Backbone(nn.Module):
             conditioned = h + MaturityConditioning(config, name="slot_maturity")(own[0])
             h = jnp.where(gate, TailLengthFilm(config, self.max_tail_length, name="slot_film")(conditioned, own[1]), h)
         h = constrain_activations(h)
-        rest, facts = (gate, tail_length, positions, mask, visible), _layer_facts(config)
+        rest, facts = (gate, tail_length, positions, mask, num_visible), _layer_facts(config)
         if self.stacked:
             blocks = nn.scan(
                 _rematerialised(self.compute),

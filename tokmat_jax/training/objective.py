@@ -115,10 +115,10 @@ def run_with_tails(
     def run(anchor, slots):
         newest = look_up(table, jnp.take_along_axis(ids, anchor - 1, axis=1))[:, :, None]
         where = rows(anchor[:, :, None] - 1 + index)
-        visible = (jnp.arange(length)[None, None, :] < anchor[:, :, None] - 1) & ~draw.history_dropped[:, :, None]
+        num_visible = jnp.where(draw.history_dropped, 0, anchor - 1)
         ahead, _ = forward(backbone, rows(jnp.concatenate([newest, slots], axis=2)),
                            jnp.broadcast_to(maturity[None, :], where.shape), jnp.broadcast_to(told, where.shape), where,
-                           history=history, visible=rows(visible), **_dropout(of_tails, config))
+                           history=history, num_visible=rows(num_visible), **_dropout(of_tails, config))
         return ahead.reshape(batch, -1, count, ahead.shape[-1])
 
     slots = embryo_slots(draw, count - 1)
