@@ -30,6 +30,10 @@ MODELS = {
     "qwen3": ("qwen3", LLAMA | {"head_dim": 16}),
     "gemma3": ("gemma3_text", LLAMA | {"head_dim": 16, "num_hidden_layers": 7, "sliding_window": 24,
                                        "query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
+    "gpt_neox": ("gpt_neox", SMALL | {
+        "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 128, "use_parallel_residual": False, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e3, "partial_rotary_factor": 0.25}}),
     "gpt2": ("gpt2", SMALL | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 96}),
 }
 PROMPT = "the cat sat on 3 mats, and who's there?\n  ∂x"
@@ -46,6 +50,9 @@ def to_gguf(name: str, array: np.ndarray, settings: Any) -> np.ndarray:
         return permute(array, settings.num_attention_heads)
     if settings.model_type == "llama" and "k_proj" in name:
         return permute(array, settings.num_key_value_heads)
+    if "query_key_value" in name:
+        by_head = array.reshape(settings.num_attention_heads, 3, -1, *array.shape[1:])
+        return np.concatenate([by_head[:, part].reshape(-1, *array.shape[1:]) for part in range(3)])
     if settings.model_type == "gpt2" and ".c_" in name and array.ndim == 2:
         return np.ascontiguousarray(array.T)
     return array + 1 if settings.model_type == "gemma3_text" and name.endswith("norm.weight") else array
@@ -70,6 +77,12 @@ def describe(writer: Any, settings: Any) -> None:
     writer.add_feed_forward_length(settings.n_inner if gpt2 else settings.intermediate_size)
     if gpt2:
         writer.add_layer_norm_eps(settings.layer_norm_epsilon)
+        return
+    if settings.model_type == "gpt_neox":
+        writer.add_layer_norm_eps(settings.layer_norm_eps)
+        writer.add_parallel_residual(settings.use_parallel_residual)
+        writer.add_rope_freq_base(settings.rope_parameters["rope_theta"])
+        writer.add_rope_dimension_count(2)
         return
     writer.add_head_count_kv(settings.num_key_value_heads)
     writer.add_layer_norm_rms_eps(settings.rms_norm_eps)
@@ -121,7 +134,7 @@ class Model:
     def save_gguf(self, file: Path, kind: Any, architecture: str | None = None, tokenizer: bool = True,
                   change: Callable[[Any], None] = lambda writer: None) -> Path:
         """As GGUF; what `change` adds to the metadata replaces what is there."""
-        own = self.settings.model_type.removesuffix("_text")
+        own = self.settings.model_type.removesuffix("_text").replace("gpt_neox", "gptneox")
         writer = gguf.GGUFWriter(file, architecture or own)
         describe(writer, self.settings)
         if tokenizer:

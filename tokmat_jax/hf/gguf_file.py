@@ -48,7 +48,18 @@ _GEMMA3 = _QWEN3 | {
     "blk.{layer}.ffn_norm": "model.layers.{layer}.pre_feedforward_layernorm",
     "blk.{layer}.post_ffw_norm": "model.layers.{layer}.post_feedforward_layernorm",
 }
-_NAMES = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _QWEN3, "gemma3": _GEMMA3, "gpt2": _GPT2}
+_GPTNEOX = {
+    "token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm", "output": "embed_out",
+    "blk.{layer}.attn_norm": "gpt_neox.layers.{layer}.input_layernorm",
+    "blk.{layer}.ffn_norm": "gpt_neox.layers.{layer}.post_attention_layernorm",
+    "blk.{layer}.attn_qkv": "gpt_neox.layers.{layer}.attention.query_key_value",
+    "blk.{layer}.attn_output": "gpt_neox.layers.{layer}.attention.dense",
+    "blk.{layer}.ffn_up": "gpt_neox.layers.{layer}.mlp.dense_h_to_4h",
+    "blk.{layer}.ffn_down": "gpt_neox.layers.{layer}.mlp.dense_4h_to_h",
+}
+_NAMES = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _QWEN3, "gemma3": _GEMMA3, "gpt2": _GPT2, "gptneox": _GPTNEOX}
+_MODEL_TYPES = {"gemma3": "gemma3_text", "gptneox": "gpt_neox"}
+"""Names of `transformers` for architectures that it calls otherwise."""
 _LAYERS_OF_GEMMA3_27B = 62
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _MOST_PARTS = 999
@@ -88,13 +99,14 @@ class Gguf:
         if self.architecture not in _NAMES:
             raise UserError(f"{file}: architecture {shown(self.architecture)} is not supported; supported are "
                             f"{', '.join(_NAMES)}")
-        self.model_type = {"gemma3": "gemma3_text"}.get(self.architecture, self.architecture)
+        self.model_type = _MODEL_TYPES.get(self.architecture, self.architecture)
         self._weights = {self._rename(weight.name): weight for weight in weights}
-        head = self._weights.get("lm_head.weight")
-        table = self._weights.get(f"{_NAMES[self.architecture]['token_embd']}.weight")
+        own = _NAMES[self.architecture]
+        self._head = f"{own['output']}.weight"
+        head, table = self._weights.get(self._head), self._weights.get(f"{own['token_embd']}.weight")
         # GPT-2's files hold a copy of the table as their head.
         if head is not None and table is not None and head.kind == table.kind and np.array_equal(head.data, table.data):
-            del self._weights["lm_head.weight"]
+            del self._weights[self._head]
         self.shapes = {name: self._shape(name, weight) for name, weight in self._weights.items()}
 
     def _open(self, file: Path) -> tuple[dict[str, Any], list[_Weight]]:
@@ -152,6 +164,9 @@ class Gguf:
         if self.architecture == "llama" and (part := re.search(r"self_attn\.([qk])_proj", name)):
             heads = self._fact("attention.head_count", int)
             return _unpermute(array, self._fact("attention.head_count_kv", int, heads) if part[1] == "k" else heads)
+        if "query_key_value" in name:  # all queries, all keys, all values here; side by side in each head there
+            heads = self._fact("attention.head_count", int)
+            return array.reshape(3, heads, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
         # llama.cpp stores the factors of Gemma's norms, 1 + weight.
         return array - 1 if self.architecture == "gemma3" and name.endswith("norm.weight") else array
 
@@ -169,8 +184,9 @@ class Gguf:
             from transformers import CONFIG_MAPPING
 
         kind = CONFIG_MAPPING[self.model_type]
-        fields = {"gpt2": self._gpt2_fields, "gemma3": self._gemma3_fields}.get(self.architecture, self._llama_fields)
-        shared = {"tie_word_embeddings": "lm_head.weight" not in self._weights}
+        fields = {"gpt2": self._gpt2_fields, "gemma3": self._gemma3_fields, "gptneox": self._gptneox_fields}.get(
+            self.architecture, self._llama_fields)
+        shared = {"tie_word_embeddings": self._head not in self._weights}
         try:
             return kind(**shared, **fields())
         except UserError:
@@ -194,6 +210,20 @@ class Gguf:
             "n_layer": self._num_layers(), "n_head": self._fact("attention.head_count", int),
             "n_inner": self._fact("feed_forward_length", int), "n_positions": self._fact("context_length", int),
             "layer_norm_epsilon": self._fact("attention.layer_norm_epsilon", float),
+        }
+
+    def _gptneox_fields(self) -> dict[str, Any]:
+        heads, size = self._fact("attention.head_count", int), self._fact("embedding_length", int)
+        head_dim = size // max(heads, 1)
+        turned = self._fact("rope.dimension_count", int, head_dim)
+        return {
+            "vocab_size": self._rows("gpt_neox.embed_in.weight"), "hidden_size": size,
+            "num_hidden_layers": self._num_layers(), "num_attention_heads": heads,
+            "intermediate_size": self._fact("feed_forward_length", int),
+            "max_position_embeddings": self._fact("context_length", int),
+            "layer_norm_eps": self._fact("attention.layer_norm_epsilon", float),
+            "use_parallel_residual": self._fact("use_parallel_residual", bool, True),
+            "rope_parameters": self._rope() | {"partial_rotary_factor": turned / max(head_dim, 1)},
         }
 
     def _llama_fields(self) -> dict[str, Any]:
