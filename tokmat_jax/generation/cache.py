@@ -78,7 +78,8 @@ def _kept(live: LayerCache, lengths: jax.Array, size: int, wraps: bool) -> Layer
         return LayerCache(jnp.pad(live.key, padded), jnp.pad(live.value, padded), wraps)
     whole = LayerCache(live.key[:, :, :size], live.value[:, :, :size], wraps)
     index = jnp.maximum(whole.held(lengths), 0)[:, None, :, None]
-    return LayerCache(*(jnp.take_along_axis(x, index, axis=2) for x in (live.key, live.value)), wraps)
+    key, value = (jnp.take_along_axis(x, index, axis=2) for x in (live.key, live.value))
+    return LayerCache(key, value, wraps)
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,9 @@ def append(history: KVCache, live: KVCache, positions: jax.Array) -> KVCache:
     def written(layer: LayerCache, new: LayerCache) -> LayerCache:
         entry = positions % layer.capacity if layer.wraps else positions
         place = jnp.where(positions < 0, layer.capacity, entry)
-        return LayerCache(*(whole.at[rows, :, place].set(part[:, :, :count].swapaxes(1, 2).astype(whole.dtype),
-                                                         mode="drop")
-                            for whole, part in ((layer.key, new.key), (layer.value, new.value))), layer.wraps)
+        key, value = (whole.at[rows, :, place].set(part[:, :, :count].swapaxes(1, 2).astype(whole.dtype), mode="drop")
+                      for whole, part in ((layer.key, new.key), (layer.value, new.value)))
+        return LayerCache(key, value, layer.wraps)
 
     return tuple(written(*pair) for pair in zip(history, live, strict=True))
 

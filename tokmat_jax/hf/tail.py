@@ -88,7 +88,7 @@ def mark_of(params: Any) -> str:
     for path in sorted(own):
         array = np.ascontiguousarray(own[path])
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
+        digest.update(array.data)
     return digest.hexdigest()[:32]
 
 
