@@ -87,8 +87,8 @@ def test_a_layer_with_a_window_keeps_no_more_than_that_and_what_a_pass_writes():
     tokenizer = make_tokenizer(TokenizerConfig(kind="bytes"), [])
     config = dataclasses.replace(tiny.CONFIG, model=EVERYTHING)
     generator = Generator(config, tiny.shaken_params(config, tokenizer.vocab_size), tokenizer)
-    for setting, written in zip(SETTINGS, (1, 1, 3, 3), strict=True):
-        setting = dataclasses.replace(setting, repulsion=0.0)
+    for one, written in zip(SETTINGS, (1, 1, 3, 3), strict=True):
+        setting = dataclasses.replace(one, repulsion=0.0)  # whose memory has the history inside
         state, _ = generator._start(generator.rows([PROMPT], setting), setting, 0, None)
         assert [layer.key.shape[2] for layer in state.memory] == [5 + written, 5 + written, 48]
 
