@@ -13,10 +13,21 @@ import safetensors.numpy
 
 import checkpoints
 import runs
+import tiny
 from runs import go
 from tokmat_jax.commands import data, evaluate
 from tokmat_jax.commands import hf as commands
 from tokmat_jax.commands.flags import parse_config
+from tokmat_jax.config import (
+    AdapterConfig,
+    GenerationConfig,
+    MaturationConfig,
+    ObjectiveConfig,
+    RopeConfig,
+    TableConfig,
+    TokenizerConfig,
+)
+from tokmat_jax.data.tokenizer import make_tokenizer
 from tokmat_jax.errors import UserError
 from tokmat_jax.generation.baselines import Baselines
 from tokmat_jax.generation.generator import Generator
@@ -25,6 +36,7 @@ from tokmat_jax.hf.convert import export_weights, import_weights
 from tokmat_jax.method import losses
 from tokmat_jax.model.backbone import make_forward
 from tokmat_jax.model.lora import split_params
+from tokmat_jax.model.params import init_params
 from tokmat_jax.training import objective
 
 PROMPTS = [[5, 6, 7], [9, 8], [30, 31, 5, 6, 7]]
@@ -201,6 +213,36 @@ def test_our_own_baseline_takes_a_tail_too(runs_dir, tmp_path):
     found = run.generate(PROMPTS, dataclasses.replace(run.settings, max_new_tokens=20))
     assert [one.tokens for one in found] == [one.tokens for one in Baselines(base).sample(PROMPTS, 20)]
     chex.assert_trees_all_equal(run.params["table"], base.params["table"])
+
+
+@pytest.mark.parametrize("parts", [
+    {"positions": "rotary", "rope": RopeConfig(partial=0.5, window_theta=50.0), "query_key_norm": True, "mlp": "geglu",
+     "attention_window": 5, "windowed_layers": (0, 1), "norm": "rms_plus_one", "norm_placement": "around"},
+    {"positions": "rotary", "num_kv_heads": 1, "norm": "rms", "mlp": "swiglu", "attention_bias": "qkv",
+     "parallel_residual": True},
+    {"mlp": "gelu_exact", "attention_scale": 0.3}])
+def test_a_tail_goes_in_front_of_any_family(parts):
+    tokenizer = make_tokenizer(TokenizerConfig(kind="bytes"), [])
+    model = dataclasses.replace(tiny.CONFIG.model, num_layers=3, head="identity", **parts)
+    plain = dataclasses.replace(
+        tiny.CONFIG, model=model, table=TableConfig(geometry="raw"), objective=ObjectiveConfig("ar"))
+    config = dataclasses.replace(
+        plain, init_from="base", objective=ObjectiveConfig("tail"), adapter=AdapterConfig(rank=2),
+        maturation=MaturationConfig(max_tail_length=4, num_tails=2),
+        generation=GenerationConfig(tail_length=4, commit="verified", max_commit=4, max_new_tokens=16))
+    params = init_params(jax.random.key(0), config, tokenizer.vocab_size)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = jax.tree.unflatten(tree, [
+        leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)])
+    _, own = split_params(params, config)
+    film = own["backbone"]["film"]["embed"]  # the model is told K = 0 only, the run of a baseline has rows for others
+    rows = jnp.tile(film["embedding"], (plain.maturation.max_tail_length + 1, 1))
+    own["backbone"]["film"] = {"embed": {"embedding": rows}}
+    base, run = Generator(plain, own, tokenizer), Generator(config, params, tokenizer)
+    found = run.generate(PROMPTS, run.settings)
+    assert [one.tokens for one in found] == [one.tokens for one in Baselines(base).sample(PROMPTS, 16)]
+    assert any(sum(one.accepted) for one in found)
 
 
 def texts(run):
