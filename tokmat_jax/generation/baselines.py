@@ -147,8 +147,8 @@ class Baselines:
         batch = self.generator.batch(rows, max_new_tokens, seed)
         state = self._start(model, batch.ids, batch.lengths, batch.budgets, batch.names, capacity=batch.capacity,
                             at_once=at_once)
-        at_once = chunk(int(batch.budgets.max()))
-        whole: SampledStep = until_done(state, lambda now: advance(model, now, at_once))
+        num_steps = chunk(int(batch.budgets.max()), one_a_step=at_once == 1)
+        whole: SampledStep = until_done(state, lambda now: advance(model, now, num_steps))
         return [self._continuation(whole, index, row.ids) for index, row in enumerate(rows)]
 
     def _continuation(self, steps: SampledStep, index: int, prompt: Sequence[int]) -> Continuation:

@@ -70,9 +70,12 @@ def sample_key(name: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(seed_key(seed), prompt), number)
 
 
-def chunk(max_new_tokens: int) -> int:
-    """Number of steps of one scan: a power of two, so that few budgets need a compilation and few steps are wasted."""
-    return min(bucket(max_new_tokens, _SMALLEST_CHUNK), _LARGEST_CHUNK)
+def chunk(max_new_tokens: int, one_a_step: bool = True) -> int:
+    """Number of steps of one scan: a power of two, so that few budgets need a compilation and few steps are wasted.
+
+    If a step may commit several tokens (not `one_a_step`), nobody knows how many steps a text takes: the scan is short.
+    """
+    return min(bucket(max_new_tokens, _SMALLEST_CHUNK), _LARGEST_CHUNK) if one_a_step else _SMALLEST_CHUNK
 
 
 def bucket(length: int, smallest: int) -> int:

@@ -335,7 +335,8 @@ class Generator:
 
     def _finish(self, state: DecodeState, tail: Tail, max_new_tokens: int, record: Record) -> DecodeStep:
         """Steps [N, B, …] until all rows of `state` are done; `state` is donated."""
-        return until_done(state, functools.partial(self._advance, tail, chunk(max_new_tokens), record))
+        num_steps = chunk(max_new_tokens, one_a_step=tail.stability is None and tail.verification is None)
+        return until_done(state, functools.partial(self._advance, tail, num_steps, record))
 
     def _advance(
         self, tail: Tail, num_steps: int, record: Record, state: DecodeState

@@ -258,11 +258,13 @@ def verified_step(
     of_slots = jnp.concatenate([prediction[:, :1], prediction[:, num_checked:]], axis=1)
     refined = refine(state, of_slots, vocabulary, tail)
     fronts = _fronts(state, prediction[:, :num_checked], vocabulary, tail)
-    remaining = [state.remaining(z.shape[1]) for z in (fronts, refined)]
-    said, entropy = _said(jnp.concatenate([fronts, refined], axis=1), jnp.concatenate(remaining, axis=1), vocabulary,
-                          tail, ends)
+    # The front is committed as `fronts` say, so its refined slot needs no reading.
+    read_ones = jnp.concatenate([fronts, refined[:, 1:]], axis=1)
+    remaining = jnp.concatenate([state.remaining(num_checked), state.remaining(refined.shape[1])[:, 1:]], axis=1)
+    said, entropy = _said(read_ones, remaining, vocabulary, tail, ends)
     committed = _with_pins(state, said[:, :num_checked])
-    nearest = _with_pins(state, said[:, num_checked:])
+    nearest = _with_pins(state, jnp.concatenate([said[:, :1], said[:, num_checked:]], axis=1))
+    entropy_of_slots = jnp.concatenate([entropy[:, :1], entropy[:, num_checked:]], axis=1)
     run = jnp.minimum(1 + num_accepted(tokens, committed), up_to_end(committed, ends))
     count = jnp.where(state.done, 0, jnp.minimum(run, state.budget - state.num_committed))
 
@@ -274,7 +276,7 @@ def verified_step(
 
     vectors = shown(fronts, refined)
     step = DecodeStep(
-        count, shown(committed, nearest), shown(entropy[:, :num_checked], entropy[:, num_checked:]),
+        count, shown(committed, nearest), shown(entropy[:, :num_checked], entropy_of_slots),
         maturation.movement(state.tail, vectors, vocabulary.radius),
         *candidates(vectors, vocabulary, record.num_candidates), vectors[..., : None if record.keep_vectors else 0],
         tokens)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from tokmat_jax.method.ending import Barred
+from tokmat_jax.products import scores_of_rows
 
 _TINY = 1e-12
 _AT_ONCE = 1 << 25
@@ -45,7 +46,7 @@ def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
 
 def scores(z: jax.Array, table: jax.Array) -> jax.Array:
     """Inner products ⟨z, e_i⟩ [..., V] of vectors `z` [..., d]; float32."""
-    return jnp.einsum("...d,vd->...v", z, table, preferred_element_type=jnp.float32)
+    return scores_of_rows(z.reshape(-1, z.shape[-1]), table).reshape(*z.shape[:-1], table.shape[0])
 
 
 def unit(z: jax.Array) -> jax.Array:
