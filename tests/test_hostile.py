@@ -389,8 +389,6 @@ GGUF = {
                                         num_weights=1),
     "many axes": gguf_of(ARCHITECTURE, text(b"output.weight") + struct.pack("<I", 2**31), num_facts=1, num_weights=1),
     "no axes": gguf_of(ARCHITECTURE, weight(b"output.weight", 0, 0), bytes(64), num_facts=1, num_weights=1),
-    "an unknown type": gguf_of(ARCHITECTURE, weight(b"output.weight", 999, 0, 4), bytes(64), num_facts=1,
-                               num_weights=1),
     "half a block": gguf_of(ARCHITECTURE, weight(b"output.weight", 8, 0, 33), bytes(256), num_facts=1, num_weights=1),
     "an alignment of nothing": gguf_of(fact(b"general.alignment", 4, struct.pack("<I", 0)), num_facts=1),
     "a name twice": gguf_of(ARCHITECTURE, ARCHITECTURE, num_facts=2),
