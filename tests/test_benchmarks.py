@@ -5,8 +5,10 @@ import importlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import jax
@@ -255,3 +257,17 @@ def test_the_class_that_is_trained(script):
     config = accelerator.config_of(accelerator.Args())
     assert accelerator.with_attention(config, "cudnn").compute.attention == "cudnn"
     assert 300e6 < accelerator.training_flops(config, 50_257)["weights"] / 6 < 310e6
+
+
+def test_a_recording_shows_what_was_asked_and_said_in_order(script, tmp_path):
+    talks = [sys.executable, "-c", "import time; print('one <b> │'); time.sleep(0.3); print(chr(27) + 'x' * 150)"]
+    script("recording").main([str(tmp_path / "a.svg"), shlex.join(talks)])
+    rows = ET.fromstring((tmp_path / "a.svg").read_text()).findall("{http://www.w3.org/2000/svg}text")
+    when = [float(row.get("style").removeprefix("animation-delay: ").removesuffix("s")) for row in rows]
+    assert rows[0].get("class") == "asked"
+    assert [row.text for row in rows if row.get("class") == "said"][:2] == ["one <b> │", "�" + "x" * 99]
+    assert when == sorted(when)
+    assert when[-1] - when[-3] >= 0.3
+    with pytest.raises(UserError, match="ended with 3"):
+        script("recording").main([str(tmp_path / "b.svg"), shlex.join([sys.executable, "-c", "exit(3)"])])
+    assert not (tmp_path / "b.svg").exists()

@@ -326,6 +326,6 @@ def test_a_file_that_cannot_be_expressed_is_refused_by_name(case, llama, tmp_pat
 def test_another_architecture_and_a_missing_tokenizer_are_named(llama, tmp_path):
     file = llama.save_gguf(tmp_path / "mamba.gguf", F32, architecture="mamba")
     assert refusal(file).endswith(
-        "architecture 'mamba' is not supported; supported are llama, qwen2, qwen3, gemma3, gpt2")
+        "architecture 'mamba' is not supported; supported are llama, qwen2, qwen3, gemma3, gpt2, gptneox")
     file = llama.save_gguf(tmp_path / "mute.gguf", F32, tokenizer=False)
     assert "mute.gguf has no tokenizer with an end-of-text (tokenizer.ggml.tokens, eos_token_id)" in refusal(file)
