@@ -29,6 +29,14 @@ def arguments(runs_dir, output, *more, **changed):
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))] + list(more)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_batch_size():
+    """Verified commits are compiled for one size of batches only: most of what a report takes here is compilation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokmat_jax.evaluation.card._BATCHES", (1,))
+        yield
+
+
 @pytest.fixture(scope="module")
 def reported(runs_dir, tmp_path_factory):
     """The folder of a report on the pair `run` and `ar`."""
