@@ -12,7 +12,8 @@ import pytest
 from tokmat_jax.config import MeshConfig
 from tokmat_jax.distributed.mesh import make_mesh
 from tokmat_jax.evaluation import figures
-from tokmat_jax.evaluation.card import shuffle_sentences, starting_table
+from tokmat_jax.evaluation.article import starting_table
+from tokmat_jax.evaluation.card import shuffle_sentences
 from tokmat_jax.evaluation.store import Store
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.generation.trajectory import Trajectory

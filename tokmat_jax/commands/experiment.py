@@ -25,9 +25,9 @@ from tokmat_jax.config.saved import differences
 from tokmat_jax.data.corpus import corpus_of_run
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import summary
-from tokmat_jax.evaluation.card import Card, Options, num_parameters
+from tokmat_jax.evaluation.card import Card, num_parameters
 from tokmat_jax.evaluation.judge import Judge
-from tokmat_jax.evaluation.measurement import check_measurement, origin
+from tokmat_jax.evaluation.measurement import Options, check_measurement, origin
 from tokmat_jax.evaluation.pair import checkpoint_state, config_mismatches, mismatches, prompts_of
 from tokmat_jax.evaluation.report import to_json
 from tokmat_jax.evaluation.store import Store
