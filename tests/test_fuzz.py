@@ -42,7 +42,7 @@ from tokmat_jax.hf.gguf_file import Gguf
 from tokmat_jax.storage.workdir import known_corpus, load_config, save_config
 from trajectories import made_trajectory
 
-FEW, MANY = 200, 10_000
+FEW, MANY = 200, 3_000
 SECONDS = 5.0
 """What a reader may compute for one tiny input, whatever else the machine does meanwhile."""
 ROOM = 2 << 30
