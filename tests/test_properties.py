@@ -48,7 +48,7 @@ from tokmat_jax.generation.reference import generate_by_reference
 from tokmat_jax.storage.checkpoint import open_checkpoints
 from tokmat_jax.training.step import make_train_functions
 
-often = pytest.mark.parametrize("examples", [200, pytest.param(2000, marks=pytest.mark.slow)])
+often = pytest.mark.parametrize("examples", [100, pytest.param(1000, marks=pytest.mark.slow)])
 
 
 def for_all(examples, check, **drawn):
