@@ -1,4 +1,4 @@
-"""What holds for any settings, prompts, documents and interruptions: 200 examples each, and 2,000 behind `slow`."""
+"""What holds for any settings, prompts, documents and interruptions: 100 examples each, and 1,000 behind `slow`."""
 
 import contextlib
 import dataclasses
