@@ -195,9 +195,11 @@ def test_a_mismatch_that_is_allowed_stands_in_the_first_line(runs_dir, tmp_path)
 def test_where_positions_are_scarce_long_tails_are_left_out(runs_dir, tmp_path):
     changed = {"prompt-tokens": 33, "num-prompts": 2, "resamples": 5, "num-seeds": 2}
     with jax.numpy_dtype_promotion("standard"):
-        evaluate.main(arguments(runs_dir, tmp_path, **changed))
+        evaluate.main(arguments(runs_dir, tmp_path, "--forbid-end-of-text", **changed))
     data = read(tmp_path)
     assert [row["name"] for row in data["rows"] if row["kind"] == "maturation"] == ["plain, K 1"]
+    assert "No method could end a sample before 12 tokens." in (tmp_path / "report.md").read_text()
+    assert all(row["full"] == 2 and row["values"]["ended"]["value"] == 0 for row in data["rows"])
     assert "Periodic loops: human" in (tmp_path / "report.md").read_text()
 
 

@@ -11,7 +11,6 @@ import numpy as np
 from tokmat_jax.config import GenerationConfig
 from tokmat_jax.errors import UserError
 from tokmat_jax.evaluation import figures
-from tokmat_jax.evaluation.figures import SCALES
 from tokmat_jax.evaluation.measurement import Options
 from tokmat_jax.generation.generator import Generator
 from tokmat_jax.keys import seed_key
@@ -21,6 +20,7 @@ from tokmat_jax.storage.npy import open_npy
 Part = Callable[[str, str, Any, Callable[[], Any]], Any]
 """(name, kind, settings, make) → the part of a `kind` under `settings`, which `make` computes unless it is stored."""
 _LEAST_ROOM = 8
+"""Positions after the prompt without which no figure can be made."""
 
 
 class Article:
@@ -65,7 +65,7 @@ class Article:
             before = run.rows([options.prompt], plain)[0].ids
             return {f"{scale:g}": figures.readout(
                 record(dataclasses.replace(plain, guidance_scale=scale)),
-                lambda ids: run.tokenizer.split(before, ids)[1], piece) for scale in SCALES}
+                lambda ids: run.tokenizer.split(before, ids)[1], piece) for scale in figures.SCALES}
 
         def attractors():
             own = dataclasses.replace(run.config.generation, max_new_tokens=length)

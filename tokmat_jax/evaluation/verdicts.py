@@ -63,7 +63,7 @@ def _ahead(question: str, data: dict[str, Any], against: str) -> Verdict:
 
 
 def _loops(rows: list[dict[str, Any]]) -> Verdict:
-    """Of the run's own setting; if its tail has no room, of the last row."""
+    """Of the first row of maturation: the run's own setting, if its tail has room."""
     values = {row["name"]: row["values"]["periodic_loop"] for row in rows}
     ours = [row["name"] for row in rows if row["kind"] == "maturation"]
     if not ours:
